@@ -1,0 +1,49 @@
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <string_view>
+
+namespace bitwright {
+
+/// What the process returns: 0 done, 1 the work failed, 2 the command line or configuration is wrong, 130 interrupted.
+enum class ExitStatus : int { done = 0, failed = 1, usage = 2, interrupted = 130 };
+
+/// The parts of `error: WHAT: WHERE: WHY; HOW TO GO ON`. Empty parts are left out.
+struct ErrorReport {
+  std::string code{};   ///< stable, for programs: "tensor-outside-file"
+  std::string what{};   ///< what could not be done: "cannot read model"
+  std::string where{};  ///< the file, key or tensor
+  std::string why{};    ///< with the numbers that disagree
+  std::string fix{};    ///< what the user can do about it
+  ExitStatus status = ExitStatus::failed;
+};
+
+/// Anything the user can cause: bad input, an impossible request, a full disk. Our own bugs are assertions instead.
+class Error : public std::runtime_error {
+ public:
+  explicit Error(const ErrorReport& report);
+  const std::string& code() const { return code_; }
+  ExitStatus status() const { return status_; }
+
+ private:
+  std::string code_;
+  ExitStatus status_;
+};
+
+/// Something the user should know although the work goes on. The code is stable.
+struct Warning {
+  std::string code;
+  std::string message;
+};
+
+/// Names and values come from files that may be hostile: control characters become \xNN, long text is cut.
+std::string printable(std::string_view text, size_t most = 200);
+
+[[noreturn]] void assertion_failed(const char* condition, const char* file, int line);
+
+}  // namespace bitwright
+
+/// Holds in every build type: a broken invariant must not turn into wrong bytes.
+#define BW_ASSERT(condition) \
+  ((condition) ? static_cast<void>(0) : ::bitwright::assertion_failed(#condition, __FILE__, __LINE__))

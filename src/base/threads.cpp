@@ -1,0 +1,131 @@
+#include "base/threads.hpp"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <csignal>
+#include <exception>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "base/error.hpp"
+
+namespace bitwright {
+namespace {
+
+std::atomic<size_t> g_thread_count{0};
+volatile std::sig_atomic_t g_interrupted = 0;
+thread_local bool t_inside_parallel = false;
+
+/// Sleeping workers, woken for each parallel_for. Decoding one token makes a hundred short calls, so waiting starts
+/// with a short spin.
+class Pool {
+ public:
+  explicit Pool(size_t workers) {
+    for (size_t i = 0; i < workers; ++i) threads_.emplace_back([this] { work(); });
+  }
+  ~Pool() {
+    stop_ = true;
+    epoch_.fetch_add(1);
+    epoch_.notify_all();
+    for (std::thread& t : threads_) t.join();
+  }
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  void run(size_t count, const std::function<void(size_t)>& body) {
+    body_ = &body;
+    count_ = count;
+    next_ = 0;
+    error_ = nullptr;
+    running_ = threads_.size();
+    epoch_.fetch_add(1);
+    epoch_.notify_all();
+    take();
+    for (size_t left = running_.load(); left != 0; left = running_.load()) running_.wait(left);
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  static constexpr int kSpins = 2000;
+
+  void take() {
+    t_inside_parallel = true;
+    try {
+      for (size_t i = next_.fetch_add(1); i < count_; i = next_.fetch_add(1)) (*body_)(i);
+    } catch (...) {
+      const std::lock_guard lock(error_mutex_);
+      if (!error_) error_ = std::current_exception();
+      next_ = count_;
+    }
+    t_inside_parallel = false;
+  }
+
+  void work() {
+    for (size_t seen = 0;;) {
+      for (int i = 0; i < kSpins && epoch_.load() == seen; ++i) std::this_thread::yield();
+      epoch_.wait(seen);
+      ++seen;
+      if (stop_) return;
+      take();
+      if (running_.fetch_sub(1) == 1) running_.notify_all();
+    }
+  }
+
+  std::vector<std::thread> threads_;
+  std::atomic<size_t> epoch_{0}, next_{0}, running_{0};
+  std::atomic<bool> stop_{false};
+  const std::function<void(size_t)>* body_ = nullptr;
+  size_t count_ = 0;
+  std::exception_ptr error_;
+  std::mutex error_mutex_;
+};
+
+Pool& pool() {
+  static Pool instance(thread_count() - 1);
+  return instance;
+}
+
+extern "C" void on_signal(int) { g_interrupted = 1; }
+
+}  // namespace
+
+void set_thread_count(size_t count) { g_thread_count = std::max<size_t>(count, 1); }
+
+size_t thread_count() {
+  const size_t count = g_thread_count;
+  return count != 0 ? count : std::max(1u, std::thread::hardware_concurrency());
+}
+
+void parallel_for(size_t count, const std::function<void(size_t)>& body) {
+  if (count <= 1 || t_inside_parallel || thread_count() == 1) {
+    for (size_t i = 0; i < count; ++i) body(i);
+    return;
+  }
+  static std::mutex one_caller;  // the pool serves one parallel_for at a time
+  const std::lock_guard lock(one_caller);
+  pool().run(count, body);
+}
+
+void parallel_ranges(size_t total, size_t grain, const std::function<void(size_t, size_t)>& body) {
+  BW_ASSERT(grain > 0);
+  parallel_for((total + grain - 1) / grain,
+               [&](size_t i) { body(i * grain, std::min(total, (i + 1) * grain)); });
+}
+
+void install_interrupt_handler() {
+  struct sigaction action = {};
+  action.sa_handler = on_signal;
+  action.sa_flags = static_cast<int>(SA_RESETHAND);  // a second Ctrl-C ends the process at once
+  sigaction(SIGINT, &action, nullptr);
+  sigaction(SIGTERM, &action, nullptr);
+  std::signal(SIGXFSZ, SIG_IGN);  // a file-size limit is reported by write(), not by death
+}
+
+void throw_if_interrupted() {
+  if (g_interrupted != 0)
+    throw Error({.code = "interrupted", .what = "interrupted", .status = ExitStatus::interrupted});
+}
+
+}  // namespace bitwright

@@ -1,0 +1,25 @@
+#pragma once
+
+#include <cstddef>
+#include <functional>
+
+namespace bitwright {
+
+/// How many threads `parallel_for` uses, the caller's included. Default: all cores. Set before work starts.
+void set_thread_count(size_t count);
+size_t thread_count();
+
+/// Calls body(0) … body(count - 1), each once, on all threads, and returns when all are done. Which thread runs which
+/// index is left open, so what an index computes must depend on nothing but the index: then results are the same for
+/// every thread count. The first exception is rethrown here. A call from inside a body runs on that thread alone.
+void parallel_for(size_t count, const std::function<void(size_t)>& body);
+
+/// Splits [0, total) into pieces of `grain` (the last may be shorter) and calls body(begin, end) for each.
+/// The pieces do not depend on the number of threads.
+void parallel_ranges(size_t total, size_t grain, const std::function<void(size_t, size_t)>& body);
+
+/// Ctrl-C and SIGTERM set a flag; long loops call this and unwind with Error (exit status 130), so that outputs are removed.
+void install_interrupt_handler();
+void throw_if_interrupted();
+
+}  // namespace bitwright

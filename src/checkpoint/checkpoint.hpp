@@ -1,0 +1,60 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "base/dtype.hpp"
+#include "base/json.hpp"
+#include "scheme/quantized_tensor.hpp"
+
+namespace bitwright {
+
+struct Container;
+
+/// A tensor as the model knows it; quantized ones stand here once, whatever arrays store them.
+struct TensorEntry {
+  std::string name;  ///< "model.layers.0.mlp.up_proj.weight"
+  Shape shape;
+  Scheme scheme;          ///< plain for floats
+  DType dtype;            ///< of plain tensors
+  uint64_t stored_bytes;  ///< of all arrays that store it
+  double bits_per_weight() const;
+};
+
+/// An opened model: configuration and mapped weights. Opening reads headers only; every length, offset, count and name
+/// in them is checked. Weights are read when asked for. Immutable; may be shared between threads.
+class Checkpoint {
+ public:
+  /// A directory (config.json, *.safetensors with or without an index) or one .safetensors file.
+  /// Throws Error naming the file and what is wrong with it.
+  explicit Checkpoint(const std::filesystem::path& path);
+  ~Checkpoint();
+  Checkpoint(Checkpoint&&) noexcept;
+
+  const std::filesystem::path& path() const;
+  const Json& config() const;                ///< an empty object if there is no config.json
+  const Json& quantization_metadata() const; ///< likewise for quantization_metadata.json
+  const Container* container() const;        ///< how it is quantized; null for plain models
+
+  std::span<const TensorEntry> tensors() const;  ///< in file order
+  const TensorEntry* find(std::string_view name) const;
+
+  /// The mapped bytes of a plain tensor, in its dtype.
+  std::span<const std::byte> plain_bytes(const TensorEntry& entry) const;
+  /// Any tensor as it is stored; a plain one becomes a QuantizedTensor of a plain scheme (a copy).
+  QuantizedTensor read(const TensorEntry& entry) const;
+  /// Any tensor as f32 values.
+  std::vector<float> read_f32(const TensorEntry& entry) const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace bitwright

@@ -1,0 +1,90 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "checkpoint/checkpoint.hpp"
+
+namespace bitwright {
+
+/// The dimensions of a decoder-only transformer, from config.json.
+struct ModelConfig {
+  int64_t layers, hidden, heads, kv_heads, head_size, feed_forward, vocabulary, context;
+  float norm_epsilon, rope_theta;
+  bool tied_head;  ///< the output matrix is the embedding matrix
+};
+
+/// One family of models the runtime can run: a row of a table (architectures.def).
+struct Architecture {
+  std::string_view name;        ///< config.json's `architectures[0]`
+  std::string_view model_type;  ///< config.json's `model_type`
+  /// Throws Error{"bad-config"} naming the key that is missing, of the wrong type, out of range or not supported.
+  ModelConfig (*configure)(const Json& config, const std::string& where);
+};
+std::span<const Architecture* const> all_architectures();
+/// Null where config.json names none that is known.
+const Architecture* find_architecture(const Json& config);
+
+/// Keys and values of one sequence, f32, for up to `capacity` tokens.
+class KvCache {
+ public:
+  KvCache(const ModelConfig& config, int64_t capacity);
+  ~KvCache();
+  KvCache(KvCache&&) noexcept;
+  int64_t length() const;
+  int64_t capacity() const;
+  void clear();  ///< length becomes 0
+
+ private:
+  friend class Model;
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+/// A loaded model. Float weights are used from the mapped file as they are; quantized ones are repacked once into the
+/// layout of the best kernel. No float copy of the model is made. Immutable after loading.
+class Model {
+ public:
+  /// Keeps a reference to `checkpoint`. Throws Error{"unknown-architecture"}, {"bad-config"}, {"missing-tensor"},
+  /// {"wrong-shape"} naming the tensor and both shapes.
+  explicit Model(const Checkpoint& checkpoint);
+  ~Model();
+  Model(Model&&) noexcept;
+
+  const ModelConfig& config() const;
+
+  enum class Logits { all, last };
+  /// Appends `tokens` (each in [0, vocabulary)) to the sequence in `cache` and returns the logits of each of them, or of
+  /// the last alone: [tokens or 1, vocabulary]. Throws Error{"context-full"} if the cache cannot take them.
+  /// Deterministic: the same bits for every thread count and instruction set.
+  std::vector<float> forward(std::span<const int32_t> tokens, KvCache& cache, Logits which = Logits::all) const;
+
+ private:
+  struct Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+struct Sampling {
+  float temperature = 0;  ///< 0: the most likely token (the lowest id on a tie)
+  int top_k = 0;          ///< 0: all
+  float top_p = 1;
+  uint64_t seed = 0;
+};
+
+/// Draws token after token; the same seed gives the same tokens on every machine.
+class Sampler {
+ public:
+  explicit Sampler(const Sampling& settings);
+  int32_t next(std::span<const float> logits);
+
+ private:
+  Sampling settings_;
+  uint64_t state_;
+};
+
+}  // namespace bitwright

@@ -1,0 +1,75 @@
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "scheme/grouping.hpp"
+#include "scheme/scheme.hpp"
+
+namespace bitwright {
+
+/// A tensor as it is stored, nothing widened: what passes between schemes, algorithms, containers and the runtime.
+struct QuantizedTensor {
+  Scheme scheme{};
+  Shape shape{};
+  /// One code an element, row-major, element->code_bytes() each, little-endian; up to 8 bits the low `bits` bits of a
+  /// byte, the others 0. Block codes: the raw blocks, row by row.
+  std::vector<std::byte> codes{};
+  std::shared_ptr<const QuantizedTensor> scale{}, offset{};  ///< shape: parameter_shape(); null where there is none
+  std::vector<int32_t> group_index{};                        ///< for Grouping::Kind::index, one a column
+};
+
+/// Equal bytes in every array.
+bool operator==(const QuantizedTensor& a, const QuantizedTensor& b);
+
+/// Throws Error{"bad-tensor"} naming `where` unless codes and parameters have the sizes that scheme and shape ask for.
+void check_sizes(const QuantizedTensor& t, const std::string& where);
+
+/// Decodes pieces of a tensor by the definition. Keeps the decoded parameters (one f32 a group), never the whole
+/// tensor in floats.
+class Decoder {
+ public:
+  explicit Decoder(const QuantizedTensor& tensor);  ///< keeps a reference
+  /// out[j] = value of element begin + j.
+  void decode(int64_t begin, std::span<float> out) const;
+
+ private:
+  const QuantizedTensor& tensor_;
+  std::vector<float> elements_;  ///< value of each code, for up to 8 bits
+  std::vector<float> scale_, offset_;
+  std::unique_ptr<GroupMap> scale_groups_, offset_groups_;
+};
+
+/// All values, in parallel.
+std::vector<float> decode(const QuantizedTensor& tensor);
+
+/// A group's smallest and largest value that codes must reach.
+struct Range {
+  float low, high;
+};
+/// Chooses it from the group's values (never empty, all finite). Called from several threads at once.
+using ChooseRange = std::function<Range(const Scheme& scheme, std::span<const float> values)>;
+Range min_max_range(const Scheme& scheme, std::span<const float> values);
+
+/// Scale and offset of one group as decoded.
+struct GroupParameters {
+  float scale = 1, offset = 0;
+};
+/// The parameters for a range, `scale` rounded as a plain scale of this scheme is stored.
+GroupParameters fit(const Scheme& scheme, Range range);
+/// The code of one value, and its value again: the definition of both.
+uint32_t encode_value(const Scheme& scheme, const GroupParameters& parameters, float value);
+float decode_value(const Scheme& scheme, const GroupParameters& parameters, float element);
+
+/// Reference encoder: ranges, then scales (quantized again where nested), then codes, each code to nearest.
+/// Holds for plain and nested scales with no offset, a zero point, or (for nested scales) a mean as bias.
+/// values: element_count(shape), row-major. Throws Error{"not-finite"} (with the position) on NaN or infinity,
+/// Error{"scale-overflow"} if a scale does not fit its type, Error{"bad-scheme"} if the scheme has no encoder.
+QuantizedTensor encode(const Scheme& scheme, const Shape& shape, std::span<const float> values,
+                       const ChooseRange& choose = min_max_range);
+
+}  // namespace bitwright
