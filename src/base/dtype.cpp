@@ -14,6 +14,8 @@
 namespace bitwright {
 namespace {
 
+constexpr int64_t kMaxElements = INT64_MAX / 64;  // 64 bits each can still be counted
+
 constexpr std::array<DTypeInfo, 16> kDTypes = {{
     {DType::f64, "float64", "F64", 8, true},
     {DType::f32, "float32", "F32", 4, true},
@@ -129,7 +131,7 @@ std::optional<int64_t> checked_element_count(const Shape& shape) {
   int64_t count = 1;
   for (const int64_t dim : shape)
     if (dim < 0 || __builtin_mul_overflow(count, dim, &count)) return std::nullopt;
-  return count;
+  return count <= kMaxElements ? std::optional(count) : std::nullopt;
 }
 
 int64_t element_count(const Shape& shape) {
@@ -189,44 +191,77 @@ void to_f32(DType dtype, std::span<const std::byte> data, std::span<float> out) 
   BW_ASSERT(data.size() == out.size() * size_bytes(dtype));
   const auto plain = [](auto value) { return static_cast<float>(value); };
   switch (dtype) {
-    case DType::f64: return read_all<double>(data, out, plain);
-    case DType::f32: std::memcpy(out.data(), data.data(), data.size()); return;
-    case DType::f16: return read_all<uint16_t>(data, out, f16_to_f32);
-    case DType::bf16: return read_all<uint16_t>(data, out, bf16_to_f32);
-    case DType::f8_e4m3: return read_all<uint8_t>(data, out, e4m3_to_f32);
-    case DType::f8_e5m2: return read_all<uint8_t>(data, out, e5m2_to_f32);
-    case DType::f8_e8m0: return read_all<uint8_t>(data, out, e8m0_to_f32);
-    case DType::i64: return read_all<int64_t>(data, out, plain);
-    case DType::i32: return read_all<int32_t>(data, out, plain);
-    case DType::i16: return read_all<int16_t>(data, out, plain);
-    case DType::i8: return read_all<int8_t>(data, out, plain);
-    case DType::u64: return read_all<uint64_t>(data, out, plain);
-    case DType::u32: return read_all<uint32_t>(data, out, plain);
-    case DType::u16: return read_all<uint16_t>(data, out, plain);
+    case DType::f64:
+      return read_all<double>(data, out, plain);
+    case DType::f32:
+      std::memcpy(out.data(), data.data(), data.size());
+      return;
+    case DType::f16:
+      return read_all<uint16_t>(data, out, f16_to_f32);
+    case DType::bf16:
+      return read_all<uint16_t>(data, out, bf16_to_f32);
+    case DType::f8_e4m3:
+      return read_all<uint8_t>(data, out, e4m3_to_f32);
+    case DType::f8_e5m2:
+      return read_all<uint8_t>(data, out, e5m2_to_f32);
+    case DType::f8_e8m0:
+      return read_all<uint8_t>(data, out, e8m0_to_f32);
+    case DType::i64:
+      return read_all<int64_t>(data, out, plain);
+    case DType::i32:
+      return read_all<int32_t>(data, out, plain);
+    case DType::i16:
+      return read_all<int16_t>(data, out, plain);
+    case DType::i8:
+      return read_all<int8_t>(data, out, plain);
+    case DType::u64:
+      return read_all<uint64_t>(data, out, plain);
+    case DType::u32:
+      return read_all<uint32_t>(data, out, plain);
+    case DType::u16:
+      return read_all<uint16_t>(data, out, plain);
     case DType::u8:
-    case DType::boolean: return read_all<uint8_t>(data, out, plain);
+    case DType::boolean:
+      return read_all<uint8_t>(data, out, plain);
   }
 }
 
 void from_f32(DType dtype, std::span<const float> values, std::span<std::byte> data) {
   BW_ASSERT(data.size() == values.size() * size_bytes(dtype));
   switch (dtype) {
-    case DType::f64: return write_all<double>(values, data, [](float v) { return static_cast<double>(v); });
-    case DType::f32: std::memcpy(data.data(), values.data(), data.size()); return;
-    case DType::f16: return write_all<uint16_t>(values, data, f32_to_f16);
-    case DType::bf16: return write_all<uint16_t>(values, data, f32_to_bf16);
-    case DType::f8_e4m3: return write_all<uint8_t>(values, data, f32_to_e4m3);
-    case DType::f8_e5m2: return write_all<uint8_t>(values, data, f32_to_e5m2);
-    case DType::f8_e8m0: return write_all<uint8_t>(values, data, f32_to_e8m0);
-    case DType::i64: return write_all<int64_t>(values, data, saturate<int64_t>);
-    case DType::i32: return write_all<int32_t>(values, data, saturate<int32_t>);
-    case DType::i16: return write_all<int16_t>(values, data, saturate<int16_t>);
-    case DType::i8: return write_all<int8_t>(values, data, saturate<int8_t>);
-    case DType::u64: return write_all<uint64_t>(values, data, saturate<uint64_t>);
-    case DType::u32: return write_all<uint32_t>(values, data, saturate<uint32_t>);
-    case DType::u16: return write_all<uint16_t>(values, data, saturate<uint16_t>);
-    case DType::u8: return write_all<uint8_t>(values, data, saturate<uint8_t>);
-    case DType::boolean: return write_all<uint8_t>(values, data, [](float v) { return static_cast<uint8_t>(v != 0); });
+    case DType::f64:
+      return write_all<double>(values, data, [](float v) { return static_cast<double>(v); });
+    case DType::f32:
+      std::memcpy(data.data(), values.data(), data.size());
+      return;
+    case DType::f16:
+      return write_all<uint16_t>(values, data, f32_to_f16);
+    case DType::bf16:
+      return write_all<uint16_t>(values, data, f32_to_bf16);
+    case DType::f8_e4m3:
+      return write_all<uint8_t>(values, data, f32_to_e4m3);
+    case DType::f8_e5m2:
+      return write_all<uint8_t>(values, data, f32_to_e5m2);
+    case DType::f8_e8m0:
+      return write_all<uint8_t>(values, data, f32_to_e8m0);
+    case DType::i64:
+      return write_all<int64_t>(values, data, saturate<int64_t>);
+    case DType::i32:
+      return write_all<int32_t>(values, data, saturate<int32_t>);
+    case DType::i16:
+      return write_all<int16_t>(values, data, saturate<int16_t>);
+    case DType::i8:
+      return write_all<int8_t>(values, data, saturate<int8_t>);
+    case DType::u64:
+      return write_all<uint64_t>(values, data, saturate<uint64_t>);
+    case DType::u32:
+      return write_all<uint32_t>(values, data, saturate<uint32_t>);
+    case DType::u16:
+      return write_all<uint16_t>(values, data, saturate<uint16_t>);
+    case DType::u8:
+      return write_all<uint8_t>(values, data, saturate<uint8_t>);
+    case DType::boolean:
+      return write_all<uint8_t>(values, data, [](float v) { return static_cast<uint8_t>(v != 0); });
   }
 }
 

@@ -11,7 +11,24 @@
 namespace bitwright {
 
 /// Number types that files hold, little-endian. The order is that of `all_dtypes()`.
-enum class DType : uint8_t { f64, f32, f16, bf16, f8_e4m3, f8_e5m2, f8_e8m0, i64, i32, i16, i8, u64, u32, u16, u8, boolean };
+enum class DType : uint8_t {
+  f64,
+  f32,
+  f16,
+  bf16,
+  f8_e4m3,
+  f8_e5m2,
+  f8_e8m0,
+  i64,
+  i32,
+  i16,
+  i8,
+  u64,
+  u32,
+  u16,
+  u8,
+  boolean
+};
 
 struct DTypeInfo {
   DType dtype;
@@ -30,7 +47,7 @@ inline size_t size_bytes(DType dtype) { return info(dtype).size_bytes; }
 /// Dimensions, slowest first. An empty shape is a scalar with one element.
 using Shape = std::vector<int64_t>;
 
-/// Product of the dimensions, or nothing where one is negative or the product passes INT64_MAX.
+/// Product of the dimensions, or nothing where one is negative or the product so large that its bits overflow.
 std::optional<int64_t> checked_element_count(const Shape& shape);
 /// The same for shapes that were checked when they were read.
 int64_t element_count(const Shape& shape);
@@ -47,7 +64,8 @@ uint8_t f32_to_e4m3(float value);  ///< beyond 464 gives NaN (e4m3 has no infini
 float e5m2_to_f32(uint8_t bits);
 uint8_t f32_to_e5m2(float value);  ///< overflow gives infinity
 float e8m0_to_f32(uint8_t bits);   ///< 2^(bits-127); 255 is NaN
-uint8_t f32_to_e8m0(float value);  ///< nearest power of two, ties to the larger; NaN, 0 and negatives give NaN, 2^-127, NaN
+uint8_t f32_to_e8m0(
+    float value);  ///< nearest power of two, ties to the larger; NaN, 0 and negatives give NaN, 2^-127, NaN
 
 /// out[i] = value i of `data`, exactly where f32 can hold it, else rounded to nearest. data: out.size() values.
 void to_f32(DType dtype, std::span<const std::byte> data, std::span<float> out);

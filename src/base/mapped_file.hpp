@@ -11,7 +11,8 @@ namespace bitwright {
 /// A whole file, read-only, mapped: pages are read when touched and may be dropped by the system at any time.
 class MappedFile {
  public:
-  /// Throws Error{"cannot-open"} if `path` is missing, not a regular file or not readable. An empty file is empty bytes.
+  /// Throws Error{"cannot-open"} if `path` is missing, not a regular file or not readable. An empty file is empty
+  /// bytes.
   explicit MappedFile(const std::filesystem::path& path);
   ~MappedFile();
   MappedFile(MappedFile&& other) noexcept;

@@ -110,8 +110,7 @@ void parallel_for(size_t count, const std::function<void(size_t)>& body) {
 
 void parallel_ranges(size_t total, size_t grain, const std::function<void(size_t, size_t)>& body) {
   BW_ASSERT(grain > 0);
-  parallel_for((total + grain - 1) / grain,
-               [&](size_t i) { body(i * grain, std::min(total, (i + 1) * grain)); });
+  parallel_for((total + grain - 1) / grain, [&](size_t i) { body(i * grain, std::min(total, (i + 1) * grain)); });
 }
 
 void install_interrupt_handler() {

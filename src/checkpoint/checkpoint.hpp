@@ -21,9 +21,10 @@ struct Container;
 struct TensorEntry {
   std::string name;  ///< "model.layers.0.mlp.up_proj.weight"
   Shape shape;
-  Scheme scheme;          ///< plain for floats
-  DType dtype;            ///< of plain tensors
+  Scheme scheme;  ///< of quantized tensors; of plain ones too where their dtype is an element (not f64, i64 …)
+  DType dtype;    ///< of plain tensors; of quantized ones that of the floats they stand for
   uint64_t stored_bytes;  ///< of all arrays that store it
+  bool quantized() const { return !scheme.is_plain(); }
   double bits_per_weight() const;
 };
 
@@ -38,16 +39,16 @@ class Checkpoint {
   Checkpoint(Checkpoint&&) noexcept;
 
   const std::filesystem::path& path() const;
-  const Json& config() const;                ///< an empty object if there is no config.json
-  const Json& quantization_metadata() const; ///< likewise for quantization_metadata.json
-  const Container* container() const;        ///< how it is quantized; null for plain models
+  const Json& config() const;                 ///< an empty object if there is no config.json
+  const Json& quantization_metadata() const;  ///< likewise for quantization_metadata.json
+  const Container* container() const;         ///< how it is quantized; null for plain models
 
   std::span<const TensorEntry> tensors() const;  ///< in file order
   const TensorEntry* find(std::string_view name) const;
 
   /// The mapped bytes of a plain tensor, in its dtype.
   std::span<const std::byte> plain_bytes(const TensorEntry& entry) const;
-  /// Any tensor as it is stored; a plain one becomes a QuantizedTensor of a plain scheme (a copy).
+  /// Any tensor as it is stored; a plain one becomes a QuantizedTensor of a plain scheme (a copy; not f64 or integers).
   QuantizedTensor read(const TensorEntry& entry) const;
   /// Any tensor as f32 values.
   std::vector<float> read_f32(const TensorEntry& entry) const;

@@ -59,10 +59,11 @@ Range min_max_range(const Scheme& scheme, std::span<const float> values);
 struct GroupParameters {
   float scale = 1, offset = 0;
 };
-/// The parameters for a range, `scale` rounded as a plain scale of this scheme is stored.
-GroupParameters fit(const Scheme& scheme, Range range);
-/// The code of one value, and its value again: the definition of both.
-uint32_t encode_value(const Scheme& scheme, const GroupParameters& parameters, float value);
+/// The integer zero point for a range that is widened to hold 0, given the decoded scale.
+float zero_point(const Scheme& scheme, float scale, Range range);
+/// The code nearest to one value, and the value of a decoded element: the definition of both.
+/// short_block: the last block of a flat grouping, where bitsandbytes divides instead of multiplying by a reciprocal.
+uint32_t encode_value(const Scheme& scheme, const GroupParameters& parameters, float value, bool short_block = false);
 float decode_value(const Scheme& scheme, const GroupParameters& parameters, float element);
 
 /// Reference encoder: ranges, then scales (quantized again where nested), then codes, each code to nearest.

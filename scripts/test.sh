@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# Everything that must hold before a change goes in. Does all set-up by itself; stops at the first stage that fails.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+stage() {
+  echo "== $1"
+  local start=$SECONDS
+  "${@:2}"
+  echo "== $1: passed in $((SECONDS - start)) s"
+}
+sources() { find src tests -name '*.cpp' "$@"; }
+check_format() { sources -o -name '*.hpp' | xargs clang-format --dry-run --Werror; }
+check_tidy() { sources | sort | xargs -P "$(nproc)" -n 1 clang-tidy -p build/release --quiet 2>/dev/null; }
+
+stage packages scripts/setup.sh --packages-only
+stage layers tests/layers_test.sh
+stage format check_format
+stage release cmake --workflow --preset release
+stage lint check_tidy
+stage asan cmake --workflow --preset asan
+stage tsan cmake --workflow --preset tsan
+stage scalar cmake --workflow --preset scalar
+echo "== all stages passed in $SECONDS s"

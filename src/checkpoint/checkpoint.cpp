@@ -1,0 +1,285 @@
+#include "checkpoint/checkpoint.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <map>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <unordered_map>
+#include <utility>
+
+#include "base/error.hpp"
+#include "checkpoint/safetensors.hpp"
+#include "container/container.hpp"
+
+namespace bitwright {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr const char* kIndex = "model.safetensors.index.json";
+constexpr const char* kMetadata = "quantization_metadata.json";
+constexpr std::string_view kFetchAgain = "the download is incomplete or damaged, fetch it again";
+
+[[noreturn]] void fail(const std::string& code, const fs::path& where, const std::string& why,
+                       std::string_view fix = kFetchAgain) {
+  throw Error(
+      {.code = code, .what = "cannot read model", .where = where.string(), .why = why, .fix = std::string(fix)});
+}
+
+Json read_json_object(const fs::path& path) {
+  Json json = parse_json(read_text_file(path), path.string());
+  if (!json.is_object()) fail("bad-json", path, "it is no JSON object");
+  return json;
+}
+
+/// A shard's name comes from a file: it must stay inside the model's directory.
+void check_plain_name(const fs::path& index, const std::string& name) {
+  if (name.empty() || name == "." || name == ".." || name.find_first_of("/\\") != std::string::npos ||
+      name.find('\0') != std::string::npos)
+    fail("bad-shard-name", index, fmt::format("shard '{}' is no plain file name", printable(name)),
+         "do not trust this model");
+}
+
+std::map<std::string, std::string> read_weight_map(const fs::path& index) {
+  const Json json = read_json_object(index);
+  const auto map = json.find("weight_map");
+  if (map == json.end() || !map->is_object() || map->empty()) fail("bad-index", index, "it has no 'weight_map'");
+  std::map<std::string, std::string> shards;
+  for (const auto& [tensor, shard] : map->items()) {
+    if (!shard.is_string()) fail("bad-index", index, fmt::format("tensor '{}' has no shard name", printable(tensor)));
+    check_plain_name(index, shard.get_ref<const std::string&>());
+    shards[tensor] = shard.get<std::string>();
+  }
+  return shards;
+}
+
+/// "model-00002-of-00005.safetensors" without an index: all five must be there.
+void check_shard_series(const fs::path& directory, const std::vector<fs::path>& files) {
+  for (const fs::path& file : files) {
+    const std::string name = file.filename().string();
+    const size_t of = name.find("-of-");
+    if (of == std::string::npos || of < 5) continue;
+    int total = 0;
+    if (std::sscanf(name.c_str() + of + 4, "%5d", &total) != 1 || total <= 0) continue;
+    for (int i = 1; i <= total; ++i) {
+      const std::string wanted = fmt::format("{}{:05}{}", name.substr(0, of - 5), i, name.substr(of));
+      if (!fs::exists(directory / wanted))
+        fail("missing-shard", directory, fmt::format("shard '{}' is missing", wanted));
+    }
+  }
+}
+
+std::vector<fs::path> find_weight_files(const fs::path& directory) {
+  if (fs::exists(directory / kIndex)) {
+    std::set<std::string> names;
+    for (const auto& [tensor, shard] : read_weight_map(directory / kIndex)) names.insert(shard);
+    std::vector<fs::path> files;
+    for (const std::string& name : names) {
+      if (!fs::exists(directory / name))
+        fail("missing-shard", directory, fmt::format("shard '{}' is missing", printable(name)));
+      files.push_back(directory / name);
+    }
+    return files;
+  }
+  if (fs::exists(directory / "model.safetensors")) return {directory / "model.safetensors"};
+  std::vector<fs::path> files;
+  for (const fs::directory_entry& entry : fs::directory_iterator(directory))
+    if (entry.path().extension() == ".safetensors") files.push_back(entry.path());
+  std::sort(files.begin(), files.end());
+  if (files.empty())
+    fail("no-weights", directory, "it holds no .safetensors file", "give a Hugging Face model directory");
+  check_shard_series(directory, files);
+  return files;
+}
+
+}  // namespace
+
+double TensorEntry::bits_per_weight() const {
+  const int64_t count = element_count(shape);
+  return count == 0 ? 0 : 8.0 * static_cast<double>(stored_bytes) / static_cast<double>(count);
+}
+
+struct Checkpoint::Impl {
+  fs::path path, directory;
+  Json config = Json::object(), metadata = Json::object();
+  std::vector<fs::path> files;
+  std::vector<SafetensorsFile> mapped;
+  std::map<std::string, const StoredArray*, std::less<>> arrays;
+  std::map<std::string, ArraySpec, std::less<>> specs;
+  const Container* container = nullptr;
+  std::unordered_map<std::string, StoredTensor> stored;
+  std::vector<TensorEntry> tensors;
+  std::map<std::string, size_t, std::less<>> by_name;
+
+  explicit Impl(const fs::path& opened) : path(opened) {
+    find_files();
+    read_json_files();
+    map_arrays();
+    check_index();
+    find_container();
+    make_entries();
+  }
+
+  void find_files() {
+    std::error_code ignored;
+    if (!fs::exists(path, ignored)) fail("cannot-open", path, "no such file or directory", "check the path");
+    directory = fs::is_directory(path) ? path : path.parent_path();
+    if (fs::is_directory(path)) {
+      if (!fs::exists(path / "config.json"))
+        fail("no-config", path, "it holds no config.json", "give a Hugging Face model directory");
+      files = find_weight_files(path);
+    } else {
+      files = {path};
+    }
+  }
+
+  void read_json_files() {
+    if (fs::exists(directory / "config.json")) config = read_json_object(directory / "config.json");
+    if (fs::exists(directory / kMetadata)) metadata = read_json_object(directory / kMetadata);
+  }
+
+  void map_arrays() {
+    mapped.reserve(files.size());
+    for (const fs::path& file : files) mapped.emplace_back(file);
+    for (size_t f = 0; f < files.size(); ++f)
+      for (const StoredArray& array : mapped[f].arrays()) {
+        if (!arrays.emplace(array.name, &array).second)
+          fail("bad-safetensors", files[f], fmt::format("tensor '{}' is in another shard too", printable(array.name)));
+        specs[array.name] = {array.name, array.dtype, array.shape};
+      }
+  }
+
+  void check_index() {
+    if (!fs::is_directory(path) || !fs::exists(directory / kIndex)) return;
+    for (const auto& [tensor, shard] : read_weight_map(directory / kIndex))
+      if (!arrays.contains(tensor))
+        fail("missing-tensor", directory / shard,
+             fmt::format("tensor '{}' is missing, the index lists it", printable(tensor)));
+  }
+
+  CheckpointView view() const {
+    return {.arrays = specs,
+            .config = config,
+            .quantization_metadata = metadata,
+            .bytes = [this](const std::string& name) { return arrays.at(name)->data; },
+            .where = path.string()};
+  }
+
+  void find_container() {
+    for (const Container* candidate : all_containers())
+      if (candidate->detect(view())) {
+        container = candidate;
+        for (StoredTensor& tensor : candidate->list(view())) stored.emplace(tensor.name, std::move(tensor));
+        return;
+      }
+    const auto declared = config.find("quantization_config");
+    if (declared == config.end() || declared->is_null()) return;
+    const std::string method =
+        declared->is_object() && declared->contains("quant_method") ? (*declared)["quant_method"].dump() : "unknown";
+    fail("unsupported-container", directory / "config.json",
+         fmt::format("the model is quantized by method {}, whose tensors are not among those known", printable(method)),
+         "see `bitwright formats`");
+  }
+
+  /// Quantized tensors stand where the first of their arrays stands.
+  void make_entries() {
+    std::unordered_map<std::string, const StoredTensor*> owner;
+    for (const auto& [name, tensor] : stored)
+      for (const std::string& array : tensor.arrays)
+        if (!owner.emplace(array, &tensor).second)
+          fail("bad-container", path, fmt::format("array '{}' belongs to two tensors", printable(array)));
+    std::set<const StoredTensor*> done;
+    for (const SafetensorsFile& file : mapped)
+      for (const StoredArray& array : file.arrays()) {
+        const auto found = owner.find(array.name);
+        if (found == owner.end()) {
+          add_plain(array);
+        } else if (done.insert(found->second).second) {
+          add_quantized(*found->second);
+        }
+      }
+    for (size_t i = 0; i < tensors.size(); ++i)
+      if (!by_name.emplace(tensors[i].name, i).second)
+        fail("bad-container", path, fmt::format("tensor '{}' is stored twice", printable(tensors[i].name)));
+  }
+
+  void add_plain(const StoredArray& array) {
+    const ElementType* element = info(array.dtype).is_float ? find_element(info(array.dtype).name) : nullptr;
+    tensors.push_back({.name = array.name,
+                       .shape = array.shape,
+                       .scheme = {.element = element},
+                       .dtype = array.dtype,
+                       .stored_bytes = array.data.size()});
+  }
+
+  void add_quantized(const StoredTensor& tensor) {
+    uint64_t bytes = 0;
+    for (const std::string& array : tensor.arrays) bytes += arrays.at(array)->data.size();
+    tensors.push_back({.name = tensor.name,
+                       .shape = tensor.shape,
+                       .scheme = tensor.scheme,
+                       .dtype = tensor.value_dtype,
+                       .stored_bytes = bytes});
+  }
+};
+
+Checkpoint::Checkpoint(const fs::path& path) : impl_(std::make_unique<Impl>(path)) {}
+Checkpoint::~Checkpoint() = default;
+Checkpoint::Checkpoint(Checkpoint&&) noexcept = default;
+
+const fs::path& Checkpoint::path() const { return impl_->path; }
+std::vector<fs::path> Checkpoint::weight_files() const { return impl_->files; }
+const Json& Checkpoint::config() const { return impl_->config; }
+const Json& Checkpoint::quantization_metadata() const { return impl_->metadata; }
+const Container* Checkpoint::container() const { return impl_->container; }
+std::span<const TensorEntry> Checkpoint::tensors() const { return impl_->tensors; }
+
+uint64_t Checkpoint::weight_bytes() const {
+  uint64_t bytes = 0;
+  for (const SafetensorsFile& file : impl_->mapped) bytes += file.bytes().size();
+  return bytes;
+}
+
+void Checkpoint::verify_digests() const {
+  const auto digests = impl_->metadata.find("files");
+  if (digests == impl_->metadata.end() || !digests->is_object()) return;
+  for (size_t f = 0; f < impl_->files.size(); ++f) {
+    const auto recorded = digests->find(impl_->files[f].filename().string());
+    if (recorded == digests->end()) continue;
+    if (!recorded->is_object() || !recorded->contains("sha256") ||
+        (*recorded)["sha256"] != sha256(impl_->mapped[f].bytes()))
+      fail("digest-mismatch", impl_->files[f], fmt::format("its bytes are not those recorded in {}", kMetadata));
+  }
+}
+
+const TensorEntry* Checkpoint::find(std::string_view name) const {
+  const auto found = impl_->by_name.find(name);
+  return found == impl_->by_name.end() ? nullptr : &impl_->tensors[found->second];
+}
+
+std::span<const std::byte> Checkpoint::plain_bytes(const TensorEntry& entry) const {
+  BW_ASSERT(!entry.quantized());
+  return impl_->arrays.at(entry.name)->data;
+}
+
+QuantizedTensor Checkpoint::read(const TensorEntry& entry) const {
+  if (entry.quantized()) {
+    QuantizedTensor tensor = impl_->container->unpack(impl_->stored.at(entry.name), impl_->view());
+    check_sizes(tensor, entry.name);
+    return tensor;
+  }
+  BW_ASSERT(entry.scheme.element != nullptr);
+  const std::span<const std::byte> bytes = plain_bytes(entry);
+  return {.scheme = entry.scheme, .shape = entry.shape, .codes = {bytes.begin(), bytes.end()}};
+}
+
+std::vector<float> Checkpoint::read_f32(const TensorEntry& entry) const {
+  if (entry.quantized()) return decode(read(entry));
+  std::vector<float> values(static_cast<size_t>(element_count(entry.shape)));
+  to_f32(entry.dtype, plain_bytes(entry), values);
+  return values;
+}
+
+}  // namespace bitwright

@@ -1,0 +1,163 @@
+#include "checkpoint/safetensors.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <unordered_set>
+#include <utility>
+
+#include "base/error.hpp"
+#include "base/json.hpp"
+
+namespace bitwright {
+namespace {
+
+constexpr uint64_t kLengthBytes = 8;
+constexpr uint64_t kMaxHeader = 100'000'000;  // the limit of the format's own library
+constexpr size_t kMaxRank = 8;
+constexpr size_t kAlignment = 64;
+constexpr std::string_view kDamaged = "the download is incomplete or damaged, fetch it again";
+
+class HeaderReader {
+ public:
+  HeaderReader(std::span<const std::byte> file, const std::string& where) : file_(file), where_(where) {}
+
+  std::vector<StoredArray> read() {
+    const uint64_t header = header_length();
+    const std::string_view text(reinterpret_cast<const char*>(file_.data()) + kLengthBytes, header);
+    data_ = file_.subspan(kLengthBytes + header);
+    const Json json = parse_json(text, where_ + " (header)");
+    if (!json.is_object()) fail("the header is no JSON object");
+    for (const auto& [name, value] : json.items())
+      if (name != "__metadata__") add(name, value);
+    check_layout();
+    return std::move(arrays_);
+  }
+
+ private:
+  [[noreturn]] void fail(const std::string& why) const {
+    throw Error({.code = "bad-safetensors",
+                 .what = "cannot read model",
+                 .where = where_,
+                 .why = why,
+                 .fix = std::string(kDamaged)});
+  }
+  [[noreturn]] void fail(const std::string& name, const std::string& why) const {
+    fail(fmt::format("tensor '{}' {}", printable(name), why));
+  }
+
+  uint64_t header_length() const {
+    if (file_.size() < kLengthBytes) fail(fmt::format("{} bytes are too few for a safetensors file", file_.size()));
+    uint64_t length = 0;
+    std::memcpy(&length, file_.data(), sizeof length);
+    const uint64_t rest = file_.size() - kLengthBytes;
+    if (length > kMaxHeader || length > rest)
+      fail(fmt::format("the header is said to have {} bytes, {} follow", length, rest));
+    return length;
+  }
+
+  void add(const std::string& name, const Json& value) {
+    if (!value.is_object()) fail(name, "is described by no object");
+    for (const char* key : {"dtype", "shape", "data_offsets"})
+      if (!value.contains(key)) fail(name, fmt::format("has no '{}'", key));
+    if (value.size() != 3) fail(name, "has unknown members");
+    const Json& dtype = value["dtype"];
+    const auto known = dtype.is_string() ? dtype_from_safetensors(dtype.get_ref<const std::string&>()) : std::nullopt;
+    if (!known) fail(name, fmt::format("has unknown dtype {}", printable(dtype.dump())));
+    Shape shape = integers<kMaxRank>(name, value["shape"], "shape");
+    const Shape offsets = integers<2>(name, value["data_offsets"], "data_offsets");
+    if (offsets.size() != 2 || offsets[0] > offsets[1]) fail(name, "has data_offsets that are no range");
+    const auto begin = static_cast<uint64_t>(offsets[0]), end = static_cast<uint64_t>(offsets[1]);
+    if (end > data_.size())
+      throw Error({.code = "tensor-outside-file",
+                   .what = "cannot read model",
+                   .where = where_,
+                   .why = fmt::format("tensor '{}' ends at byte {}, the file at {}", printable(name),
+                                      end + (file_.size() - data_.size()), file_.size()),
+                   .fix = std::string(kDamaged)});
+    const auto count = checked_element_count(shape);
+    int64_t bytes = 0;
+    if (!count || __builtin_mul_overflow(*count, static_cast<int64_t>(size_bytes(*known)), &bytes))
+      fail(name, fmt::format("has shape {} that overflows", to_string(shape)));
+    if (static_cast<uint64_t>(bytes) != end - begin)
+      fail(name,
+           fmt::format("of shape {} needs {} bytes, its data_offsets give {}", to_string(shape), bytes, end - begin));
+    arrays_.push_back(
+        {.name = name, .dtype = *known, .shape = std::move(shape), .data = data_.subspan(begin, end - begin)});
+  }
+
+  template <size_t most>
+  Shape integers(const std::string& name, const Json& value, const char* key) const {
+    if (!value.is_array() || value.size() > most) fail(name, fmt::format("has a '{}' that is no short list", key));
+    Shape out;
+    for (const Json& item : value) {
+      if (!item.is_number_unsigned() || item.get<uint64_t>() > static_cast<uint64_t>(INT64_MAX))
+        fail(name, fmt::format("has {} in '{}'", printable(item.dump()), key));
+      out.push_back(item.get<int64_t>());
+    }
+    return out;
+  }
+
+  /// Data must be covered exactly once: two readers must never see different tensors in one file.
+  void check_layout() {
+    std::sort(arrays_.begin(), arrays_.end(), [](const StoredArray& a, const StoredArray& b) {
+      return std::pair(a.data.data(), a.data.size()) < std::pair(b.data.data(), b.data.size());
+    });
+    const std::byte* covered = data_.data();
+    for (const StoredArray& array : arrays_) {
+      if (array.data.data() < covered) fail(array.name, "overlaps the one before it");
+      if (array.data.data() > covered)
+        fail(array.name, fmt::format("leaves {} unused bytes before it", array.data.data() - covered));
+      covered += array.data.size();
+    }
+    if (covered != data_.data() + data_.size())
+      fail(fmt::format("{} bytes follow the last tensor", data_.data() + data_.size() - covered));
+  }
+
+  std::span<const std::byte> file_, data_;
+  const std::string& where_;
+  std::vector<StoredArray> arrays_;
+};
+
+}  // namespace
+
+std::vector<StoredArray> parse_safetensors(std::span<const std::byte> file, const std::string& where) {
+  return HeaderReader(file, where).read();
+}
+
+SafetensorsFile::SafetensorsFile(const std::filesystem::path& path)
+    : file_(path), arrays_(parse_safetensors(file_.bytes(), path.string())) {}
+
+SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<ArraySpec> specs)
+    : file_(path), specs_(std::move(specs)) {
+  OrderedJson header = {{"__metadata__", {{"format", "pt"}}}};
+  uint64_t offset = 0;
+  for (const ArraySpec& spec : specs_) {
+    header[spec.name] = {{"dtype", info(spec.dtype).safetensors},
+                         {"shape", spec.shape},
+                         {"data_offsets", {offset, offset + spec.bytes()}}};
+    offset += spec.bytes();
+  }
+  std::string text = header.dump();
+  text.resize((text.size() + kLengthBytes + kAlignment - 1) / kAlignment * kAlignment - kLengthBytes, ' ');
+  const uint64_t length = text.size();
+  file_.write(std::as_bytes(std::span(&length, 1)));
+  file_.write(text);
+}
+
+void SafetensorsWriter::add(std::span<const std::byte> data) {
+  BW_ASSERT(next_ < specs_.size() && data.size() == specs_[next_].bytes());
+  file_.write(data);
+  ++next_;
+}
+
+void SafetensorsWriter::finish() {
+  BW_ASSERT(next_ == specs_.size());
+  file_.finish();
+}
+
+}  // namespace bitwright

@@ -1,0 +1,20 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+namespace bitwright {
+
+/// Bytes of a dense stream of `count` codes of `bits` bits.
+constexpr uint64_t packed_bytes(uint64_t count, int bits) { return (count * static_cast<uint64_t>(bits) + 7) / 8; }
+
+/// codes: one a byte, low `bits` bits. Out: code i at bits [i * bits, (i + 1) * bits), least significant first;
+/// a code may straddle bytes; the bits left over at the end are 0.
+std::vector<std::byte> pack_bits(std::span<const std::byte> codes, int bits);
+
+/// The inverse: `count` codes from at least packed_bytes(count, bits) bytes.
+std::vector<std::byte> unpack_bits(std::span<const std::byte> packed, int bits, uint64_t count);
+
+}  // namespace bitwright

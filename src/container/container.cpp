@@ -1,0 +1,43 @@
+#include "container/container.hpp"
+
+#include <fmt/format.h>
+
+#include <array>
+
+#include "base/error.hpp"
+
+namespace bitwright {
+
+#define CONTAINER(name) extern const Container name##_container;
+#include "container/containers.def"
+
+std::span<const Container* const> all_containers() {
+#define CONTAINER(name) &name##_container,
+  static const std::array all = {
+#include "container/containers.def"
+  };
+  return all;
+}
+
+const Container* find_container(std::string_view name) {
+  for (const Container* container : all_containers())
+    if (container->name == name) return container;
+  return nullptr;
+}
+
+void bad_container(const CheckpointView& checkpoint, const std::string& tensor, const std::string& why) {
+  throw Error({.code = "bad-container",
+               .what = "cannot read model",
+               .where = checkpoint.where,
+               .why = fmt::format("quantized tensor '{}': {}", printable(tensor), why),
+               .fix = "the checkpoint is incomplete or damaged, fetch it again"});
+}
+
+const ArraySpec& need_array(const CheckpointView& checkpoint, const std::string& tensor, const std::string& array) {
+  const auto found = checkpoint.arrays.find(array);
+  if (found == checkpoint.arrays.end())
+    bad_container(checkpoint, tensor, fmt::format("array '{}' is missing", printable(array)));
+  return found->second;
+}
+
+}  // namespace bitwright

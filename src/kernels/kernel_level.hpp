@@ -1,0 +1,48 @@
+#pragma once
+
+#include <cstddef>
+#include <span>
+#include <string_view>
+
+namespace bitwright {
+
+struct PackedMatrix;
+
+/// Columns of one panel: the lanes of a kernel run over them.
+constexpr size_t kPanel = 16;
+
+/// y[r, c] = sum over k, in order, of x[r, k] * w[k, c], each step one fused multiply-add, from 0 or from y.
+struct Tile {
+  const float* x;  ///< [rows, depth]
+  size_t x_stride;
+  const float* w;  ///< [panels][depth][kPanel]
+  size_t w_stride;  ///< floats from one panel to the next
+  float* y;  ///< [rows, columns]; nothing beside it is touched
+  size_t y_stride;
+  size_t rows, depth, columns;
+  bool add;  ///< start from y
+};
+
+/// The innermost loops for one instruction set: a row of a table, best first, the definition ("scalar") last.
+/// Every row gives the same bits. None allocates or can fail.
+struct KernelLevel {
+  std::string_view name;  ///< what BITWRIGHT_KERNEL and `doctor` use
+  bool (*usable)();       ///< may this process run it on this CPU?
+
+  void (*multiply_tile)(const Tile& tile);
+  /// out[(k - k_begin) * kPanel + lane] = the weights of `panel` for k in [k_begin, k_end).
+  void (*expand)(const PackedMatrix& w, size_t panel, size_t k_begin, size_t k_end, float* out);
+  /// y[n] = sum over k, in order, of x[k] * w[n, k], fused, for the rows n of panels [panel_begin, panel_end).
+  void (*multiply_vector)(const PackedMatrix& w, size_t panel_begin, size_t panel_end, const float* x, float* y);
+};
+
+std::span<const KernelLevel> kernel_levels();
+
+/// The level called `name`, or the best usable one if it is empty.
+/// Throws Error{"unknown-kernel"} naming the usable ones if there is none of this name or this CPU cannot run it.
+const KernelLevel& find_kernel_level(std::string_view name);
+
+/// What the environment variable BITWRIGHT_KERNEL asks for, else the best usable. Read once.
+const KernelLevel& active_kernel_level();
+
+}  // namespace bitwright
