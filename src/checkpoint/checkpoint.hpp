@@ -39,6 +39,12 @@ class Checkpoint {
   Checkpoint(Checkpoint&&) noexcept;
 
   const std::filesystem::path& path() const;
+  /// Reads every file through and compares it with the digest that quantization_metadata.json records, where it does.
+  /// Throws Error{"digest-mismatch"}.
+  void verify_digests() const;
+  std::vector<std::filesystem::path> weight_files() const;
+  uint64_t weight_bytes() const;  ///< size of those files
+
   const Json& config() const;                 ///< an empty object if there is no config.json
   const Json& quantization_metadata() const;  ///< likewise for quantization_metadata.json
   const Container* container() const;         ///< how it is quantized; null for plain models
