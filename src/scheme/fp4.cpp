@@ -5,10 +5,10 @@
 namespace bitwright {
 namespace {
 
-/// Sign, 2-bit exponent, 1-bit mantissa in bitsandbytes' own code order; codes 0 and 8 are +0 and -0.
+/// Sign, 2-bit exponent, 1-bit mantissa in bitsandbytes' own code order; codes 0 and 8 are both 0.
 constexpr std::array<float, 16> kValues = {
-    0.0f,  0.0625f / 12,  8.0f / 12,  12.0f / 12,  4.0f / 12,  6.0f / 12,  2.0f / 12,  3.0f / 12,
-    -0.0f, -0.0625f / 12, -8.0f / 12, -12.0f / 12, -4.0f / 12, -6.0f / 12, -2.0f / 12, -3.0f / 12,
+    0.0f, 0.0625f / 12,  8.0f / 12,  12.0f / 12,  4.0f / 12,  6.0f / 12,  2.0f / 12,  3.0f / 12,
+    0.0f, -0.0625f / 12, -8.0f / 12, -12.0f / 12, -4.0f / 12, -6.0f / 12, -2.0f / 12, -3.0f / 12,
 };
 
 float decode(const ElementType&, uint32_t code) { return kValues.at(code); }

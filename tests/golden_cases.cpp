@@ -1,0 +1,86 @@
+#include "tests/golden_cases.hpp"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <cstring>
+
+#include "tests/support.hpp"
+
+namespace bitwright::test {
+
+const StoredArray* GoldenCase::find(const std::string& array) const {
+  for (const StoredArray& a : file.arrays())
+    if (a.name == array) return &a;
+  return nullptr;
+}
+
+const StoredArray& GoldenCase::at(const std::string& array) const {
+  const StoredArray* found = find(array);
+  if (found == nullptr) throw std::runtime_error(name + " has no array " + array);
+  return *found;
+}
+
+std::vector<float> GoldenCase::floats(const std::string& array) const {
+  const StoredArray& a = at(array);
+  std::vector<float> values(static_cast<size_t>(element_count(a.shape)));
+  to_f32(a.dtype, a.data, values);
+  return values;
+}
+
+std::vector<GoldenCase> golden_cases(const std::string& format, const std::string& needs) {
+  std::vector<GoldenCase> cases;
+  for (const auto& path : files_in(shared_dir() / "golden" / format, ".safetensors")) {
+    GoldenCase c{.name = path.stem().string(), .file = SafetensorsFile(path), .params = {}, .backend = {}};
+    uint64_t header = 0;
+    std::memcpy(&header, c.file.bytes().data(), sizeof header);
+    const std::string_view text(reinterpret_cast<const char*>(c.file.bytes().data()) + sizeof header, header);
+    const Json metadata = parse_json(text, c.name).value("__metadata__", Json::object());
+    c.params = parse_json(metadata.value("params", "{}"), c.name);
+    c.backend = metadata.value("backend", "");
+    if (c.find(needs) != nullptr) cases.push_back(std::move(c));
+  }
+  return cases;
+}
+
+QuantizedTensor check_container(const Container& container, const GoldenCase& c, const std::vector<std::string>& arrays,
+                                const std::string& prefix, const Json& config) {
+  std::map<std::string, ArraySpec, std::less<>> specs;
+  for (const std::string& name : arrays) {
+    const StoredArray& a = c.at(name);
+    specs[prefix + name] = {prefix + name, a.dtype, a.shape};
+  }
+  const Json no_metadata = Json::object();
+  const CheckpointView view = {.arrays = specs,
+                               .config = config,
+                               .quantization_metadata = no_metadata,
+                               .bytes = [&](const std::string& name) { return c.at(name.substr(prefix.size())).data; },
+                               .where = c.name};
+  EXPECT_TRUE(container.detect(view));
+  const std::vector<StoredTensor> stored = container.list(view);
+  EXPECT_EQ(stored.size(), 1u);
+  QuantizedTensor t = container.unpack(stored[0], view);
+  check_sizes(t, c.name);
+  EXPECT_EQ(container.fit(t.scheme, t.shape).verdict, Verdict::exact);
+
+  const std::vector<NamedArray> packed = container.pack(stored[0], t);
+  EXPECT_EQ(packed.size(), arrays.size());
+  for (const NamedArray& array : packed) {
+    const ArraySpec& original = specs.at(array.spec.name);
+    EXPECT_EQ(array.spec.dtype, original.dtype) << array.spec.name;
+    EXPECT_EQ(array.spec.shape, original.shape) << array.spec.name;
+    EXPECT_TRUE(std::ranges::equal(array.data, view.bytes(array.spec.name))) << array.spec.name << " differs";
+  }
+  return t;
+}
+
+void check_values(const GoldenCase& c, std::vector<float> decoded) {
+  const std::vector<float> expected = c.floats("dequantized");
+  ASSERT_EQ(decoded.size(), expected.size());
+  size_t different = 0;
+  for (size_t i = 0; i < decoded.size(); ++i)
+    different += round_to(c.at("dequantized").dtype, decoded[i]) != expected[i];
+  EXPECT_EQ(different, 0u) << "decoded values";
+}
+
+}  // namespace bitwright::test

@@ -1,0 +1,33 @@
+#pragma once
+
+#include <map>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+#include "checkpoint/safetensors.hpp"
+#include "container/container.hpp"
+
+namespace bitwright::test {
+
+/// One file of $BITWRIGHT_SHARED/golden/FORMAT: what the owning library wrote, and what it decodes to.
+struct GoldenCase {
+  std::string name;
+  SafetensorsFile file;
+  Json params;          ///< __metadata__.params
+  std::string backend;  ///< __metadata__.backend
+  const StoredArray* find(const std::string& array) const;
+  const StoredArray& at(const std::string& array) const;
+  std::vector<float> floats(const std::string& array) const;
+};
+/// The files of a folder, found when the test runs. `needs` is an array they must have to count.
+std::vector<GoldenCase> golden_cases(const std::string& format, const std::string& needs);
+
+/// Lists `arrays` (renamed to `prefix` + name) through `container` and checks: one tensor; unpack then pack gives the
+/// same bytes under the same names. Returns the tensor.
+QuantizedTensor check_container(const Container& container, const GoldenCase& c, const std::vector<std::string>& arrays,
+                                const std::string& prefix, const Json& config);
+/// `decoded`, rounded to the dtype of the case's `dequantized`, must equal it.
+void check_values(const GoldenCase& c, std::vector<float> decoded);
+
+}  // namespace bitwright::test
