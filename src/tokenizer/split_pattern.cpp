@@ -9,8 +9,8 @@ namespace bitwright {
 
 struct SplitPattern::Impl {
   struct Free {
-    void operator()(pcre2_code* code) const { pcre2_code_free(code); }
-    void operator()(pcre2_match_data* data) const { pcre2_match_data_free(data); }
+    void operator()(pcre2_code* p) const { pcre2_code_free(p); }
+    void operator()(pcre2_match_data* p) const { pcre2_match_data_free(p); }
   };
   std::unique_ptr<pcre2_code, Free> code;
 };

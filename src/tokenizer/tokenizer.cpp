@@ -66,10 +66,11 @@ void Tokenizer::Impl::encode_stretch(std::string_view text, std::vector<int32_t>
 
 Tokenizer::Tokenizer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
 Tokenizer::Tokenizer(const std::filesystem::path& directory) {
+  const MappedFile tokenizer(directory / "tokenizer.json");
   const std::filesystem::path config = directory / "tokenizer_config.json";
-  impl_ = std::make_unique<Impl>(read_tokenizer_file(MappedFile(directory / "tokenizer.json").text(),
-                                                     std::filesystem::exists(config) ? read_text_file(config) : "",
-                                                     directory.string()));
+  std::error_code unreadable;  // then the directory is, and the line above has said so
+  const std::string settings = std::filesystem::exists(config, unreadable) ? read_text_file(config) : "";
+  impl_ = std::make_unique<Impl>(read_tokenizer_file(tokenizer.text(), settings, directory.string()));
 }
 Tokenizer Tokenizer::from_json(std::string_view tokenizer, std::string_view config, const std::string& directory) {
   return Tokenizer(std::make_unique<Impl>(read_tokenizer_file(tokenizer, config, directory)));

@@ -96,7 +96,8 @@ void check_pipeline(const Part& root, TokenizerFile& out) {
   if (root.find("post_processor") != nullptr) check_byte_level(root, "post_processor");
   const Part pre_tokenizer = root.child("pre_tokenizer");
   if (!pre_tokenizer.flag("use_regex", true)) pre_tokenizer.unsupported("use_regex false");
-  out.adds_prefix_space = pre_tokenizer.flag("add_prefix_space", true);
+  pre_tokenizer.child("add_prefix_space");
+  out.adds_prefix_space = pre_tokenizer.flag("add_prefix_space", false);
 }
 
 void check_model(const Part& model) {

@@ -1,0 +1,35 @@
+#include <cstdint>
+#include <cstdlib>
+#include <string>
+#include <string_view>
+
+#include "base/error.hpp"
+#include "tokenizer/tokenizer.hpp"
+
+/// A tokenizer may add spaces before the text and after added tokens; all else must come back.
+static std::string without_spaces(std::string_view text) {
+  std::string out(text);
+  std::erase(out, ' ');
+  return out;
+}
+
+/// The input is tokenizer.json, tokenizer_config.json and a text, with a byte 0 between them.
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  std::string_view rest(reinterpret_cast<const char*>(data), size);
+  const auto next = [&] {
+    const size_t end = rest.find('\0');
+    const std::string_view part = rest.substr(0, end);
+    rest.remove_prefix(end == rest.npos ? rest.size() : end + 1);
+    return part;
+  };
+  const std::string_view json = next(), config = next(), text = rest;
+  try {
+    const auto tokenizer = bitwright::Tokenizer::from_json(json, config, "fuzz");
+    for (const bool special : {false, true}) {
+      const auto ids = tokenizer.encode(text, special);
+      if (without_spaces(tokenizer.decode(ids, false)) != without_spaces(text)) std::abort();
+    }
+  } catch (const bitwright::Error&) {
+  }
+  return 0;
+}
