@@ -115,7 +115,7 @@ class Encoder {
 
   std::shared_ptr<const QuantizedTensor> encode_scales() {
     const Scheme& stored = *scheme_.scale->scheme;
-    for (const Range& range : ranges_) scales_.push_back(ideal_scale(range));
+    for (const Range& range : ranges_) scales_.push_back(ideal_scale(scheme_, range));
     auto t =
         std::make_shared<QuantizedTensor>(encode(stored, parameter_shape(scheme_.scale->grouping, shape_), scales_));
     std::vector<float> decoded = decode(*t);
@@ -128,13 +128,6 @@ class Encoder {
     // Codes of table types are chosen before their scales are quantized again, as bitsandbytes does.
     if (stored.is_plain() || scheme_.element->kind != ElementKind::table) scales_ = std::move(decoded);
     return t;
-  }
-
-  float ideal_scale(Range range) const {
-    const ElementType& type = *scheme_.element;
-    if (scheme_.offset_kind == OffsetKind::none)
-      return std::max(std::fabs(range.low), std::fabs(range.high)) / type.full_scale;
-    return (std::max(range.high, 0.0f) - std::min(range.low, 0.0f)) / (type.highest - type.lowest);
   }
 
   std::shared_ptr<const QuantizedTensor> encode_zero_points() {
@@ -169,6 +162,13 @@ class Encoder {
 Range min_max_range(const Scheme&, std::span<const float> values) {
   const auto [low, high] = std::minmax_element(values.begin(), values.end());
   return {*low, *high};
+}
+
+float ideal_scale(const Scheme& scheme, Range range) {
+  const ElementType& type = *scheme.element;
+  if (scheme.offset_kind == OffsetKind::none)
+    return std::max(std::fabs(range.low), std::fabs(range.high)) / type.full_scale;
+  return (std::max(range.high, 0.0f) - std::min(range.low, 0.0f)) / (type.highest - type.lowest);
 }
 
 float zero_point(const Scheme& scheme, float scale, Range range) {

@@ -59,6 +59,8 @@ Range min_max_range(const Scheme& scheme, std::span<const float> values);
 struct GroupParameters {
   float scale = 1, offset = 0;
 };
+/// The scale for a range, before it is stored. With a zero point the range is widened to hold 0.
+float ideal_scale(const Scheme& scheme, Range range);
 /// The integer zero point for a range that is widened to hold 0, given the decoded scale.
 float zero_point(const Scheme& scheme, float scale, Range range);
 /// The code nearest to one value, and the value of a decoded element: the definition of both.

@@ -1,0 +1,31 @@
+#pragma once
+
+#include <span>
+#include <string_view>
+
+#include "scheme/quantized_tensor.hpp"
+
+namespace bitwright {
+
+/// How a group's range is chosen: its smallest and largest value, or the one with the least squared error.
+enum class RangeRule : uint8_t { minmax, mse };
+
+/// What an algorithm may be told beside the scheme.
+struct AlgorithmOptions {
+  RangeRule range = RangeRule::minmax;
+};
+
+/// One way of choosing codes: a row of a table.
+struct Algorithm {
+  std::string_view name;     ///< as in --algorithm; never renamed once released
+  std::string_view summary;  ///< for `methods`
+  std::string_view source;   ///< paper or repository followed
+  /// One weight to its codes. values: element_count(shape), row-major. Throws what `encode` throws.
+  QuantizedTensor (*quantize)(const Scheme& scheme, const Shape& shape, std::span<const float> values,
+                              const AlgorithmOptions& options);
+};
+
+std::span<const Algorithm* const> all_algorithms();
+const Algorithm* find_algorithm(std::string_view name);
+
+}  // namespace bitwright

@@ -1,0 +1,207 @@
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <numeric>
+
+#include "base/dtype.hpp"
+#include "base/error.hpp"
+#include "base/json.hpp"
+#include "base/mapped_file.hpp"
+#include "base/nearest.hpp"
+#include "base/output.hpp"
+#include "base/progress.hpp"
+#include "base/threads.hpp"
+#include "tests/support.hpp"
+
+namespace bitwright {
+namespace {
+
+using test::read_file;
+using test::TemporaryDirectory;
+using test::write_file;
+
+std::string code_of(const std::function<void()>& body) {
+  try {
+    body();
+  } catch (const Error& error) {
+    EXPECT_EQ(std::string(error.what()).find('\n'), std::string::npos);
+    return error.code();
+  }
+  return "none";
+}
+
+TEST(Error, IsOneLine) {
+  const Error error(
+      {.code = "c", .what = "cannot read", .where = "a\nb", .why = "size 1, not 2", .fix = "fetch again"});
+  EXPECT_STREQ(error.what(), "cannot read: a\\x0ab: size 1, not 2; fetch again");
+  EXPECT_EQ(error.status(), ExitStatus::failed);
+}
+
+/// The nearest of all values that `decode` gives, ties to the even code: the definition of a conversion.
+template <class Bits>
+uint32_t nearest_by_search(float value, uint32_t codes, float (*decode)(Bits)) {
+  uint32_t best = 0;
+  double least = std::numeric_limits<double>::infinity();
+  for (uint32_t code = 0; code < codes; ++code) {
+    const double candidate = decode(static_cast<Bits>(code));
+    if (!std::isfinite(candidate) || std::signbit(candidate) != std::signbit(value)) continue;
+    const double distance = std::fabs(candidate - static_cast<double>(value));
+    if (distance < least || (distance == least && code % 2 == 0)) {
+      least = distance;
+      best = code;
+    }
+  }
+  return best;
+}
+
+TEST(DType, EightBitFloatsRoundToNearestEven) {
+  for (uint32_t i = 0; i < 20000; ++i) {
+    const float value =
+        std::ldexp(static_cast<float>(static_cast<int32_t>(i * 2654435761u)), -31 - static_cast<int>(i % 24) + 12);
+    if (std::fabs(value) <= 448) {
+      ASSERT_EQ(f32_to_e4m3(value), nearest_by_search<uint8_t>(value, 256, e4m3_to_f32)) << value;
+    }
+    if (std::fabs(value) <= 57344) {
+      ASSERT_EQ(f32_to_e5m2(value), nearest_by_search<uint8_t>(value, 256, e5m2_to_f32)) << value;
+    }
+  }
+  EXPECT_EQ(f32_to_e4m3(464.0f), 0x7e);  // a tie, to even
+  EXPECT_EQ(f32_to_e4m3(464.01f), 0x7f);
+  EXPECT_EQ(f32_to_e5m2(1e9f), 0x7c);
+}
+
+TEST(DType, HalvesRoundTripAndRoundToEven) {
+  for (uint32_t code = 0; code < 65536; ++code) {
+    const auto bits = static_cast<uint16_t>(code);
+    if (std::isnan(f16_to_f32(bits))) continue;
+    ASSERT_EQ(f32_to_f16(f16_to_f32(bits)), bits);
+    if (!std::isnan(bf16_to_f32(bits))) {
+      ASSERT_EQ(f32_to_bf16(bf16_to_f32(bits)), bits);
+    }
+    if (bits < 0x7bff) {  // halfway to the next goes to the even one, a little more goes up
+      const float halfway = (f16_to_f32(bits) + f16_to_f32(static_cast<uint16_t>(bits + 1))) / 2;
+      ASSERT_EQ(f32_to_f16(halfway), bits % 2 == 0 ? bits : bits + 1);
+      ASSERT_EQ(f32_to_f16(std::nextafter(halfway, 1e9f)), bits + 1);
+    }
+  }
+  EXPECT_EQ(f32_to_f16(65520.0f), 0x7c00);
+  EXPECT_TRUE(std::isnan(f16_to_f32(f32_to_f16(NAN))));
+  EXPECT_TRUE(std::isnan(bf16_to_f32(f32_to_bf16(std::bit_cast<float>(0x7f800001u)))));
+}
+
+TEST(DType, PowersOfTwo) {
+  for (uint32_t code = 0; code < 255; ++code) {
+    EXPECT_EQ(f32_to_e8m0(e8m0_to_f32(static_cast<uint8_t>(code))), code);
+  }
+  EXPECT_TRUE(std::isnan(e8m0_to_f32(255)));
+}
+
+TEST(DType, IntegersSaturate) {
+  EXPECT_EQ(round_to(DType::i8, 200.0f), 127.0f);
+  EXPECT_EQ(round_to(DType::i8, -2.5f), -2.0f);
+  EXPECT_EQ(round_to(DType::u8, -3.0f), 0.0f);
+  EXPECT_EQ(round_to(DType::i64, std::numeric_limits<float>::infinity()), 9223372036854775807.0f);
+}
+
+TEST(DType, ElementCountRefusesOverflow) {
+  EXPECT_EQ(checked_element_count({2, 3}), 6);
+  EXPECT_EQ(checked_element_count({}), 1);
+  EXPECT_FALSE(checked_element_count({int64_t{1} << 32, int64_t{1} << 32}));
+  EXPECT_FALSE(checked_element_count({-1}));
+}
+
+TEST(Json, RefusesWhatIsNotStrict) {
+  EXPECT_EQ(parse_json("{\"a\": [1, 2]}", "x")["a"][1], 2);
+  for (const std::string text : {"", "{", "{\"a\":1,}", "{\"a\":1,\"a\":2}", "// c\n{}", "\"\xff\"", "nul"})
+    EXPECT_EQ(code_of([&] { parse_json(text, "x"); }), "bad-json") << text;
+  EXPECT_EQ(code_of([] { parse_json(std::string(200, '[') + std::string(200, ']'), "x"); }), "bad-json");
+  EXPECT_EQ(parse_json("{\"a\":{\"b\":1},\"c\":{\"b\":2}}", "x").size(), 2u);  // the same name in two objects
+}
+
+TEST(Threads, EachIndexOnceAndErrorsArrive) {
+  std::vector<std::atomic<int>> hits(1000);
+  parallel_for(hits.size(), [&](size_t i) { ++hits[i]; });
+  for (const auto& hit : hits) EXPECT_EQ(hit, 1);
+  EXPECT_EQ(code_of([] {
+              parallel_for(100, [](size_t i) {
+                if (i == 57) throw Error({.code = "boom"});
+              });
+            }),
+            "boom");
+  std::atomic<size_t> sum = 0;  // usable again after an error, and from inside itself
+  parallel_for(10, [&](size_t) { parallel_ranges(10, 3, [&](size_t begin, size_t end) { sum += end - begin; }); });
+  EXPECT_EQ(sum, 100u);
+}
+
+TEST(Threads, ManyShortCallsLoseNothing) {
+  std::vector<size_t> values(64);
+  for (size_t round = 0; round < 2000; ++round) parallel_for(values.size(), [&](size_t i) { values[i] += i; });
+  EXPECT_EQ(std::accumulate(values.begin(), values.end(), size_t{0}), 2000u * 63 * 64 / 2);
+}
+
+TEST(Output, DirectoryAppearsWholeOrNotAtAll) {
+  const TemporaryDirectory dir;
+  const auto target = dir / "out";
+  {
+    OutputDirectory output(target, false);
+    write_text_file(output.staging() / "a", "1");
+    EXPECT_FALSE(std::filesystem::exists(target));
+    EXPECT_EQ(code_of([&] { OutputDirectory(target, false); }), "output-busy");
+  }
+  EXPECT_TRUE(std::filesystem::is_empty(dir.path()));
+  {
+    OutputDirectory output(target, false);
+    write_text_file(output.staging() / "a", "2");
+    output.commit();
+  }
+  EXPECT_EQ(read_file(target / "a"), "2");
+  EXPECT_EQ(code_of([&] { OutputDirectory(target, false); }), "output-exists");
+  EXPECT_EQ(code_of([&] { OutputDirectory(target, true); }), "output-exists");  // not a model: never replaced
+  write_file(target / "config.json", "{}");
+  write_file(target / "model.safetensors", "");
+  {
+    OutputDirectory output(target, true);
+    write_text_file(output.staging() / "b", "3");
+    output.commit();
+  }
+  EXPECT_EQ(read_file(target / "b"), "3");
+  EXPECT_FALSE(std::filesystem::exists(target / "a"));
+  EXPECT_EQ(code_of([&] { OutputDirectory(dir / "no/such/parent", false); }), "cannot-write");
+}
+
+TEST(Output, FullDiskIsAnError) {
+  if (!std::filesystem::exists("/dev/full")) GTEST_SKIP();
+  OutputFile file("/dev/full");
+  EXPECT_EQ(code_of([&] { file.write("x"); }), "cannot-write");
+}
+
+TEST(MappedFile, ReadsAndRefuses) {
+  const TemporaryDirectory dir;
+  write_file(dir / "a", "abc");
+  write_file(dir / "empty", "");
+  EXPECT_EQ(MappedFile(dir / "a").text(), "abc");
+  EXPECT_TRUE(MappedFile(dir / "empty").bytes().empty());
+  EXPECT_EQ(code_of([&] { MappedFile(dir.path()); }), "cannot-open");
+  EXPECT_EQ(code_of([&] { MappedFile(dir / "none"); }), "cannot-open");
+  EXPECT_EQ(sha256(std::string_view("abc")), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+}
+
+TEST(Nearest, SuggestsOrLists) {
+  const std::vector<std::string> known = {"group_size", "bits"};
+  EXPECT_EQ(suggest("groupsize", known), "did you mean 'group_size'?");
+  EXPECT_EQ(suggest("temperature", known), "valid: group_size, bits");
+}
+
+TEST(Progress, Figures) {
+  EXPECT_EQ(remaining_seconds(25, 100, 10), 30);
+  EXPECT_EQ(format_duration(3725), "1h02m");
+  EXPECT_EQ(format_duration(190), "3m10s");
+  EXPECT_EQ(format_bytes(8397648), "8.40 MB");
+}
+
+}  // namespace
+}  // namespace bitwright

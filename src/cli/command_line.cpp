@@ -1,0 +1,332 @@
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <CLI/CLI.hpp>
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <charconv>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <new>
+
+#include "base/nearest.hpp"
+#include "base/progress.hpp"
+#include "base/threads.hpp"
+#include "cli/command.hpp"
+#include "recipe/config.hpp"
+
+namespace bitwright {
+
+#define COMMAND(name) extern const Command name##_command;
+#include "cli/commands.def"
+
+namespace {
+
+constexpr int64_t kMaxThreads = 1024;
+
+[[noreturn]] void usage_error(const std::string& code, const std::string& why, const std::string& fix) {
+  throw Error({.code = code, .what = "bad command line", .why = why, .fix = fix, .status = ExitStatus::usage});
+}
+
+std::string long_name(std::string_view name) {
+  const size_t comma = name.find(',');
+  return std::string(comma == std::string_view::npos ? name : name.substr(comma + 1));
+}
+
+template <class T>
+std::optional<T> parse_number(const std::string& text) {
+  T value = 0;
+  const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), value);
+  if (error != std::errc() || end != text.data() + text.size()) return std::nullopt;
+  return value;
+}
+
+void check_option(const Option& option, const std::string& value) {
+  const std::string name = long_name(option.name);
+  const auto fail = [&](const std::string& why) {
+    usage_error("bad-value", fmt::format("{}: '{}' {}", name, printable(value), why), "");
+  };
+  if (option.type == Option::Type::integer && !parse_number<int64_t>(value)) fail("is no whole number");
+  if (option.type == Option::Type::number && !parse_number<double>(value)) fail("is no number");
+  const bool is_number = option.type == Option::Type::integer || option.type == Option::Type::number;
+  if (is_number && option.most > option.least) {
+    const double number = *parse_number<double>(value);
+    if (!(number >= option.least && number <= option.most))
+      fail(fmt::format("is not between {} and {}", option.least, option.most));
+  }
+  if (!option.values.empty() && std::ranges::find(option.values, value) == option.values.end())
+    fail(fmt::format("is not known; valid: {}", fmt::join(option.values, ", ")));
+}
+
+/// Everywhere: --json, -q, -v, --threads.
+std::span<const Option> common_options() {
+  static const std::vector<Option> options = {
+      {.name = "--json", .type = Option::Type::flag, .value_name = "", .help = "print one JSON document on stdout"},
+      {.name = "-q,--quiet", .type = Option::Type::flag, .value_name = "", .help = "no progress, no warnings"},
+      {.name = "-v,--verbose", .type = Option::Type::flag, .value_name = "", .help = "say more on stderr"},
+      {.name = "--threads",
+       .type = Option::Type::integer,
+       .value_name = "N",
+       .help = "threads to use (default: all cores)",
+       .least = 1,
+       .most = kMaxThreads}};
+  return options;
+}
+
+Option option_row(const ConfigKey& key) {
+  std::string help(key.help);
+  if (!key.values.empty()) help += fmt::format(": {}", fmt::join(key.values, ", "));
+  if (key.most > key.least) help += fmt::format(", {} to {}", key.least, key.most);
+  if (!key.fallback.empty()) help += fmt::format(" (default: {})", key.fallback);
+  const bool names = key.type == ConfigKey::Type::names;
+  return {.name = option_of(key),
+          .type = names ? Option::Type::names : Option::Type::text,
+          .value_name = names                                  ? "A,B"
+                        : key.type == ConfigKey::Type::integer ? "N"
+                                                               : "X",
+          .help = help};
+}
+
+std::vector<Option> config_options() {
+  std::vector<Option> options = {
+      {.name = "-c,--config", .type = Option::Type::text, .value_name = "FILE", .help = "configuration, YAML or JSON"},
+      {.name = "--set",
+       .type = Option::Type::names,
+       .value_name = "KEY=VALUE",
+       .help = "any key of the configuration by its full path; may be repeated"}};
+  for (const ConfigKey& key : config_keys())
+    if (!option_of(key).empty()) options.push_back(option_row(key));
+  return options;
+}
+
+std::vector<Option> options_of(const Command& command) {
+  std::vector<Option> options = command.options;
+  if (command.takes_config) std::ranges::copy(config_options(), std::back_inserter(options));
+  std::ranges::copy(common_options(), std::back_inserter(options));
+  return options;
+}
+
+/// The typed text of one configuration option as the value its key wants.
+OrderedJson config_value(const ConfigKey& key, const std::vector<std::string>& typed) {
+  if (key.type == ConfigKey::Type::names) {
+    OrderedJson names = OrderedJson::array();
+    for (const std::string& text : typed)
+      for (size_t begin = 0; begin <= text.size();) {
+        const size_t comma = std::min(text.find(',', begin), text.size());
+        if (comma > begin) names.push_back(text.substr(begin, comma - begin));
+        begin = comma + 1;
+      }
+    return names;
+  }
+  if (key.type == ConfigKey::Type::text) return typed.back();
+  return parse_config_value(typed.back(), option_of(key));
+}
+
+OrderedJson read_config(const Arguments& arguments) {
+  OrderedJson config = OrderedJson::object();
+  if (const auto file = arguments.text("--config")) {
+    config = read_config_file(*file);
+    check_config(config, *file);
+  }
+  if (const auto set = arguments.values.find("--set"); set != arguments.values.end())
+    for (const std::string& assignment : set->second) {
+      const size_t equals = assignment.find('=');
+      if (equals == std::string::npos || equals == 0)
+        usage_error("bad-value", fmt::format("--set: '{}' is not KEY=VALUE", printable(assignment)), "");
+      set_config_value(config, assignment.substr(0, equals),
+                       parse_config_value(assignment.substr(equals + 1), "--set"));
+    }
+  for (const ConfigKey& key : config_keys())
+    if (const auto typed = arguments.values.find(option_of(key)); typed != arguments.values.end())
+      set_config_value(config, key.path, config_value(key, typed->second));
+  check_config(config, "command line");
+  return config;
+}
+
+void unknown_argument(const Command& command, const std::vector<std::string>& extras) {
+  if (extras.empty()) return;
+  const std::string& extra = extras.front();
+  if (!extra.starts_with("-"))
+    usage_error("unexpected-argument", fmt::format("unexpected argument '{}'", printable(extra)),
+                fmt::format("see `bitwright {} --help`", command.name));
+  std::vector<std::string> known;
+  for (const Option& option : options_of(command)) known.push_back(long_name(option.name));
+  usage_error("unknown-option", fmt::format("unknown option '{}'", printable(extra.substr(0, extra.find('=')))),
+              suggest(extra.substr(0, extra.find('=')), known));
+}
+
+/// A CLI11 application made from the tables; what was typed lands in `arguments`.
+class Parser {
+ public:
+  Parser() : app_("Bitwright quantizes language models and measures what it did.", "bitwright") {
+    app_.set_version_flag("--version", std::string("bitwright ") + BITWRIGHT_VERSION);
+    app_.allow_extras();
+    app_.require_subcommand(0, 1);
+    for (const Command* command : all_commands()) add(*command);
+  }
+
+  /// Null if all was said by printing (--help, --version).
+  const Command* parse(int argc, const char* const* argv, Arguments& arguments) {
+    try {
+      app_.parse(argc, argv);
+    } catch (const CLI::Success& done) {
+      app_.exit(done);
+      return nullptr;
+    } catch (const CLI::ParseError& error) {
+      usage_error("bad-usage", error.what(), "see `bitwright --help`");
+    }
+    for (const auto& [command, sub] : subcommands_)
+      if (sub->parsed()) {
+        unknown_argument(*command, sub->remaining());
+        collect(*command, *sub, arguments);
+        return command;
+      }
+    no_command(app_.remaining());
+  }
+
+ private:
+  void add(const Command& command) {
+    CLI::App* sub = app_.add_subcommand(std::string(command.name), std::string(command.summary));
+    sub->allow_extras();
+    // A missing MODEL may come from the configuration; whoever needs it says so.
+    if (command.takes_model) sub->add_option("MODEL", model_, "directory or .safetensors file")->type_name("");
+    for (const Option& option : options_of(command)) {
+      std::vector<std::string>& typed = typed_[std::string(command.name) + long_name(option.name)];
+      if (option.type == Option::Type::flag) {
+        sub->add_flag(option.name, option.help);
+      } else {
+        CLI::Option* added = sub->add_option(option.name, typed, option.help)->type_name(option.value_name);
+        added->expected(1);
+        if (option.type == Option::Type::names)
+          added->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
+        else
+          added->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+      }
+    }
+    subcommands_.emplace_back(&command, sub);
+  }
+
+  void collect(const Command& command, const CLI::App& sub, Arguments& arguments) {
+    for (const Option& option : options_of(command)) {
+      const std::string name = long_name(option.name);
+      if (sub.get_option(name)->count() == 0) {
+        if (option.required)
+          usage_error("missing-option", fmt::format("{} is required", name),
+                      fmt::format("see `bitwright {} --help`", command.name));
+        continue;
+      }
+      arguments.values[name] = typed_[std::string(command.name) + name];
+      for (const std::string& value : arguments.values[name]) check_option(option, value);
+    }
+    arguments.model = model_;
+    if (command.takes_config) arguments.config = read_config(arguments);
+    if (const OrderedJson* model = find_config(arguments.config, "model"); model != nullptr && arguments.model.empty())
+      arguments.model = model->get<std::string>();
+    if (command.takes_model && arguments.model.empty())
+      usage_error("missing-model", "no MODEL is given", fmt::format("see `bitwright {} --help`", command.name));
+  }
+
+  [[noreturn]] static void no_command(const std::vector<std::string>& extras) {
+    if (extras.empty()) usage_error("no-command", "no command is given", "see `bitwright --help`");
+    std::vector<std::string> known;
+    for (const Command* command : all_commands()) known.emplace_back(command->name);
+    usage_error("unknown-command", fmt::format("unknown command '{}'", printable(extras.front())),
+                suggest(extras.front(), known));
+  }
+
+  CLI::App app_;
+  std::string model_;
+  std::map<std::string, std::vector<std::string>> typed_;  ///< by command and option
+  std::vector<std::pair<const Command*, CLI::App*>> subcommands_;
+};
+
+void apply_common(const Arguments& arguments) {
+  if (const auto threads = arguments.integer("--threads")) set_thread_count(static_cast<size_t>(*threads));
+  if (arguments.flag("--quiet")) set_verbosity(Verbosity::quiet);
+  if (arguments.flag("--verbose")) set_verbosity(Verbosity::verbose);
+}
+
+void print_result(const Command& command, const Arguments& arguments, OrderedJson result,
+                  const std::vector<Warning>& warnings) {
+  if (!arguments.json) {
+    command.print(result);
+  } else {
+    OrderedJson& list = result["warnings"] = OrderedJson::array();
+    for (const Warning& warning : warnings) list.push_back({{"code", warning.code}, {"message", warning.message}});
+    fmt::print("{}\n", result.dump(2, ' ', false, OrderedJson::error_handler_t::replace));
+  }
+  if (std::fflush(stdout) != 0)
+    throw Error({.code = "cannot-write", .what = "cannot write to standard output", .why = std::strerror(errno)});
+}
+
+int report(const Error& error, bool json) {
+  fmt::print(stderr, "error: {}\n", error.what());
+  if (json) {
+    const OrderedJson document = {{"error", {{"code", error.code()}, {"message", error.what()}}}};
+    fmt::print("{}\n", document.dump(2, ' ', false, OrderedJson::error_handler_t::replace));
+  }
+  return static_cast<int>(error.status());
+}
+
+}  // namespace
+
+std::span<const Command* const> all_commands() {
+#define COMMAND(name) &name##_command,
+  static const std::array all = {
+#include "cli/commands.def"
+  };
+  return all;
+}
+
+std::optional<std::string> Arguments::text(std::string_view name) const {
+  const auto found = values.find(name);
+  return found == values.end() || found->second.empty() ? std::nullopt : std::optional(found->second.back());
+}
+
+std::optional<int64_t> Arguments::integer(std::string_view name) const {
+  const auto found = text(name);
+  return found ? parse_number<int64_t>(*found) : std::nullopt;
+}
+
+std::optional<double> Arguments::number(std::string_view name) const {
+  const auto found = text(name);
+  return found ? parse_number<double>(*found) : std::nullopt;
+}
+
+int run_command_line(int argc, const char* const* argv) {
+  install_interrupt_handler();
+  // Known before parsing, so that an error in parsing is reported the way that was asked for.
+  const bool json = std::any_of(argv, argv + argc, [](std::string_view word) { return word == "--json"; });
+  try {
+    Parser parser;
+    Arguments arguments;
+    arguments.json = json;
+    const Command* command = parser.parse(argc, argv, arguments);
+    if (command == nullptr) return static_cast<int>(ExitStatus::done);
+    apply_common(arguments);
+    std::vector<Warning> warnings;
+    OrderedJson result = command->run(arguments, warnings);
+    if (verbosity() != Verbosity::quiet)
+      for (const Warning& warning : warnings)
+        fmt::print(stderr, "warning[{}]: {}\n", warning.code, printable(warning.message, 2000));
+    print_result(*command, arguments, std::move(result), warnings);
+    return static_cast<int>(ExitStatus::done);
+  } catch (const Error& error) {
+    return report(error, json);
+  } catch (const std::filesystem::filesystem_error& error) {
+    return report(Error({.code = "file-system",
+                         .what = "cannot use file",
+                         .where = error.path1().string(),
+                         .why = error.code().message()}),
+                  json);
+  } catch (const std::bad_alloc&) {
+    return report(
+        Error(
+            {.code = "out-of-memory", .what = "out of memory", .fix = "close other programs or use a larger machine"}),
+        json);
+  }
+}
+
+}  // namespace bitwright

@@ -1,0 +1,44 @@
+#include <fmt/format.h>
+
+#include "base/progress.hpp"
+#include "cli/command.hpp"
+#include "quantize/quantize.hpp"
+
+namespace bitwright {
+namespace {
+
+OrderedJson run(const Arguments& arguments, std::vector<Warning>&) {
+  const Checkpoint model(arguments.model);
+  model.verify_digests();
+  return dequantize(model, *arguments.text("--output"), *dtype_from_name(arguments.text("--dtype").value_or("float32")),
+                    arguments.flag("--force"));
+}
+
+void print(const OrderedJson& result) {
+  fmt::print("{}: {}, {}\n", result["output"].get<std::string>(), result["dtype"].get<std::string>(),
+             format_bytes(result["bytes"].get<uint64_t>()));
+}
+
+}  // namespace
+
+extern const Command dequantize_command;
+const Command dequantize_command = {.name = "dequantize",
+                                    .summary = "back to plain floats, no trace of quantization",
+                                    .options = {{.name = "-o,--output",
+                                                 .type = Option::Type::text,
+                                                 .value_name = "DIR",
+                                                 .help = "where the model goes",
+                                                 .required = true},
+                                                {.name = "--dtype",
+                                                 .type = Option::Type::text,
+                                                 .value_name = "T",
+                                                 .help = "float32 (default), float16 or bfloat16",
+                                                 .values = {"float32", "float16", "bfloat16"}},
+                                                {.name = "--force",
+                                                 .type = Option::Type::flag,
+                                                 .value_name = "",
+                                                 .help = "replace an existing output"}},
+                                    .run = run,
+                                    .print = print};
+
+}  // namespace bitwright

@@ -1,0 +1,59 @@
+#include "quantize/model_card.hpp"
+
+#include <fmt/format.h>
+
+#include <nlohmann/json.hpp>
+
+#include "base/progress.hpp"
+
+namespace bitwright {
+namespace {
+
+std::string quality_section(const OrderedJson& verification) {
+  if (!verification.contains("perplexity"))
+    return fmt::format("Not judged: {}.\n", verification.value("reason", "verification was switched off"));
+  const double perplexity = verification["perplexity"], reference = verification["reference_perplexity"];
+  const double kl = verification["kl_mean"], agreement = verification["top1_agreement"];
+  const OrderedJson& protocol = verification["protocol"];
+  return fmt::format(
+      "{}\n\n"
+      "| | original | quantized |\n|---|---|---|\n"
+      "| perplexity | {:.4f} | {:.4f} ({:+.2f} %) |\n"
+      "| KL divergence, mean (nats a token) | 0 | {:.6f} |\n"
+      "| same most likely token | | {:.2f} % |\n\n"
+      "Measured on {} tokens of short English stories that ship with the program: {} windows of {} tokens.\n",
+      quality_sentence(perplexity / reference, kl), reference, perplexity, 100 * (perplexity / reference - 1), kl,
+      100 * agreement, verification["tokens"].get<int64_t>(), protocol["windows"].get<int64_t>(),
+      protocol["context"].get<int64_t>());
+}
+
+}  // namespace
+
+std::string quality_sentence(double ratio, double kl_mean) {
+  const double percent = 100 * (ratio - 1);
+  const char* verdict = percent < 0.5 && kl_mean < 0.01 ? "Practically equal to the original"
+                        : percent < 3 && kl_mean < 0.05 ? "Close to the original"
+                        : percent < 10 && kl_mean < 0.2 ? "Noticeably worse than the original"
+                                                        : "Much worse than the original";
+  return fmt::format("**{}:** perplexity {:+.2f} %, mean KL divergence {:.4f}.", verdict, percent, kl_mean);
+}
+
+std::string model_card(const OrderedJson& record) {
+  std::string card = fmt::format(
+      "# Quantized model\n\n"
+      "{} with algorithm {}; {} of {} tensors, {:.3f} bits per weight over the whole model, {} (original: {}).\n"
+      "Made by bitwright {}; `bitwright dequantize` turns it back into plain floats.\n\n## Quality\n\n",
+      record["scheme"].get<std::string>(), record["algorithm"].get<std::string>(), record["layers"].size(),
+      record["tensor_count"].get<size_t>(), record["bits_per_weight"].get<double>(),
+      format_bytes(record["bytes_out"].get<uint64_t>()), format_bytes(record["bytes_in"].get<uint64_t>()),
+      record["tool"]["version"].get<std::string>());
+  card += quality_section(record["verification"]);
+  card += "\n## Layers\n\n| tensor | scheme | bits per weight | relative error |\n|---|---|---|---|\n";
+  for (const OrderedJson& layer : record["layers"])
+    card += fmt::format("| {} | {} | {:.3f} | {:.5f} |\n", layer["name"].get<std::string>(),
+                        layer["scheme"].get<std::string>(), layer["bits_per_weight"].get<double>(),
+                        layer["relative_error"].get<double>());
+  return card;
+}
+
+}  // namespace bitwright

@@ -1,0 +1,66 @@
+#include "quantize/model_files.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <string_view>
+#include <vector>
+
+#include "base/error.hpp"
+#include "base/mapped_file.hpp"
+#include "base/output.hpp"
+
+namespace bitwright {
+namespace {
+
+namespace fs = std::filesystem;
+
+/// Written anew or made of weights.
+bool is_rewritten(const std::string& name) {
+  return name == "config.json" || name == "quantization_metadata.json" || name.ends_with(".index.json");
+}
+
+bool is_side_file(const fs::path& path) {
+  constexpr std::array<std::string_view, 6> kKinds = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab"};
+  return std::ranges::find(kKinds, path.extension().string()) != kKinds.end() &&
+         !is_rewritten(path.filename().string());
+}
+
+bool is_inside(const fs::path& inner, const fs::path& outer) {
+  const auto [end, unused] = std::mismatch(outer.begin(), outer.end(), inner.begin(), inner.end());
+  return end == outer.end();
+}
+
+}  // namespace
+
+fs::path model_directory(const Checkpoint& model) {
+  if (fs::is_directory(model.path())) return model.path();
+  return model.path().has_parent_path() ? model.path().parent_path() : fs::path(".");
+}
+
+OrderedJson read_config(const Checkpoint& model) {
+  const fs::path path = model_directory(model) / "config.json";
+  return fs::exists(path) ? parse_ordered_json(read_text_file(path), path.string()) : OrderedJson::object();
+}
+
+void copy_side_files(const Checkpoint& model, const fs::path& to) {
+  std::vector<fs::path> files;
+  for (const fs::directory_entry& entry : fs::directory_iterator(model_directory(model)))
+    if (entry.is_regular_file() && is_side_file(entry.path())) files.push_back(entry.path());
+  for (const fs::path& file : files) write_text_file(to / file.filename(), MappedFile(file).text());
+}
+
+void check_apart(const Checkpoint& model, const fs::path& output) {
+  const fs::path target = fs::weakly_canonical(fs::absolute(output) / "");
+  const fs::path source = fs::weakly_canonical(fs::absolute(model_directory(model)) / "");
+  if (is_inside(target.parent_path(), source.parent_path()) || is_inside(source.parent_path(), target.parent_path()))
+    throw Error({.code = "output-is-input",
+                 .what = "cannot write output",
+                 .where = output.string(),
+                 .why = fmt::format("it is, holds or lies in the model {}", model.path().string()),
+                 .fix = "choose a directory beside it",
+                 .status = ExitStatus::usage});
+}
+
+}  // namespace bitwright

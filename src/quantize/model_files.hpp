@@ -1,0 +1,24 @@
+#pragma once
+
+#include <filesystem>
+#include <nlohmann/json.hpp>
+
+#include "base/json.hpp"
+#include "checkpoint/checkpoint.hpp"
+
+namespace bitwright {
+
+/// The directory whose config.json and tokenizer belong to `model` (its own, or the one its single file lies in).
+std::filesystem::path model_directory(const Checkpoint& model);
+
+/// config.json in the order it was written; an empty object where there is none.
+OrderedJson read_config(const Checkpoint& model);
+
+/// Copies what belongs to a model beside weights and configuration: tokenizer files, generation settings, templates.
+/// No program code and no README.
+void copy_side_files(const Checkpoint& model, const std::filesystem::path& to);
+
+/// An output may be neither the model, nor hold it, nor lie in it. Throws Error.
+void check_apart(const Checkpoint& model, const std::filesystem::path& output);
+
+}  // namespace bitwright

@@ -1,0 +1,106 @@
+#include "quantize/verify.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+
+#include "base/threads.hpp"
+#include "model/model.hpp"
+#include "quantize/model_files.hpp"
+#include "tokenizer/tokenizer.hpp"
+
+namespace bitwright {
+namespace {
+
+constexpr size_t kErrorGrain = size_t{1} << 16;
+constexpr int64_t kContext = 256;
+constexpr int64_t kMostWindows = 32;
+constexpr double kMostOperations = 4e12;  // a minute or so on a small machine
+
+[[noreturn]] void fail(const std::string& where, const std::string& why) {
+  throw Error({.code = "verification-failed",
+               .what = "the written model is not what was meant",
+               .where = where,
+               .why = why,
+               .fix = "nothing was kept; check the disk and memory, and report this"});
+}
+
+/// Errors after which a model is merely not judged: it is of a kind the runtime or the tokenizer does not know.
+bool means_not_runnable(const Error& error) {
+  constexpr std::array<std::string_view, 3> kCodes = {"unknown-architecture", "unsupported-config",
+                                                      "unsupported-tokenizer"};
+  return std::ranges::find(kCodes, error.code()) != kCodes.end();
+}
+
+/// As many windows as the budget of operations allows, two models each.
+int64_t affordable_windows(const Checkpoint& model) {
+  double parameters = 0;
+  for (const TensorEntry& entry : model.tensors()) parameters += static_cast<double>(element_count(entry.shape));
+  const double windows = kMostOperations / (2 * 2 * parameters * static_cast<double>(kContext));
+  return std::clamp<int64_t>(static_cast<int64_t>(windows), 1, kMostWindows);
+}
+
+}  // namespace
+
+double relative_error(std::span<const float> original, std::span<const float> decoded) {
+  const size_t pieces = (original.size() + kErrorGrain - 1) / kErrorGrain;
+  std::vector<std::array<double, 2>> sums(pieces, {0, 0});
+  parallel_ranges(original.size(), kErrorGrain, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      const double w = original[i], d = w - static_cast<double>(decoded[i]);
+      sums[begin / kErrorGrain][0] += d * d;
+      sums[begin / kErrorGrain][1] += w * w;
+    }
+  });
+  double difference = 0, norm = 0;
+  for (const auto& [d, w] : sums) {
+    difference += d;
+    norm += w;
+  }
+  return norm == 0 ? std::sqrt(difference) : std::sqrt(difference / norm);
+}
+
+void verify_tensors(const Checkpoint& source, const Checkpoint& written, const std::vector<LayerResult>& layers) {
+  if (source.tensors().size() != written.tensors().size())
+    fail(written.path().string(),
+         fmt::format("{} tensors, the original has {}", written.tensors().size(), source.tensors().size()));
+  auto layer = layers.begin();
+  for (const TensorEntry& entry : source.tensors()) {
+    throw_if_interrupted();
+    const TensorEntry* found = written.find(entry.name);
+    if (found == nullptr || found->shape != entry.shape) fail(entry.name, "missing, or of another shape");
+    if (!found->quantized()) {
+      if (!std::ranges::equal(source.plain_bytes(entry), written.plain_bytes(*found)))
+        fail(entry.name, "its bytes differ from the original's");
+      continue;
+    }
+    const double error = relative_error(source.read_f32(entry), written.read_f32(*found));
+    if (layer == layers.end() || layer->name != entry.name || layer->relative_error != error || !std::isfinite(error))
+      fail(entry.name, fmt::format("reads back with a relative error of {}", error));
+    ++layer;
+  }
+}
+
+std::optional<Judgement> judge(const Checkpoint& source, const Checkpoint& written, std::string& reason) {
+  try {
+    const Tokenizer tokenizer(model_directory(source));
+    const Model original(source), quantized(written);
+    Judgement j;
+    j.protocol.context = std::min(kContext, original.config().context);
+    j.protocol.stride = j.protocol.context;
+    j.protocol.split = "<|endoftext|>";
+    j.protocol.bos = tokenizer.adds_bos() && tokenizer.bos_id() ? Protocol::Bos::document : Protocol::Bos::none;
+    j.protocol.max_windows = affordable_windows(source);
+    const std::vector<int32_t> tokens = token_stream(tokenizer, bundled_text(), j.protocol);
+    j.quality = evaluate(quantized, &original, tokens, j.protocol, tokenizer.bos_id());
+    return j;
+  } catch (const Error& e) {
+    if (!means_not_runnable(e)) throw;
+    reason = e.what();
+    return std::nullopt;
+  }
+}
+
+}  // namespace bitwright

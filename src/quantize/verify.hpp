@@ -1,0 +1,38 @@
+#pragma once
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/error.hpp"
+#include "checkpoint/checkpoint.hpp"
+#include "evaluate/evaluate.hpp"
+#include "recipe/recipe.hpp"
+
+namespace bitwright {
+
+/// What became of one quantized tensor.
+struct LayerResult {
+  std::string name;
+  Scheme scheme;
+  std::string algorithm;
+  double relative_error;  ///< |w - decoded| / |w|, Euclidean; 0 for an all-zero tensor
+  uint64_t bytes;
+};
+
+/// |a - b| / |a|, Euclidean, summed in a fixed order.
+double relative_error(std::span<const float> original, std::span<const float> decoded);
+
+/// Reads every tensor of `written` back: kept ones must equal `source` byte for byte, quantized ones must decode to
+/// values with the errors in `layers`. Throws Error{"verification-failed"} on any difference or non-finite value.
+void verify_tensors(const Checkpoint& source, const Checkpoint& written, const std::vector<LayerResult>& layers);
+
+struct Judgement {
+  Quality quality;
+  Protocol protocol;
+};
+/// Perplexity and divergence of `written` against `source` on the bundled text; nothing where the model cannot be run,
+/// `reason` saying why.
+std::optional<Judgement> judge(const Checkpoint& source, const Checkpoint& written, std::string& reason);
+
+}  // namespace bitwright

@@ -1,0 +1,251 @@
+#include "recipe/config.hpp"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "algorithm/algorithm.hpp"
+#include "base/error.hpp"
+#include "base/nearest.hpp"
+
+namespace bitwright {
+namespace {
+
+using Type = ConfigKey::Type;
+
+std::vector<std::string> algorithm_names() {
+  std::vector<std::string> names = {"auto"};
+  for (const Algorithm* algorithm : all_algorithms()) names.emplace_back(algorithm->name);
+  return names;
+}
+
+std::vector<ConfigKey> make_keys() {
+  return {
+      {.path = "model", .type = Type::text, .fallback = "", .help = "the model to work on"},
+      {.path = "quantization.method",
+       .type = Type::text,
+       .fallback = "none",
+       .help = "what you want; the keys below refine it",
+       .values = {"none", "int8", "int4", "int3", "int2", "nf4", "fp4"},
+       .per_layer = true},
+      {.path = "quantization.weight_only",
+       .type = Type::boolean,
+       .fallback = "true",
+       .help = "activations stay in floating point",
+       .values = {"true"}},
+      {.path = "quantization.algorithm",
+       .type = Type::text,
+       .fallback = "auto",
+       .help = "how codes are chosen",
+       .values = algorithm_names(),
+       .per_layer = true},
+      {.path = "quantization.range",
+       .type = Type::text,
+       .fallback = "minmax from 8 bits on, mse below",
+       .help = "a group's range: its extremes, or least squared error",
+       .values = {"auto", "minmax", "mse"},
+       .per_layer = true},
+      {.path = "quantization.scheme.bits",
+       .type = Type::integer,
+       .fallback = "from the method",
+       .help = "bits of an integer code",
+       .least = 2,
+       .most = 8,
+       .per_layer = true},
+      {.path = "quantization.scheme.symmetric",
+       .type = Type::boolean,
+       .fallback = "true at 8 bits, else false",
+       .help = "no zero point",
+       .per_layer = true},
+      {.path = "quantization.scheme.granularity",
+       .type = Type::text,
+       .fallback = "channel at 8 bits, else group",
+       .help = "what shares a scale",
+       .values = {"tensor", "channel", "group"},
+       .per_layer = true},
+      {.path = "quantization.scheme.group_size",
+       .type = Type::integer,
+       .fallback = "64",
+       .help = "weights that share a scale",
+       .least = 1,
+       .most = 1 << 20,
+       .per_layer = true},
+      {.path = "quantization.scheme.scale_dtype",
+       .type = Type::text,
+       .fallback = "float16; float32 for nf4 and fp4",
+       .help = "type of the scales",
+       .values = {"float32", "float16", "bfloat16"},
+       .per_layer = true},
+      {.path = "quantization.scheme.nested_scales",
+       .type = Type::boolean,
+       .fallback = "false",
+       .help = "quantize the scales again (double quantization)",
+       .per_layer = true},
+      {.path = "quantization.scheme.quant_type",
+       .type = Type::text,
+       .fallback = "from the method",
+       .help = "kind of code",
+       .values = {"int", "nf4", "fp4"},
+       .per_layer = true},
+      {.path = "quantization.skip_modules",
+       .type = Type::names,
+       .fallback = "lm_head",
+       .help = "modules kept in full precision (names, prefixes, globs)"},
+      {.path = "quantization.layer_configs",
+       .type = Type::rules,
+       .fallback = "",
+       .help = "settings by module; the first match wins"},
+  };
+}
+
+std::string_view last_name(std::string_view path) {
+  const size_t dot = path.rfind('.');
+  return dot == std::string_view::npos ? path : path.substr(dot + 1);
+}
+
+std::string shown(const OrderedJson& value) { return value.is_string() ? value.get<std::string>() : value.dump(); }
+
+[[noreturn]] void bad_value(const std::string& where, std::string_view key, const OrderedJson& value,
+                            const std::string& why) {
+  throw Error({.code = "bad-value",
+               .what = "bad configuration",
+               .where = where,
+               .why = fmt::format("{}: '{}' {}", key, printable(shown(value)), why),
+               .status = ExitStatus::usage});
+}
+
+void check_value(const ConfigKey& key, const OrderedJson& value, const std::string& where) {
+  const auto fail = [&](const std::string& why) { bad_value(where, key.path, value, why); };
+  switch (key.type) {
+    case Type::text:
+      if (!value.is_string()) fail("is no text");
+      break;
+    case Type::boolean:
+      if (!value.is_boolean()) fail("is neither true nor false");
+      break;
+    case Type::integer:
+      if (!value.is_number_integer()) fail("is no whole number");
+      if (value.get<int64_t>() < key.least || value.get<int64_t>() > key.most)
+        fail(fmt::format("is not between {} and {}", key.least, key.most));
+      break;
+    case Type::names:
+      if (!value.is_array() || !std::ranges::all_of(value, [](const OrderedJson& item) { return item.is_string(); }))
+        fail("is no list of names");
+      break;
+    case Type::rules:
+      break;
+  }
+  if (!key.values.empty() && std::ranges::find(key.values, shown(value)) == key.values.end())
+    fail(fmt::format("is not known; valid: {}", fmt::join(key.values, ", ")));
+}
+
+void check_rules(const OrderedJson& rules, std::string_view path, const std::string& where) {
+  if (!rules.is_object()) bad_value(where, path, rules, "is no mapping of modules to settings");
+  for (const auto& [pattern, settings] : rules.items()) {
+    const std::string at = fmt::format("{}.{}", path, pattern);
+    if (!settings.is_object()) bad_value(where, at, settings, "is no mapping of settings");
+    for (const auto& [name, value] : settings.items()) {
+      std::vector<std::string> known;
+      const ConfigKey* found = nullptr;
+      for (const ConfigKey& key : config_keys()) {
+        if (!key.per_layer) continue;
+        known.emplace_back(last_name(key.path));
+        if (known.back() == name) found = &key;
+      }
+      if (found == nullptr)
+        throw Error({.code = "unknown-key",
+                     .what = "bad configuration",
+                     .where = where,
+                     .why = fmt::format("unknown key '{}' for module '{}'", printable(name), printable(pattern)),
+                     .fix = suggest(name, known),
+                     .status = ExitStatus::usage});
+      check_value(*found, value, where);
+    }
+  }
+}
+
+void check_object(const OrderedJson& object, const std::string& prefix, const std::string& where) {
+  for (const auto& [name, value] : object.items()) {
+    const std::string path = prefix.empty() ? name : prefix + "." + name;
+    std::vector<std::string> siblings;
+    const ConfigKey* found = nullptr;
+    bool is_section = false;
+    for (const ConfigKey& key : config_keys()) {
+      if (key.path == path) found = &key;
+      is_section = is_section || key.path.starts_with(path + ".");
+      if (!prefix.empty() && !key.path.starts_with(prefix + ".")) continue;
+      const std::string_view rest = key.path.substr(prefix.empty() ? 0 : prefix.size() + 1);
+      siblings.emplace_back(rest.substr(0, rest.find('.')));
+    }
+    siblings.erase(std::unique(siblings.begin(), siblings.end()), siblings.end());
+    if (found != nullptr && found->type == Type::rules) {
+      check_rules(value, path, where);
+    } else if (found != nullptr) {
+      check_value(*found, value, where);
+    } else if (is_section && value.is_object()) {
+      check_object(value, path, where);
+    } else if (is_section) {
+      bad_value(where, path, value, "is no section of keys");
+    } else {
+      throw Error({.code = "unknown-key",
+                   .what = "bad configuration",
+                   .where = where,
+                   .why = fmt::format("unknown key '{}'", printable(path)),
+                   .fix = suggest(name, siblings),
+                   .status = ExitStatus::usage});
+    }
+  }
+}
+
+}  // namespace
+
+std::span<const ConfigKey> config_keys() {
+  static const std::vector<ConfigKey> keys = make_keys();
+  return keys;
+}
+
+std::string option_of(const ConfigKey& key) {
+  if (key.type == Type::rules || key.path.find('.') == std::string_view::npos) return {};
+  std::string option = "--" + std::string(last_name(key.path));
+  std::ranges::replace(option, '_', '-');
+  return option;
+}
+
+void set_config_value(OrderedJson& config, std::string_view path, const OrderedJson& value) {
+  // A module pattern has dots of its own: all that follows layer_configs, but for the setting's name, is one key.
+  constexpr std::string_view kRules = "quantization.layer_configs.";
+  if (path.starts_with(kRules) && path.size() > kRules.size()) {
+    const std::string rest(path.substr(kRules.size()));
+    const size_t dot = value.is_object() ? std::string::npos : rest.rfind('.');
+    OrderedJson& rules = config["quantization"]["layer_configs"];
+    (dot == std::string::npos ? rules[rest] : rules[rest.substr(0, dot)][rest.substr(dot + 1)]) = value;
+    return;
+  }
+  OrderedJson* at = &config;
+  for (size_t begin = 0; begin <= path.size();) {
+    const size_t dot = std::min(path.find('.', begin), path.size());
+    if (!at->is_object() && !at->is_null()) bad_value("--set", path, value, "cannot be set inside a plain value");
+    at = &(*at)[std::string(path.substr(begin, dot - begin))];
+    begin = dot + 1;
+  }
+  *at = value;
+}
+
+void check_config(const OrderedJson& config, const std::string& where) { check_object(config, "", where); }
+
+const OrderedJson* find_config(const OrderedJson& config, std::string_view path) {
+  const OrderedJson* at = &config;
+  for (size_t begin = 0; begin <= path.size();) {
+    const size_t dot = std::min(path.find('.', begin), path.size());
+    if (!at->is_object()) return nullptr;
+    const auto found = at->find(std::string(path.substr(begin, dot - begin)));
+    if (found == at->end()) return nullptr;
+    at = &*found;
+    begin = dot + 1;
+  }
+  return at->is_null() ? nullptr : at;
+}
+
+}  // namespace bitwright

@@ -1,0 +1,296 @@
+#include "recipe/recipe.hpp"
+
+#include <fmt/format.h>
+#include <fnmatch.h>
+
+#include <algorithm>
+#include <array>
+#include <nlohmann/json.hpp>
+
+#include "recipe/config.hpp"
+
+namespace bitwright {
+namespace {
+
+constexpr std::string_view kWeight = ".weight";
+constexpr int64_t kGroupSize = 64;
+constexpr int64_t kNestedBlock = 256;  // bitsandbytes' block of absmax values
+
+template <class T>
+void take(const OrderedJson& settings, const char* key, std::optional<T>& value) {
+  if (settings.contains(key) && !settings[key].is_null()) value = settings[key].get<T>();
+}
+
+void read_settings(const OrderedJson& scheme, const OrderedJson& rest, QuantizationSettings& s) {
+  take(rest, "method", s.method);
+  take(rest, "algorithm", s.algorithm);
+  take(rest, "range", s.range);
+  take(scheme, "bits", s.bits);
+  take(scheme, "symmetric", s.symmetric);
+  take(scheme, "granularity", s.granularity);
+  take(scheme, "group_size", s.group_size);
+  take(scheme, "scale_dtype", s.scale_dtype);
+  take(scheme, "nested_scales", s.nested_scales);
+  take(scheme, "quant_type", s.quant_type);
+}
+
+/// Explicit values of `over` win.
+QuantizationSettings merge(QuantizationSettings base, const QuantizationSettings& over) {
+  const auto set = [](auto& value, const auto& with) {
+    if (with) value = with;
+  };
+  // A layer's own method replaces the bits and codes that the model's method stands for.
+  if (over.method) {
+    base.bits.reset();
+    base.quant_type.reset();
+  }
+  set(base.method, over.method);
+  set(base.algorithm, over.algorithm);
+  set(base.range, over.range);
+  set(base.granularity, over.granularity);
+  set(base.scale_dtype, over.scale_dtype);
+  set(base.quant_type, over.quant_type);
+  set(base.bits, over.bits);
+  set(base.group_size, over.group_size);
+  set(base.symmetric, over.symmetric);
+  set(base.nested_scales, over.nested_scales);
+  return base;
+}
+
+[[noreturn]] void contradiction(const std::string& why, const std::string& fix) {
+  throw Error({.code = "bad-value",
+               .what = "bad configuration",
+               .where = "quantization",
+               .why = why,
+               .fix = fix,
+               .status = ExitStatus::usage});
+}
+
+/// The request for one tensor with every default filled in.
+struct Resolved {
+  std::string quant_type, granularity, scale_dtype, range;
+  int64_t bits, group_size;
+  bool symmetric, nested_scales;
+};
+
+bool asks_for_something(const QuantizationSettings& s) {
+  return (s.method && *s.method != "none") || (!s.method && (s.bits || s.quant_type));
+}
+
+Resolved fill_in(const QuantizationSettings& s) {
+  Resolved r;
+  const std::string method = s.method.value_or("");
+  r.quant_type = s.quant_type.value_or(method == "nf4" || method == "fp4" ? method : "int");
+  const bool table = r.quant_type != "int";
+  if (table && s.bits.value_or(4) != 4) contradiction(fmt::format("{} has 4 bits, not {}", r.quant_type, *s.bits), "");
+  const int64_t bits = method.starts_with("int") ? std::stoll(method.substr(3)) : 4;
+  r.bits = s.bits.value_or(bits);
+  if (table && s.symmetric.has_value() && !*s.symmetric)
+    contradiction(fmt::format("{} has no zero point", r.quant_type), "leave 'symmetric' out");
+  r.symmetric = table || s.symmetric.value_or(r.bits == 8);
+  const bool grouped = table || s.group_size || r.bits < 8;
+  r.granularity = s.granularity.value_or(grouped ? "group" : "channel");
+  if (s.group_size && r.granularity != "group")
+    contradiction(fmt::format("group_size {} and granularity {} exclude each other", *s.group_size, r.granularity),
+                  "give one of them");
+  r.group_size = r.granularity == "group" ? s.group_size.value_or(kGroupSize) : 0;
+  r.scale_dtype = s.scale_dtype.value_or(table ? "float32" : "float16");
+  r.nested_scales = s.nested_scales.value_or(false);
+  if (r.nested_scales && s.scale_dtype && *s.scale_dtype != "float32")
+    contradiction("nested scales are 8-bit codes under float32", "leave 'scale_dtype' out");
+  const std::string range = s.range.value_or("auto");
+  r.range = range == "auto" ? (r.bits == 8 || table ? "minmax" : "mse") : range;
+  return r;
+}
+
+Grouping grouping_of(const Resolved& r) {
+  if (r.granularity == "tensor") return Grouping::tensor();
+  if (r.granularity == "channel") return Grouping::channel();
+  // bitsandbytes' types are defined over the flattened weight.
+  return r.quant_type == "int" ? Grouping::along(r.group_size) : Grouping::flat(r.group_size);
+}
+
+Scheme scheme_of(const Resolved& r) {
+  const Grouping grouping = grouping_of(r);
+  Scheme scales = plain(*dtype_from_name(r.nested_scales ? "float32" : r.scale_dtype));
+  if (r.nested_scales)
+    scales = {.element = find_element("dynamic8"),
+              .scale = parameter(Grouping::flat(kNestedBlock), plain(DType::f32)),
+              .offset_kind = OffsetKind::bias,
+              .offset = parameter(Grouping::tensor(), plain(DType::f32))};
+  Scheme scheme = {.scale = parameter(grouping, std::move(scales))};
+  if (r.quant_type != "int") {
+    scheme.element = find_element(r.quant_type);
+    return scheme;
+  }
+  scheme.element = &integer_element(static_cast<int>(r.bits), r.symmetric);
+  if (!r.symmetric) {
+    scheme.offset_kind = OffsetKind::zero_point;
+    scheme.offset = parameter(grouping, {.element = scheme.element});
+  }
+  return scheme;
+}
+
+const Algorithm* algorithm_of(const QuantizationSettings& s) {
+  const std::string name = s.algorithm.value_or("auto");
+  return find_algorithm(name == "auto" ? "rtn" : name);
+}
+
+OrderedJson to_json(const Resolved& r, const Algorithm& algorithm) {
+  OrderedJson json = {{"algorithm", algorithm.name}, {"range", r.range},
+                      {"quant_type", r.quant_type},  {"bits", r.bits},
+                      {"symmetric", r.symmetric},    {"granularity", r.granularity}};
+  if (r.group_size != 0) json["group_size"] = r.group_size;
+  json["scale_dtype"] = r.nested_scales ? "float32" : r.scale_dtype;
+  json["nested_scales"] = r.nested_scales;
+  return json;
+}
+
+std::string_view module_of(std::string_view tensor) {
+  return tensor.ends_with(kWeight) ? tensor.substr(0, tensor.size() - kWeight.size()) : tensor;
+}
+
+bool is_embedding(std::string_view tensor) {
+  constexpr std::array<std::string_view, 6> kNames = {"embed_tokens",    "embed_in", "tok_embeddings",
+                                                      "word_embeddings", "wte",      "wpe"};
+  return std::ranges::any_of(kNames, [&](std::string_view name) { return matches(name, tensor); });
+}
+
+/// Why a tensor cannot be a linear weight, or empty.
+std::string why_not_linear(const TensorFacts& t) {
+  if (!t.is_float) return "not floating point";
+  if (t.shape.size() < 2 || t.shape.size() > 3) return "not a matrix";
+  if (!std::string_view(t.name).ends_with(kWeight)) return "not a module's weight";
+  if (element_count(t.shape) == 0) return "empty";
+  return {};
+}
+
+class Resolver {
+ public:
+  explicit Resolver(const QuantizationRequest& request)
+      : request_(request), skip_used_(request.skip_modules.size()), rule_used_(request.rules.size()) {}
+
+  TensorPlan plan(const TensorFacts& t) {
+    TensorPlan plan = {.name = t.name};
+    plan.reason = why_not_linear(t);
+    if (!plan.reason.empty()) return plan;
+    for (size_t i = 0; i < request_.skip_modules.size(); ++i)
+      if (matches(request_.skip_modules[i], t.name)) {
+        skip_used_[i] = true;
+        plan.reason = "skip_modules";
+      }
+    QuantizationSettings settings = request_.settings;
+    const LayerRule* rule = plan.reason.empty() ? find_rule(t.name) : nullptr;
+    if (rule != nullptr) settings = merge(settings, rule->settings);
+    if (plan.reason.empty() && rule == nullptr && request_.skip_embeddings && is_embedding(t.name))
+      plan.reason = "embedding";
+    if (plan.reason.empty() && !asks_for_something(settings)) plan.reason = "method none";
+    if (!plan.reason.empty()) return plan;
+    const Resolved r = fill_in(settings);
+    plan.scheme = scheme_of(r);
+    plan.algorithm = algorithm_of(settings);
+    plan.options.range = r.range == "mse" ? RangeRule::mse : RangeRule::minmax;
+    return plan;
+  }
+
+  std::vector<Warning> warnings() const {
+    std::vector<Warning> out;
+    const auto warn = [&](const std::string& key, const std::string& pattern) {
+      out.push_back(
+          {"UNUSED_PATTERN", fmt::format("{} '{}' matches no weight of this model", key, printable(pattern))});
+    };
+    for (size_t i = 0; i < skip_used_.size(); ++i)
+      if (!skip_used_[i] && request_.skip_modules[i] != "lm_head") warn("skip_modules", request_.skip_modules[i]);
+    for (size_t i = 0; i < rule_used_.size(); ++i)
+      if (!rule_used_[i]) warn("layer_configs", request_.rules[i].pattern);
+    return out;
+  }
+
+ private:
+  const LayerRule* find_rule(std::string_view tensor) {
+    for (size_t i = 0; i < request_.rules.size(); ++i)
+      if (matches(request_.rules[i].pattern, tensor)) {
+        rule_used_[i] = true;
+        return &request_.rules[i];
+      }
+    return nullptr;
+  }
+
+  const QuantizationRequest& request_;
+  std::vector<bool> skip_used_, rule_used_;
+};
+
+OrderedJson settings_json(const QuantizationRequest& request) {
+  OrderedJson json = OrderedJson::object();
+  if (request.settings.method) json["method"] = *request.settings.method;
+  if (asks_for_something(request.settings))
+    json.update(to_json(fill_in(request.settings), *algorithm_of(request.settings)));
+  json["skip_modules"] = request.skip_modules;
+  OrderedJson& rules = json["layer_configs"] = OrderedJson::object();
+  for (const LayerRule& rule : request.rules) {
+    const QuantizationSettings merged = merge(request.settings, rule.settings);
+    rules[rule.pattern] =
+        asks_for_something(merged) ? to_json(fill_in(merged), *algorithm_of(merged)) : OrderedJson{{"method", "none"}};
+  }
+  return json;
+}
+
+}  // namespace
+
+bool matches(std::string_view pattern, std::string_view tensor) {
+  const std::string_view module = module_of(tensor);
+  if (pattern.find_first_of("*?[") != std::string_view::npos) {
+    const std::string glob(pattern);
+    return fnmatch(glob.c_str(), std::string(tensor).c_str(), 0) == 0 ||
+           fnmatch(glob.c_str(), std::string(module).c_str(), 0) == 0;
+  }
+  const auto at_boundary = [&](size_t begin) {
+    const size_t end = begin + pattern.size();
+    return (begin == 0 || tensor[begin - 1] == '.') && (end == tensor.size() || tensor[end] == '.');
+  };
+  if (pattern.empty()) return false;
+  for (size_t at = tensor.find(pattern); at != std::string_view::npos; at = tensor.find(pattern, at + 1))
+    if (at_boundary(at)) return true;
+  return false;
+}
+
+QuantizationRequest read_request(const OrderedJson& config) {
+  QuantizationRequest request;
+  request.skip_modules = {"lm_head"};
+  const OrderedJson* section = find_config(config, "quantization");
+  if (section == nullptr) return request;
+  const OrderedJson* scheme = find_config(config, "quantization.scheme");
+  read_settings(scheme != nullptr ? *scheme : OrderedJson::object(), *section, request.settings);
+  if (const OrderedJson* skip = find_config(config, "quantization.skip_modules"))
+    request.skip_modules = skip->get<std::vector<std::string>>();
+  if (const OrderedJson* rules = find_config(config, "quantization.layer_configs"))
+    for (const auto& [pattern, settings] : rules->items()) {
+      LayerRule rule = {.pattern = pattern, .settings = {}};
+      read_settings(settings, settings, rule.settings);
+      request.rules.push_back(std::move(rule));
+    }
+  return request;
+}
+
+Recipe resolve(const QuantizationRequest& request, std::span<const TensorFacts> tensors) {
+  Recipe recipe;
+  recipe.settings = settings_json(request);
+  Resolver resolver(request);
+  bool any = false;
+  for (const TensorFacts& t : tensors) {
+    recipe.tensors.push_back(resolver.plan(t));
+    any = any || recipe.tensors.back().scheme.has_value();
+  }
+  if (!any)
+    throw Error({.code = "nothing-to-quantize",
+                 .what = "nothing to quantize",
+                 .why = asks_for_something(request.settings) || !request.rules.empty()
+                            ? "every weight of this model is skipped"
+                            : "no method is given",
+                 .fix = "give --method int8, int4, nf4 …, or see `bitwright methods`",
+                 .status = ExitStatus::usage});
+  recipe.warnings = resolver.warnings();
+  return recipe;
+}
+
+}  // namespace bitwright

@@ -1,0 +1,70 @@
+#pragma once
+
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "algorithm/algorithm.hpp"
+#include "base/error.hpp"
+#include "base/json.hpp"
+#include "scheme/scheme.hpp"
+
+namespace bitwright {
+
+/// What the user asked for one tensor: explicit values, else what intent leaves open.
+struct QuantizationSettings {
+  std::optional<std::string> method, algorithm, range, granularity, scale_dtype, quant_type;
+  std::optional<int64_t> bits, group_size;
+  std::optional<bool> symmetric, nested_scales;
+};
+
+/// Settings for the modules that `pattern` matches.
+struct LayerRule {
+  std::string pattern;
+  QuantizationSettings settings;
+};
+
+struct QuantizationRequest {
+  QuantizationSettings settings;
+  std::vector<std::string> skip_modules;
+  bool skip_embeddings = true;  ///< unless a layer rule names them
+  std::vector<LayerRule> rules;
+};
+
+/// Reads the `quantization` section of a configuration that check_config accepted. Order of layer_configs: as in
+/// `config` (a mapping of JSON is sorted by name; the more specific rule should not depend on it).
+QuantizationRequest read_request(const OrderedJson& config);
+
+/// A tensor of the model, as far as a recipe needs it.
+struct TensorFacts {
+  std::string name;
+  Shape shape;
+  bool is_float = true;
+};
+
+/// What happens to one tensor.
+struct TensorPlan {
+  std::string name;
+  std::optional<Scheme> scheme{};  ///< none: kept as it is
+  const Algorithm* algorithm = nullptr;
+  AlgorithmOptions options{};
+  std::string reason{};  ///< why it is kept
+};
+
+struct Recipe {
+  std::vector<TensorPlan> tensors;  ///< in the order of the facts
+  OrderedJson settings;             ///< the request with every default filled in
+  std::vector<Warning> warnings;
+};
+
+/// Which scheme and algorithm each tensor gets; the first rule that matches wins. Pure.
+/// Throws Error (exit status 2) if settings contradict each other or nothing would be quantized.
+Recipe resolve(const QuantizationRequest& request, std::span<const TensorFacts> tensors);
+
+/// Does `pattern` name this tensor's module? A glob (*, ?) is compared with the whole name, with and without ".weight";
+/// other patterns match whole components in a row: "model.layers.0", "down_proj".
+bool matches(std::string_view pattern, std::string_view tensor);
+
+}  // namespace bitwright
