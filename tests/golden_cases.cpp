@@ -83,4 +83,17 @@ void check_values(const GoldenCase& c, std::vector<float> decoded) {
   EXPECT_EQ(different, 0u) << "decoded values";
 }
 
+std::vector<float> decode_in_scale_dtype(const QuantizedTensor& t) {
+  const DType dtype = *dtype_of(*t.scheme.scale->scheme->element);
+  const std::vector<float> scale = decode(*t.scale), bias = decode(*t.offset);
+  const GroupMap groups(t.scheme.scale->grouping, t.shape);
+  std::vector<float> values;
+  for (size_t i = 0; i < t.codes.size(); ++i) {
+    const auto g = static_cast<size_t>(groups.group_of(static_cast<int64_t>(i)));
+    const float product = round_to(dtype, static_cast<float>(std::to_integer<int>(t.codes[i])) * scale[g]);
+    values.push_back(round_to(dtype, product + bias[g]));
+  }
+  return values;
+}
+
 }  // namespace bitwright::test

@@ -30,4 +30,7 @@ QuantizedTensor check_container(const Container& container, const GoldenCase& c,
 /// `decoded`, rounded to the dtype of the case's `dequantized`, must equal it.
 void check_values(const GoldenCase& c, std::vector<float> decoded);
 
+/// A bias scheme as MLX decodes it: in the dtype of the scales, rounded after the product and after the sum.
+std::vector<float> decode_in_scale_dtype(const QuantizedTensor& t);
+
 }  // namespace bitwright::test

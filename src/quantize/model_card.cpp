@@ -31,10 +31,10 @@ std::string quality_section(const OrderedJson& verification) {
 
 std::string quality_sentence(double ratio, double kl_mean) {
   const double percent = 100 * (ratio - 1);
-  const char* verdict = percent < 0.5 && kl_mean < 0.01 ? "Practically equal to the original"
-                        : percent < 3 && kl_mean < 0.05 ? "Close to the original"
-                        : percent < 10 && kl_mean < 0.2 ? "Noticeably worse than the original"
-                                                        : "Much worse than the original";
+  const char* verdict = percent < 0.2 && kl_mean < 0.001 ? "Practically equal to the original"
+                        : percent < 1 && kl_mean < 0.015 ? "Close to the original"
+                        : percent < 10 && kl_mean < 0.15 ? "Visibly worse than the original"
+                                                         : "Much worse than the original";
   return fmt::format("**{}:** perplexity {:+.2f} %, mean KL divergence {:.4f}.", verdict, percent, kl_mean);
 }
 

@@ -9,7 +9,7 @@ namespace bitwright {
 /// The README.md of a quantized model, from the record that quantization_metadata.json holds.
 std::string model_card(const OrderedJson& record);
 
-/// "close to the original" … "much worse than the original", from the rise in perplexity (1.05: 5 % more).
+/// From "practically equal to the original" to "much worse", by perplexity over the original's and mean KL divergence.
 std::string quality_sentence(double perplexity_ratio, double kl_mean);
 
 }  // namespace bitwright
