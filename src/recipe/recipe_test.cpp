@@ -1,0 +1,176 @@
+#include "recipe/recipe.hpp"
+
+#include <gtest/gtest.h>
+
+#include <nlohmann/json.hpp>
+
+#include "recipe/config.hpp"
+#include "tests/support.hpp"
+
+namespace bitwright {
+namespace {
+
+std::vector<TensorFacts> model() {
+  return {{.name = "model.embed_tokens.weight", .shape = {512, 64}},
+          {.name = "model.layers.0.self_attn.q_proj.weight", .shape = {64, 64}},
+          {.name = "model.layers.0.input_layernorm.weight", .shape = {64}},
+          {.name = "model.layers.1.mlp.down_proj.weight", .shape = {64, 172}},
+          {.name = "model.layers.11.mlp.down_proj.weight", .shape = {64, 172}},
+          {.name = "model.layers.0.experts.weight", .shape = {4, 64, 172}},
+          {.name = "position_ids.weight", .shape = {1, 64}, .is_float = false},
+          {.name = "lm_head.weight", .shape = {512, 64}}};
+}
+
+OrderedJson config(const std::string& yaml) {
+  const OrderedJson json = parse_config_value(yaml, "test");
+  check_config(json, "test");
+  return json;
+}
+
+Recipe resolve_yaml(const std::string& yaml) { return resolve(read_request(config(yaml)), model()); }
+
+std::string scheme_of(const Recipe& recipe, const std::string& name) {
+  for (const TensorPlan& plan : recipe.tensors)
+    if (plan.name.find(name) != std::string::npos) return plan.scheme ? describe(*plan.scheme) : plan.reason;
+  return "none";
+}
+
+Error error_of(const std::string& yaml) {
+  try {
+    resolve_yaml(yaml);
+  } catch (const Error& error) {
+    return error;
+  }
+  return Error({.code = "none"});
+}
+
+TEST(Recipe, IntentFillsInWhatIsLeftOpen) {
+  const Recipe int8 = resolve_yaml("quantization: {method: int8}");
+  EXPECT_EQ(scheme_of(int8, "q_proj"), "int8 symmetric, per channel, float16 scales");
+  EXPECT_EQ(scheme_of(int8, "experts"), "int8 symmetric, per channel, float16 scales");
+  EXPECT_EQ(scheme_of(int8, "embed_tokens"), "embedding");
+  EXPECT_EQ(scheme_of(int8, "lm_head"), "skip_modules");
+  EXPECT_EQ(scheme_of(int8, "layernorm"), "not a matrix");
+  EXPECT_EQ(scheme_of(int8, "position_ids"), "not floating point");
+  EXPECT_EQ(scheme_of(resolve_yaml("quantization: {method: int4}"), "q_proj"),
+            "int4 asymmetric, group 64, float16 scales");
+  EXPECT_EQ(scheme_of(resolve_yaml("quantization: {method: nf4}"), "q_proj"), "nf4, blocks of 64, float32 scales");
+  EXPECT_EQ(scheme_of(resolve_yaml("quantization: {scheme: {bits: 5}}"), "q_proj"),
+            "int5 asymmetric, group 64, float16 scales");
+  EXPECT_TRUE(int8.warnings.empty());
+}
+
+TEST(Recipe, ExplicitValuesWin) {
+  const std::string yaml =
+      "quantization: {method: int4, scheme: {bits: 3, symmetric: true, group_size: 32, scale_dtype: bfloat16}}";
+  EXPECT_EQ(scheme_of(resolve_yaml(yaml), "q_proj"), "int3 symmetric, group 32, bfloat16 scales");
+  EXPECT_EQ(scheme_of(resolve_yaml("quantization: {method: int4, scheme: {granularity: tensor}}"), "q_proj"),
+            "int4 asymmetric, per tensor, float16 scales");
+}
+
+TEST(Recipe, FirstRuleThatMatchesWinsInTheOrderWritten) {
+  const Recipe recipe = resolve_yaml(
+      "quantization: {method: int4, skip_modules: [q_proj], layer_configs: {z_unused: {bits: 2}, "
+      "model.layers.1: {bits: 8}, '*.down_proj': {group_size: 32}, model.layers.11: {bits: 2}, embed_tokens: {method: "
+      "int8}}}");
+  EXPECT_EQ(scheme_of(recipe, "layers.1.mlp"), "int8 symmetric, per channel, float16 scales");
+  EXPECT_EQ(scheme_of(recipe, "layers.11.mlp"), "int4 asymmetric, group 32, float16 scales");
+  EXPECT_EQ(scheme_of(recipe, "q_proj"), "skip_modules");
+  EXPECT_EQ(scheme_of(recipe, "embed_tokens"), "int8 symmetric, per channel, float16 scales");
+  EXPECT_EQ(scheme_of(recipe, "lm_head"), "int4 asymmetric, group 64, float16 scales");
+  ASSERT_EQ(recipe.warnings.size(), 2u);
+  EXPECT_EQ(recipe.warnings[0].code, "UNUSED_PATTERN");
+  EXPECT_NE(recipe.warnings[0].message.find("z_unused"), std::string::npos);
+}
+
+TEST(Recipe, LayersCanBeExemptedOrChosen) {
+  const Recipe exempt = resolve_yaml("quantization: {method: int8, layer_configs: {model.layers.0: {method: none}}}");
+  EXPECT_EQ(scheme_of(exempt, "q_proj"), "method none");
+  const Recipe chosen = resolve_yaml("quantization: {layer_configs: {q_proj: {method: nf4}}}");
+  EXPECT_EQ(scheme_of(chosen, "q_proj"), "nf4, blocks of 64, float32 scales");
+  EXPECT_EQ(scheme_of(chosen, "down_proj"), "method none");
+}
+
+TEST(Recipe, PatternsMatchWholeComponents) {
+  EXPECT_TRUE(matches("model.layers.1", "model.layers.1.mlp.down_proj.weight"));
+  EXPECT_FALSE(matches("model.layers.1", "model.layers.11.mlp.down_proj.weight"));
+  EXPECT_TRUE(matches("down_proj", "model.layers.11.mlp.down_proj.weight"));
+  EXPECT_FALSE(matches("own_proj", "model.layers.11.mlp.down_proj.weight"));
+  EXPECT_TRUE(matches("*.down_proj", "model.layers.11.mlp.down_proj.weight"));
+  EXPECT_FALSE(matches("", "a.weight"));
+}
+
+TEST(Recipe, ContradictionsAndNothingToDo) {
+  for (const char* yaml :
+       {"quantization: {method: int4, scheme: {granularity: channel, group_size: 32}}",
+        "quantization: {method: nf4, scheme: {bits: 8}}", "quantization: {method: nf4, scheme: {symmetric: false}}",
+        "quantization: {method: int4, scheme: {nested_scales: true, scale_dtype: float16}}"}) {
+    EXPECT_EQ(error_of(yaml).code(), "bad-value") << yaml;
+    EXPECT_EQ(error_of(yaml).status(), ExitStatus::usage);
+  }
+  EXPECT_EQ(error_of("{}").code(), "nothing-to-quantize");
+  EXPECT_EQ(error_of("quantization: {method: none}").code(), "nothing-to-quantize");
+  EXPECT_EQ(error_of("quantization: {method: int8, skip_modules: ['*']}").code(), "nothing-to-quantize");
+}
+
+TEST(Config, UnknownKeysNameTheNearest) {
+  EXPECT_NE(std::string(error_of("quantisation: {method: int8}").what()).find("did you mean 'quantization'?"),
+            std::string::npos);
+  EXPECT_NE(std::string(error_of("quantization: {scheme: {groupsize: 32}}").what()).find("'group_size'"),
+            std::string::npos);
+  EXPECT_NE(std::string(error_of("quantization: {layer_configs: {a: {bit: 8}}}").what()).find("did you mean 'bits'?"),
+            std::string::npos);
+  EXPECT_NE(std::string(error_of("quantization: {method: int5}").what()).find("valid: none, int8"), std::string::npos);
+}
+
+TEST(Config, ValuesAreChecked) {
+  for (const char* yaml :
+       {"quantization: int8", "quantization: {method: 8}", "quantization: {method: int8, scheme: {bits: 9}}",
+        "quantization: {method: int8, scheme: {bits: '8'}}", "quantization: {method: int8, scheme: {symmetric: 1}}",
+        "quantization: {skip_modules: lm_head}", "quantization: {layer_configs: [a]}",
+        "quantization: {layer_configs: {a: 8}}", "quantization: {weight_only: false}",
+        "quantization: {algorithm: magic}", "quantization: {scheme: {group_size: 0}}"}) {
+    EXPECT_EQ(error_of(yaml).code(), "bad-value") << yaml;
+    EXPECT_EQ(error_of(yaml).status(), ExitStatus::usage) << yaml;
+  }
+}
+
+TEST(Config, FilesAreYamlOrJson) {
+  const test::TemporaryDirectory dir;
+  test::write_file(dir / "a.yaml", "quantization:\n  method: int4   # comment\n  skip_modules: [lm_head, 'a.b']\n");
+  test::write_file(dir / "a.json", R"({"quantization": {"method": "int4", "skip_modules": ["lm_head", "a.b"]}})");
+  EXPECT_EQ(read_config_file(dir / "a.yaml"), read_config_file(dir / "a.json"));
+  const auto code = [&](const std::string& text) {
+    test::write_file(dir / "b.yaml", text);
+    try {
+      read_config_file(dir / "b.yaml");
+    } catch (const Error& error) {
+      return error.code();
+    }
+    return std::string("none");
+  };
+  EXPECT_EQ(code(""), "none");
+  EXPECT_EQ(code("- a"), "bad-config");
+  EXPECT_EQ(code("a: [1"), "bad-config");
+  EXPECT_EQ(code("a: 1\na: 2"), "bad-config");
+  // Each line stands for nine of the one before: 9^9 values.
+  std::string bomb = "a0: &a0 [1,1,1,1,1,1,1,1,1]\n";
+  for (int i = 1; i < 9; ++i) {
+    const std::string last = "*a" + std::to_string(i - 1), name = "a" + std::to_string(i);
+    bomb += name + ": &" + name + " [" + last;
+    for (int j = 0; j < 8; ++j) bomb += "," + last;
+    bomb += "]\n";
+  }
+  EXPECT_EQ(code(bomb), "bad-config");
+}
+
+TEST(Config, SetReachesEveryKey) {
+  OrderedJson json = OrderedJson::object();
+  set_config_value(json, "quantization.scheme.bits", 4);
+  set_config_value(json, "quantization.layer_configs.model.layers.0.bits", 8);
+  EXPECT_EQ(json.dump(), R"({"quantization":{"scheme":{"bits":4},"layer_configs":{"model.layers.0":{"bits":8}}}})");
+  EXPECT_THROW(set_config_value(json, "quantization.scheme.bits.x", 1), Error);
+}
+
+}  // namespace
+}  // namespace bitwright
