@@ -81,7 +81,6 @@ int try_all(Shared& shared, const std::vector<std::string>& corpus) {
 
 }  // namespace
 
-// NOLINTNEXTLINE(bugprone-exception-escape): an exception ends the run, as it should
 int main(int argc, char** argv) {
   if (argc != 2) return std::fprintf(stderr, "usage: %s CORPUS_DIRECTORY | FILE\n", argv[0]), 2;
   if (std::filesystem::is_regular_file(argv[1])) {  // reproduces a failure, in this process for a debugger

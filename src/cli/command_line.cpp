@@ -220,6 +220,7 @@ class Parser {
       arguments.values[name] = typed_[std::string(command.name) + name];
       for (const std::string& value : arguments.values[name]) check_option(option, value);
     }
+    arguments.json = arguments.flag("--json");
     arguments.model = model_;
     if (command.takes_config) arguments.config = read_config(arguments);
     if (const OrderedJson* model = find_config(arguments.config, "model"); model != nullptr && arguments.model.empty())

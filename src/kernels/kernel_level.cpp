@@ -1,7 +1,6 @@
 #include "kernels/kernel_level.hpp"
 
 #include <fmt/format.h>
-#include <fmt/ranges.h>
 
 #include <cstdlib>
 #include <string>
@@ -23,17 +22,17 @@ std::span<const KernelLevel> kernel_levels() {
 }
 
 const KernelLevel& find_kernel_level(std::string_view name) {
-  std::vector<std::string_view> usable;
+  std::string usable;
   for (const KernelLevel& level : kernel_levels()) {
     if (!level.usable()) continue;
     if (name.empty() || level.name == name) return level;
-    usable.push_back(level.name);
+    usable += (usable.empty() ? "" : ", ") + std::string(level.name);
   }
   throw Error({.code = "unknown-kernel",
                .what = "cannot choose kernels",
                .where = "BITWRIGHT_KERNEL",
                .why = fmt::format("'{}' is not usable here", printable(name)),
-               .fix = fmt::format("use one of {}, or leave it unset for the best", fmt::join(usable, ", ")),
+               .fix = fmt::format("use one of {}, or leave it unset for the best", usable),
                .status = ExitStatus::usage});
 }
 

@@ -15,9 +15,9 @@ constexpr size_t kPanel = 16;
 struct Tile {
   const float* x;  ///< [rows, depth]
   size_t x_stride;
-  const float* w;  ///< [panels][depth][kPanel]
+  const float* w;   ///< [panels][depth][kPanel]
   size_t w_stride;  ///< floats from one panel to the next
-  float* y;  ///< [rows, columns]; nothing beside it is touched
+  float* y;         ///< [rows, columns]; nothing beside it is touched
   size_t y_stride;
   size_t rows, depth, columns;
   bool add;  ///< start from y
@@ -34,6 +34,9 @@ struct KernelLevel {
   void (*expand)(const PackedMatrix& w, size_t panel, size_t k_begin, size_t k_end, float* out);
   /// y[n] = sum over k, in order, of x[k] * w[n, k], fused, for the rows n of panels [panel_begin, panel_end).
   void (*multiply_vector)(const PackedMatrix& w, size_t panel_begin, size_t panel_end, const float* x, float* y);
+  // As elementwise.hpp defines them.
+  void (*silu_multiply)(float* gate, const float* up, size_t count);
+  float (*softmax_terms)(float* scores, size_t count, float scale);
 };
 
 std::span<const KernelLevel> kernel_levels();

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "base/error.hpp"
+#include "kernels/elementwise.hpp"
 #include "kernels/packed_matrix.hpp"
 #include "kernels/rows.hpp"
 
@@ -58,8 +59,6 @@ float weight(const PackedMatrix& w, size_t panel, size_t k, size_t lane) {
       return (e - group_value(w.offset, i)) * s;
     case Affine::scale_add:
       return e * s + group_value(w.offset, i);
-    case Affine::scale_subtract:
-      return e * s - group_value(w.offset, i);
   }
   BW_ASSERT(false);
 }
@@ -95,6 +94,8 @@ const KernelLevel scalar_kernel_level = {
     .multiply_tile = multiply_tile,
     .expand = expand,
     .multiply_vector = multiply_vector,
+    .silu_multiply = silu_multiply,
+    .softmax_terms = softmax_terms,
 };
 
 }  // namespace bitwright

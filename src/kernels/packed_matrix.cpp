@@ -93,16 +93,17 @@ CodeKind code_kind(const ElementType& element) {
 
 DType narrowest_exact(std::span<const float> values) {
   for (const DType dtype : {DType::f16, DType::bf16})
-    if (std::ranges::all_of(values, [&](float v) {
-          return std::bit_cast<uint32_t>(round_to(dtype, v)) == std::bit_cast<uint32_t>(v);
-        }))
+    if (std::ranges::all_of(
+            values, [&](float v) { return std::bit_cast<uint32_t>(round_to(dtype, v)) == std::bit_cast<uint32_t>(v); }))
       return dtype;
   return DType::f32;
 }
 
-void pack_parameter(const Parameter& parameter, const QuantizedTensor& stored, const Shape& shape,
+/// sign: 1, or -1 to keep the values negated.
+void pack_parameter(const Parameter& parameter, const QuantizedTensor& stored, const Shape& shape, float sign,
                     const PackedMatrix& w, GroupValues& out) {
-  const std::vector<float> decoded = decode(stored);
+  std::vector<float> decoded = decode(stored);
+  for (float& value : decoded) value *= sign;
   const GroupMap map(parameter.grouping, shape);
   out.dtype = narrowest_exact(decoded);
   const size_t panel_values = w.groups * kPanel;
@@ -122,8 +123,9 @@ void pack_parameter(const Parameter& parameter, const QuantizedTensor& stored, c
 
 void pack_parameters(const QuantizedTensor& t, PackedMatrix& w) {
   const Scheme& scheme = t.scheme;
-  if (scheme.scale) pack_parameter(*scheme.scale, *t.scale, t.shape, w, w.scale);
-  if (scheme.offset) pack_parameter(*scheme.offset, *t.offset, t.shape, w, w.offset);
+  const float sign = scheme.offset_kind == OffsetKind::minimum ? -1.0f : 1.0f;
+  if (scheme.scale) pack_parameter(*scheme.scale, *t.scale, t.shape, 1, w, w.scale);
+  if (scheme.offset) pack_parameter(*scheme.offset, *t.offset, t.shape, sign, w, w.offset);
   switch (scheme.offset_kind) {
     case OffsetKind::none:
       w.affine = Affine::scale;
@@ -136,10 +138,8 @@ void pack_parameters(const QuantizedTensor& t, PackedMatrix& w) {
       w.affine = Affine::subtract_scale;
       return;
     case OffsetKind::bias:
-      w.affine = Affine::scale_add;
-      return;
     case OffsetKind::minimum:
-      w.affine = Affine::scale_subtract;
+      w.affine = Affine::scale_add;
       return;
   }
 }
@@ -167,7 +167,7 @@ size_t PackedMatrix::stored_bytes() const {
 
 PackedMatrix pack_matrix(DType dtype, std::span<const std::byte> data, size_t rows, size_t columns) {
   BW_ASSERT(dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16);
-  BW_ASSERT(data.size() == rows * columns * size_bytes(dtype));
+  BW_ASSERT(rows > 0 && columns > 0 && data.size() == rows * columns * size_bytes(dtype));
   PackedMatrix w{.rows = rows, .columns = columns};
   w.kind = dtype == DType::f32 ? CodeKind::f32 : dtype == DType::f16 ? CodeKind::f16 : CodeKind::bf16;
   if (dtype == DType::f32)
@@ -181,6 +181,7 @@ PackedMatrix pack_matrix(std::shared_ptr<const QuantizedTensor> tensor) {
   const QuantizedTensor& t = *tensor;
   BW_ASSERT(t.shape.size() == 2);
   const auto rows = static_cast<size_t>(t.shape[0]), columns = static_cast<size_t>(t.shape[1]);
+  BW_ASSERT(rows > 0 && columns > 0);
   if (t.scheme.is_plain() && t.scheme.factor == 1)
     if (const auto dtype = dtype_of(*t.scheme.element);
         dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16)

@@ -30,12 +30,11 @@ enum class CodeKind : uint8_t {
   reference,  ///< kept as it came and decoded by scheme's Decoder: whatever the others cannot express
 };
 
-/// What a decoded code e becomes; s and z are decoded parameters; every step is rounded to f32.
+/// What a decoded code e becomes; s and z are the group's; every step is rounded to f32.
 enum class Affine : uint8_t {
-  scale,            ///< e * s
-  subtract_scale,   ///< (e - z) * s
-  scale_add,        ///< e * s + z
-  scale_subtract,   ///< e * s - z
+  scale,           ///< e * s
+  subtract_scale,  ///< (e - z) * s
+  scale_add,       ///< e * s + z; a minimum to be subtracted is kept negated, which gives the same bits
 };
 
 /// One parameter of every group: [panels][groups][kPanel], f16 or bf16 where that holds every value exactly.

@@ -6,7 +6,8 @@
 
 namespace bitwright {
 
-/// The levels that the compiler could build from kernels_simd.cpp, best first; whether this CPU runs them is asked later.
+/// The levels that the compiler could build from kernels_simd.cpp, best first; whether this CPU runs them is asked
+/// later.
 std::span<const KernelLevel> simd_kernel_levels();
 extern const KernelLevel scalar_kernel_level;
 

@@ -46,8 +46,8 @@ class KvCache {
   std::unique_ptr<Impl> impl_;
 };
 
-/// A loaded model. Float weights are used from the mapped file as they are; quantized ones are repacked once into the
-/// layout of the best kernel. No float copy of the model is made. Immutable after loading.
+/// A loaded model. Weights are repacked once into the layout of the kernels, floats in their own dtype. No float copy
+/// of the model is made. Immutable after loading.
 class Model {
  public:
   /// Keeps a reference to `checkpoint`. Throws Error{"unknown-architecture"}, {"bad-config"}, {"missing-tensor"},
@@ -59,8 +59,8 @@ class Model {
   const ModelConfig& config() const;
 
   enum class Logits { all, last };
-  /// Appends `tokens` (each in [0, vocabulary)) to the sequence in `cache` and returns the logits of each of them, or of
-  /// the last alone: [tokens or 1, vocabulary]. Throws Error{"context-full"} if the cache cannot take them.
+  /// Appends `tokens` (each in [0, vocabulary)) to the sequence in `cache` and returns the logits of each of them, or
+  /// of the last alone: [tokens or 1, vocabulary]. Throws Error{"context-full"} if the cache cannot take them.
   /// Deterministic: the same bits for every thread count and instruction set.
   std::vector<float> forward(std::span<const int32_t> tokens, KvCache& cache, Logits which = Logits::all) const;
 

@@ -22,9 +22,16 @@ bool is_rewritten(const std::string& name) {
 }
 
 bool is_side_file(const fs::path& path) {
-  constexpr std::array<std::string_view, 6> kKinds = {".json", ".txt", ".model", ".jinja", ".tiktoken", ".vocab"};
-  return std::ranges::find(kKinds, path.extension().string()) != kKinds.end() &&
-         !is_rewritten(path.filename().string());
+  constexpr std::array<std::string_view, 5> kKinds = {".json", ".model", ".jinja", ".tiktoken", ".vocab"};
+  const std::string name = path.filename().string();
+  if (name == "merges.txt" || name == "vocab.txt") return true;
+  return std::ranges::find(kKinds, path.extension().string()) != kKinds.end() && !is_rewritten(name);
+}
+
+/// Absolute, links resolved as far as the path exists, no slash at the end.
+fs::path resolved(const fs::path& path) {
+  const fs::path canonical = fs::weakly_canonical(fs::absolute(path));
+  return canonical.has_filename() ? canonical : canonical.parent_path();
 }
 
 bool is_inside(const fs::path& inner, const fs::path& outer) {
@@ -52,9 +59,8 @@ void copy_side_files(const Checkpoint& model, const fs::path& to) {
 }
 
 void check_apart(const Checkpoint& model, const fs::path& output) {
-  const fs::path target = fs::weakly_canonical(fs::absolute(output) / "");
-  const fs::path source = fs::weakly_canonical(fs::absolute(model_directory(model)) / "");
-  if (is_inside(target.parent_path(), source.parent_path()) || is_inside(source.parent_path(), target.parent_path()))
+  const fs::path target = resolved(output), source = resolved(model_directory(model));
+  if (is_inside(target, source) || is_inside(source, target))
     throw Error({.code = "output-is-input",
                  .what = "cannot write output",
                  .where = output.string(),

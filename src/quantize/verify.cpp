@@ -29,8 +29,8 @@ constexpr double kMostOperations = 4e12;  // a minute or so on a small machine
 
 /// Errors after which a model is merely not judged: it is of a kind the runtime or the tokenizer does not know.
 bool means_not_runnable(const Error& error) {
-  constexpr std::array<std::string_view, 3> kCodes = {"unknown-architecture", "unsupported-config",
-                                                      "unsupported-tokenizer"};
+  constexpr std::array<std::string_view, 4> kCodes = {"unknown-architecture", "unsupported-config",
+                                                      "unsupported-tensor", "unsupported-tokenizer"};
   return std::ranges::find(kCodes, error.code()) != kCodes.end();
 }
 
@@ -84,6 +84,10 @@ void verify_tensors(const Checkpoint& source, const Checkpoint& written, const s
 }
 
 std::optional<Judgement> judge(const Checkpoint& source, const Checkpoint& written, std::string& reason) {
+  if (!std::filesystem::exists(model_directory(source) / "tokenizer.json")) {
+    reason = "the model has no tokenizer.json";
+    return std::nullopt;
+  }
   try {
     const Tokenizer tokenizer(model_directory(source));
     const Model original(source), quantized(written);

@@ -1,0 +1,90 @@
+#include "kernels/attention.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <random>
+
+namespace bitwright {
+namespace {
+
+struct Case {
+  size_t heads, kv_heads, head_size, tokens;
+};
+constexpr Case kCases[] = {{1, 1, 2, 1},   {4, 2, 8, 1},    {4, 4, 16, 15},  {6, 2, 20, 17},
+                           {7, 1, 32, 23}, {16, 2, 64, 40}, {3, 3, 128, 70}, {2, 1, 34, 33}};
+
+struct Inputs {
+  std::vector<float> q, k, v;
+};
+
+Inputs draw(const Case& c) {
+  std::mt19937 random(1);
+  const auto fill = [&](size_t count) {
+    std::vector<float> values(count);
+    for (float& x : values) x = static_cast<float>(static_cast<int>(random() % 2001) - 1000) / 400;
+    return values;
+  };
+  return {fill(c.tokens * c.heads * c.head_size), fill(c.tokens * c.kv_heads * c.head_size),
+          fill(c.tokens * c.kv_heads * c.head_size)};
+}
+
+/// All tokens, in calls of `step` of them, each stored just before.
+std::vector<float> attend_in_steps(const Case& c, const Inputs& in, size_t step, const KernelLevel& level) {
+  LayerCache cache(c.kv_heads, c.head_size, c.tokens);
+  std::vector<float> out(in.q.size());
+  const size_t width = c.heads * c.head_size, kv_width = c.kv_heads * c.head_size;
+  for (size_t first = 0; first < c.tokens; first += step) {
+    const size_t count = std::min(step, c.tokens - first);
+    for (size_t i = first; i < first + count; ++i) cache.store(i, &in.k[i * kv_width], &in.v[i * kv_width]);
+    attend(&in.q[first * width], count, first, c.heads, cache, &out[first * width], level);
+  }
+  return out;
+}
+
+std::vector<double> attend_plainly(const Case& c, const Inputs& in) {
+  std::vector<double> out(in.q.size());
+  const size_t shared = c.heads / c.kv_heads;
+  for (size_t t = 0; t < c.tokens; ++t)
+    for (size_t h = 0; h < c.heads; ++h) {
+      const float* const q = &in.q[(t * c.heads + h) * c.head_size];
+      std::vector<double> weights;
+      double sum = 0;
+      for (size_t i = 0; i <= t; ++i) {
+        double score = 0;
+        for (size_t d = 0; d < c.head_size; ++d)
+          score += double{q[d]} * double{in.k[(i * c.kv_heads + h / shared) * c.head_size + d]};
+        weights.push_back(std::exp(score / std::sqrt(static_cast<double>(c.head_size))));
+        sum += weights.back();
+      }
+      for (size_t i = 0; i <= t; ++i)
+        for (size_t d = 0; d < c.head_size; ++d)
+          out[(t * c.heads + h) * c.head_size + d] +=
+              weights[i] / sum * double{in.v[(i * c.kv_heads + h / shared) * c.head_size + d]};
+    }
+  return out;
+}
+
+TEST(KernelsAttention, IsAttention) {
+  for (const Case& c : kCases) {
+    const Inputs in = draw(c);
+    const std::vector<float> out = attend_in_steps(c, in, c.tokens, active_kernel_level());
+    const std::vector<double> expected = attend_plainly(c, in);
+    for (size_t i = 0; i < out.size(); ++i) ASSERT_NEAR(double{out[i]}, expected[i], 1e-5) << c.head_size << ", " << i;
+  }
+}
+
+TEST(KernelsAttention, SameBitsInEveryStepAndLevel) {
+  for (const Case& c : kCases) {
+    const Inputs in = draw(c);
+    const std::vector<float> expected = attend_in_steps(c, in, 1, find_kernel_level("scalar"));
+    for (const KernelLevel& level : kernel_levels()) {
+      if (!level.usable()) continue;
+      for (const size_t step : {size_t{1}, size_t{5}, size_t{16}, c.tokens})
+        ASSERT_EQ(attend_in_steps(c, in, step, level), expected) << level.name << ", " << step;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace bitwright

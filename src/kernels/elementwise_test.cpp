@@ -1,0 +1,118 @@
+#include "kernels/elementwise.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "kernels/exponential.hpp"
+#include "kernels/kernel_level.hpp"
+
+namespace bitwright {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+TEST(KernelsExponential, WithinTwoUlp) {
+  constexpr uint32_t kStride = 257;  // through all bit patterns, every exponent and sign
+  double worst = 0;
+  for (uint64_t bits = 0; bits < uint64_t{1} << 32; bits += kStride) {
+    const auto x = std::bit_cast<float>(static_cast<uint32_t>(bits));
+    if (std::isnan(x)) continue;
+    const float y = exponential(x);
+    const double exact = std::exp(double{x});
+    if (exact > double{std::numeric_limits<float>::max()} * (1 + 1e-7)) {
+      ASSERT_EQ(y, kInfinity) << x;
+    } else {
+      const int exponent = exact > 0 ? std::max(std::ilogb(exact), -126) : -126;
+      const double ulps = std::abs(double{y} - exact) / std::ldexp(1.0, exponent - 23);
+      worst = std::max(worst, ulps);
+      ASSERT_LE(ulps, 2) << x << ": " << y << " where e^x is " << exact;
+    }
+  }
+  RecordProperty("worst_ulp", std::to_string(worst));
+}
+
+TEST(KernelsExponential, Special) {
+  EXPECT_EQ(exponential(0.0f), 1.0f);
+  EXPECT_EQ(exponential(-0.0f), 1.0f);
+  EXPECT_EQ(exponential(kInfinity), kInfinity);
+  EXPECT_EQ(exponential(-kInfinity), 0.0f);
+  EXPECT_TRUE(std::isnan(exponential(std::numeric_limits<float>::quiet_NaN())));
+}
+
+TEST(KernelsElementwise, RmsNorm) {
+  for (const size_t n : {1, 7, 16, 33, 64}) {
+    std::vector<float> x(n), weight(n), out(n);
+    std::iota(x.begin(), x.end(), -3.0f);
+    std::iota(weight.begin(), weight.end(), 0.5f);
+    rms_norm(x, weight, 1e-5f, out.data());
+    double squares = 0;
+    for (const float v : x) squares += double{v} * double{v};
+    for (size_t i = 0; i < n; ++i) {
+      const double expected =
+          double{x[i]} / std::sqrt(squares / static_cast<double>(n) + double{1e-5f}) * double{weight[i]};
+      EXPECT_NEAR(double{out[i]}, expected, 1e-6 * (1 + std::abs(expected)));
+    }
+  }
+}
+
+TEST(KernelsElementwise, SiluMultiply) {
+  std::vector<float> gate = {-200, -5, -0.5f, 0, 0.5f, 5, 200};
+  const std::vector<float> up = {1, 2, 3, 4, 5, 6, 7}, before = gate;
+  silu_multiply(gate.data(), up.data(), gate.size());
+  for (size_t i = 0; i < gate.size(); ++i) {
+    const double g = double{before[i]};
+    EXPECT_NEAR(double{gate[i]}, g / (1 + std::exp(-g)) * double{up[i]}, 1e-5);
+  }
+}
+
+TEST(KernelsElementwise, SoftmaxTerms) {
+  std::vector<float> scores(37);
+  for (size_t i = 0; i < scores.size(); ++i) scores[i] = static_cast<float>(i * 7 % 37) * 100;
+  const float reciprocal = softmax_terms(scores.data(), scores.size(), 0.01f);
+  float sum = 0;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    EXPECT_NEAR(scores[i], std::exp(static_cast<float>(i * 7 % 37) - 36), 1e-6f);
+    sum += scores[i] * reciprocal;
+  }
+  EXPECT_NEAR(sum, 1, 1e-6f);
+}
+
+TEST(KernelsElementwise, SameBitsOnEveryLevel) {
+  std::vector<float> values;
+  for (uint64_t bits = 0; bits < uint64_t{1} << 32; bits += 999'983) {
+    const auto x = std::bit_cast<float>(static_cast<uint32_t>(bits));
+    if (!std::isnan(x)) values.push_back(x);
+  }
+  const std::vector<float> up(values.size(), 0.75f);
+  std::vector<float> terms(301);
+  for (size_t i = 0; i < terms.size(); ++i) terms[i] = static_cast<float>(i * 7919 % 1000) / 50 - 15;
+  for (const KernelLevel& level : kernel_levels()) {
+    if (!level.usable()) continue;
+    for (const size_t count : {size_t{1}, size_t{15}, size_t{16}, size_t{23}, size_t{24}, size_t{301}, values.size()}) {
+      std::vector<float> expected(values.end() - static_cast<std::ptrdiff_t>(count), values.end()), y = expected;
+      silu_multiply(expected.data(), up.data(), count);
+      level.silu_multiply(y.data(), up.data(), count);
+      EXPECT_EQ(std::memcmp(y.data(), expected.data(), count * sizeof(float)), 0) << level.name << ", " << count;
+    }
+    for (const size_t count : {1, 15, 16, 23, 24, 300}) {
+      std::vector<float> expected = terms, y = terms;
+      EXPECT_EQ(level.softmax_terms(y.data(), count, 0.7f), softmax_terms(expected.data(), count, 0.7f)) << level.name;
+      EXPECT_EQ(y, expected) << level.name << ", " << count;  // what stands behind has not changed
+    }
+  }
+}
+
+TEST(KernelsElementwise, RotateHalves) {
+  std::vector<float> x = {1, 2, 3, 4};
+  const std::vector<float> cosine = {0, 0.6f}, sine = {1, 0.8f};
+  rotate_halves(x.data(), cosine, sine.data());
+  EXPECT_EQ(x, (std::vector<float>{-3, 2 * 0.6f - 4 * 0.8f, 1, 4 * 0.6f + 2 * 0.8f}));
+}
+
+}  // namespace
+}  // namespace bitwright

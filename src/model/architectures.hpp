@@ -1,0 +1,11 @@
+#pragma once
+
+#include "model/model.hpp"
+
+namespace bitwright::architectures {
+
+// Each row is defined in the file of its name.
+#define ARCHITECTURE(name) extern const Architecture name;
+#include "model/architectures.def"
+
+}  // namespace bitwright::architectures
