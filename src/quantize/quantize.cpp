@@ -41,12 +41,6 @@ void check_not_quantized(const Checkpoint& source) {
                .fix = "take the original, or `bitwright dequantize` it first"});
 }
 
-[[noreturn]] void rethrow_with_tensor(const Error& error, const std::string& tensor) {
-  std::string why = error.what();
-  throw Error(
-      {.code = error.code(), .what = "tensor '" + printable(tensor) + "'", .why = why, .status = error.status()});
-}
-
 class Pipeline {
  public:
   Pipeline(const Checkpoint& source, const QuantizationRequest& request, const QuantizeOptions& options)
@@ -122,6 +116,7 @@ class Pipeline {
       if (recipe_.tensors[i].scheme) {
         write_quantized(i, writer);
       } else {
+        if (info(entry.dtype).is_float) finite_values(entry);
         writer.add(source_.plain_bytes(entry));
       }
       progress.advance(entry.stored_bytes);
@@ -129,10 +124,23 @@ class Pipeline {
     writer.finish();
   }
 
+  /// The values of a floating tensor. One that is damaged would make the whole model useless, kept or quantized.
+  std::vector<float> finite_values(const TensorEntry& entry) const {
+    std::vector<float> values = source_.read_f32(entry);
+    const auto bad = std::ranges::find_if(values, [](float value) { return !std::isfinite(value); });
+    if (bad != values.end())
+      throw Error({.code = "not-finite",
+                   .what = "cannot quantize",
+                   .where = fmt::format("tensor '{}'", printable(entry.name)),
+                   .why = fmt::format("element {} is {}", bad - values.begin(), *bad),
+                   .fix = "the weights are damaged, fetch them again or retrain"});
+    return values;
+  }
+
   void write_quantized(size_t i, SafetensorsWriter& writer) {
     const TensorPlan& plan = recipe_.tensors[i];
     const TensorEntry& entry = source_.tensors()[i];
-    const std::vector<float> values = source_.read_f32(entry);
+    const std::vector<float> values = finite_values(entry);
     try {
       const QuantizedTensor t = plan.algorithm->quantize(*plan.scheme, entry.shape, values, plan.options);
       uint64_t bytes = 0;
@@ -146,8 +154,9 @@ class Pipeline {
                          .relative_error = relative_error(values, decode(t)),
                          .bytes = bytes});
     } catch (const Error& error) {
-      if (error.code() == "not-finite" || error.code() == "scale-overflow") rethrow_with_tensor(error, entry.name);
-      throw;
+      if (error.code() != "scale-overflow") throw;
+      throw Error(
+          {.code = error.code(), .what = fmt::format("tensor '{}'", printable(entry.name)), .why = error.what()});
     }
   }
 
