@@ -17,9 +17,9 @@ struct QuantizeOptions {
   std::filesystem::path output;
   bool force = false;
   bool verify = true;
-  std::optional<double> max_kl;                           ///< mean, nats a token
-  std::optional<double> max_perplexity_increase_percent;  ///< over the original's
-  const Container* container = nullptr;                   ///< one with write_metadata
+  std::optional<double> max_kl{};                           ///< mean, nats a token
+  std::optional<double> max_perplexity_increase_percent{};  ///< over the original's
+  const Container* container = nullptr;                     ///< one with write_metadata
 };
 
 /// Quantizes `source` by `request` into `options.output`, reads the result back, judges it, and only then gives it its

@@ -1,0 +1,158 @@
+#include "quantize/quantize.hpp"
+
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstring>
+#include <nlohmann/json.hpp>
+#include <random>
+
+#include "checkpoint/safetensors.hpp"
+#include "quantize/model_card.hpp"
+#include "quantize/verify.hpp"
+#include "recipe/config.hpp"
+#include "tests/support.hpp"
+
+namespace bitwright {
+namespace {
+
+using test::read_file;
+using test::TemporaryDirectory;
+using test::write_file;
+
+/// A model of no known architecture: two matrices (one with ragged groups), a norm, an integer buffer.
+class Quantize : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    std::filesystem::create_directory(model());
+    write_file(model() / "config.json", R"({"z": 1, "architectures": ["SomethingElse"], "torch_dtype": "float32"})");
+    write_file(model() / "merges.txt", "#");
+    write_file(model() / "code.py", "raise SystemExit");
+    std::mt19937 random(3);
+    std::normal_distribution<float> normal(0, 0.05f);
+    SafetensorsWriter writer(model() / "model.safetensors", {{"a.weight", DType::f32, {40, 64}},
+                                                             {"b.weight", DType::f32, {24, 33}},
+                                                             {"norm.weight", DType::f32, {64}},
+                                                             {"ids", DType::i64, {2}}});
+    for (const size_t count : {40 * 64, 24 * 33, 64}) {
+      std::vector<float> values(count);
+      for (float& value : values) value = normal(random);
+      writer.add(std::as_bytes(std::span(values)));
+    }
+    const std::array<int64_t, 2> ids = {1, 2};
+    writer.add(std::as_bytes(std::span(ids)));
+    writer.finish();
+  }
+  std::filesystem::path model() const { return dir / "model"; }
+  std::filesystem::path output() const { return dir / "out"; }
+
+  OrderedJson run(const std::string& yaml, const std::function<void(QuantizeOptions&)>& change = {}) {
+    QuantizeOptions options = {.output = output(), .container = find_container("native")};
+    if (change) change(options);
+    warnings.clear();
+    return quantize(Checkpoint(model()), read_request(parse_config_value(yaml, "test")), options, warnings);
+  }
+  std::string code(const std::string& yaml, const std::function<void(QuantizeOptions&)>& change = {}) {
+    try {
+      run(yaml, change);
+    } catch (const Error& error) {
+      EXPECT_EQ(std::distance(std::filesystem::directory_iterator(dir.path()), {}), 1) << "something was left";
+      return error.code();
+    }
+    return "none";
+  }
+  const TemporaryDirectory dir;
+  std::vector<Warning> warnings;
+};
+
+TEST_F(Quantize, AnyModelIsQuantizedAndReadBack) {
+  const OrderedJson result = run("quantization: {method: int4, scheme: {group_size: 32}}");
+  EXPECT_EQ(result["layers"].size(), 2u);
+  EXPECT_EQ(result["verification"]["read_back"], true);
+  EXPECT_FALSE(result["verification"].contains("perplexity"));
+  ASSERT_EQ(warnings.size(), 1u);
+  EXPECT_EQ(warnings[0].code, "NOT_JUDGED");
+  EXPECT_NE(read_file(output() / "README.md").find("Not judged"), std::string::npos);
+  EXPECT_TRUE(std::filesystem::exists(output() / "merges.txt"));
+  EXPECT_FALSE(std::filesystem::exists(output() / "code.py"));
+  EXPECT_TRUE(read_file(output() / "config.json").find("\"z\"") < read_file(output() / "config.json").find("\"arch"));
+  const Checkpoint written(output());
+  // a: 40 x 64 codes, 80 scales and zeros; b: 24 x 33 codes, 48 of each, its stream not shaped by rows.
+  EXPECT_EQ(written.find("a.weight")->stored_bytes, 40u * 64 / 2 + 80 * 2 + 80 / 2);
+  EXPECT_EQ(written.find("b.weight")->stored_bytes, 24u * 33 / 2 + 48 * 2 + 48 / 2);
+  EXPECT_EQ(written.find("ids")->dtype, DType::i64);
+}
+
+TEST_F(Quantize, DequantizedModelHasTheDecodedValues) {
+  run("quantization: {method: nf4}");
+  const Checkpoint written(output());
+  dequantize(written, dir / "plain", DType::f32, false);
+  const Checkpoint plain(dir / "plain");
+  EXPECT_EQ(plain.container(), nullptr);
+  EXPECT_FALSE(plain.config().contains("quantization_config"));
+  EXPECT_EQ(plain.config()["torch_dtype"], "float32");
+  for (const TensorEntry& entry : plain.tensors())
+    EXPECT_EQ(plain.read_f32(entry), written.read_f32(*written.find(entry.name)));
+}
+
+TEST_F(Quantize, VerificationSeesEveryDamage) {
+  run("quantization: {method: int8}");
+  const Checkpoint source(model());
+  std::vector<LayerResult> layers;
+  for (const char* name : {"a.weight", "b.weight"}) {
+    const Checkpoint written(output());
+    const double error = relative_error(source.read_f32(*source.find(name)), written.read_f32(*written.find(name)));
+    EXPECT_GT(error, 1e-4);
+    EXPECT_LT(error, 0.02);
+    layers.push_back(
+        {.name = name, .scheme = written.find(name)->scheme, .algorithm = "rtn", .relative_error = error, .bytes = 0});
+  }
+  EXPECT_NO_THROW(verify_tensors(source, Checkpoint(output()), layers));
+  const std::string good = read_file(output() / "model.safetensors");
+  uint64_t header = 0;
+  std::memcpy(&header, good.data(), sizeof header);
+  for (size_t at = 8 + header; at < good.size(); at += 97) {
+    std::string damaged = good;
+    damaged[at] = static_cast<char>(damaged[at] ^ 0x10);
+    write_file(output() / "model.safetensors", damaged);
+    EXPECT_THROW(verify_tensors(source, Checkpoint(output()), layers), Error) << at;
+    EXPECT_THROW(Checkpoint(output()).verify_digests(), Error) << at;
+  }
+}
+
+TEST_F(Quantize, FailuresLeaveNothing) {
+  EXPECT_EQ(code("quantization: {method: int4}", [](QuantizeOptions& o) { o.max_kl = 0.1; }), "not-judged");
+  EXPECT_EQ(code("quantization: {method: int4}", [this](QuantizeOptions& o) { o.output = model() / "sub"; }),
+            "output-is-input");
+  EXPECT_EQ(code("quantization: {method: none}"), "nothing-to-quantize");
+  std::string bytes = read_file(model() / "model.safetensors");
+  const float nan = std::nanf("");
+  std::memcpy(bytes.data() + bytes.size() - 16 - 4 * 64, &nan, sizeof nan);  // in the norm, which is kept
+  write_file(model() / "model.safetensors", bytes);
+  EXPECT_EQ(code("quantization: {method: int4}"), "not-finite");
+}
+
+TEST_F(Quantize, SameBytesOnEveryRun) {
+  run("quantization: {method: int3, range: mse}");
+  std::map<std::string, std::string> first;
+  for (const auto& path : test::files_in(output())) first[path.filename()] = read_file(path);
+  run("quantization: {method: int3, range: mse}", [](QuantizeOptions& o) { o.force = true; });
+  for (const auto& [name, bytes] : first) EXPECT_EQ(read_file(output() / name), bytes) << name;
+}
+
+TEST_F(Quantize, LeastSquaresBeatsExtremes) {
+  const double extremes = run("quantization: {method: int3, range: minmax}")["layers"][0]["relative_error"];
+  const double searched = run("quantization: {method: int3, range: mse}",
+                              [](QuantizeOptions& o) { o.force = true; })["layers"][0]["relative_error"];
+  EXPECT_LT(searched, 0.97 * extremes);
+}
+
+TEST(ModelCard, SaysHowMuchWorse) {
+  EXPECT_NE(quality_sentence(1.0001, 0.0001).find("Practically equal"), std::string::npos);
+  EXPECT_NE(quality_sentence(1.005, 0.01).find("Close"), std::string::npos);
+  EXPECT_NE(quality_sentence(1.005, 0.02).find("Visibly worse"), std::string::npos);
+  EXPECT_NE(quality_sentence(1.5, 0.02).find("Much worse"), std::string::npos);
+}
+
+}  // namespace
+}  // namespace bitwright
