@@ -41,23 +41,8 @@ constexpr std::array<float, 256> make_values() {
 }
 constexpr std::array<float, 256> kValues = make_values();
 
-float decode(const ElementType&, uint32_t code) { return kValues.at(code); }
-
-uint32_t nearest(const ElementType&, float value) {
-  static const SortedTable table(kValues);
-  return table.nearest(value);
-}
-
-constexpr std::array<ElementType, 1> kRows = {
-    {{.name = "dynamic8",
-      .source = "bitsandbytes 0.50 functional.py, create_dynamic_map(signed=True)",
-      .kind = ElementKind::table,
-      .bits = 8,
-      .lowest = -1,  // -0.99297: full_scale maps the largest to 1
-      .highest = 1,
-      .full_scale = 1,
-      .decode = decode,
-      .nearest = nearest}}};
+constexpr std::array kRows = {
+    table_row<kValues>("dynamic8", "bitsandbytes 0.50 functional.py, create_dynamic_map(signed=True)")};
 
 }  // namespace
 

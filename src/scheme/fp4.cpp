@@ -11,22 +11,7 @@ constexpr std::array<float, 16> kValues = {
     0.0f, -0.0625f / 12, -8.0f / 12, -12.0f / 12, -4.0f / 12, -6.0f / 12, -2.0f / 12, -3.0f / 12,
 };
 
-float decode(const ElementType&, uint32_t code) { return kValues.at(code); }
-
-uint32_t nearest(const ElementType&, float value) {
-  static const SortedTable table(kValues);
-  return table.nearest(value);
-}
-
-constexpr std::array<ElementType, 1> kRows = {{{.name = "fp4",
-                                                .source = "bitsandbytes 0.50 functional.py, quantize_4bit",
-                                                .kind = ElementKind::table,
-                                                .bits = 4,
-                                                .lowest = -1,
-                                                .highest = 1,
-                                                .full_scale = 1,
-                                                .decode = decode,
-                                                .nearest = nearest}}};
+constexpr std::array kRows = {table_row<kValues>("fp4", "bitsandbytes 0.50 functional.py, quantize_4bit")};
 
 }  // namespace
 

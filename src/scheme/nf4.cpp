@@ -25,22 +25,7 @@ constexpr std::array<float, 16> kValues = {
     1.0f,
 };
 
-float decode(const ElementType&, uint32_t code) { return kValues.at(code); }
-
-uint32_t nearest(const ElementType&, float value) {
-  static const SortedTable table(kValues);
-  return table.nearest(value);
-}
-
-constexpr std::array<ElementType, 1> kRows = {{{.name = "nf4",
-                                                .source = "bitsandbytes 0.50 functional.py, quantize_4bit",
-                                                .kind = ElementKind::table,
-                                                .bits = 4,
-                                                .lowest = -1,
-                                                .highest = 1,
-                                                .full_scale = 1,
-                                                .decode = decode,
-                                                .nearest = nearest}}};
+constexpr std::array kRows = {table_row<kValues>("nf4", "bitsandbytes 0.50 functional.py, quantize_4bit")};
 
 }  // namespace
 

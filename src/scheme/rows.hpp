@@ -1,6 +1,8 @@
 #pragma once
 
+#include <bit>
 #include <span>
+#include <string_view>
 #include <vector>
 
 #include "scheme/scheme.hpp"
@@ -22,5 +24,23 @@ class SortedTable {
   std::vector<uint32_t> codes_;
   std::vector<float> midpoints_;
 };
+
+/// The row of a table type: `values` by code, all in [-1, 1], a power of two of them.
+template <const auto& values>
+constexpr ElementType table_row(std::string_view name, std::string_view source) {
+  return {.name = name,
+          .source = source,
+          .kind = ElementKind::table,
+          .bits = std::bit_width(values.size()) - 1,
+          .lowest = -1,
+          .highest = 1,
+          .full_scale = 1,
+          .decode = [](const ElementType&, uint32_t code) { return values.at(code); },
+          .nearest =
+              [](const ElementType&, float value) {
+                static const SortedTable table(values);
+                return table.nearest(value);
+              }};
+}
 
 }  // namespace bitwright
