@@ -11,8 +11,9 @@ constexpr int kCandidates = 48;  ///< ranges tried: the whole one, then each 1/6
 constexpr float kStep = 1.0f / 64;
 constexpr size_t kLanes = 16;
 
-/// Sum of squared rounding errors of `values` for one scale and zero point. The order of additions is fixed (16 partial
-/// sums), so that the winner is the same on every machine.
+/// Sum of squared rounding errors of `values` for one scale and zero point; an estimate in the last bits (it multiplies
+/// by the reciprocal, the encoder divides). The order of additions is fixed (16 partial sums), so that the winner is
+/// the same on every machine.
 float integer_error(const ElementType& type, std::span<const float> values, float scale, float zero) {
   const float inverse = scale == 0 ? 0 : 1 / scale;
   // Adding and taking off 1.5 * 2^23 rounds to the nearest integer, ties to even, below 2^22; clamped first.

@@ -1,4 +1,5 @@
 #include <gtest/gtest.h>
+#include <sys/stat.h>
 
 #include <atomic>
 #include <bit>
@@ -112,13 +113,18 @@ TEST(DType, ElementCountRefusesOverflow) {
   EXPECT_EQ(checked_element_count({}), 1);
   EXPECT_FALSE(checked_element_count({int64_t{1} << 32, int64_t{1} << 32}));
   EXPECT_FALSE(checked_element_count({-1}));
+  EXPECT_EQ(checked_element_count({5, 0}), 0);
+  EXPECT_FALSE(checked_element_count({int64_t{1} << 62, 0, 4}));
 }
 
 TEST(Json, RefusesWhatIsNotStrict) {
   EXPECT_EQ(parse_json("{\"a\": [1, 2]}", "x")["a"][1], 2);
-  for (const std::string text : {"", "{", "{\"a\":1,}", "{\"a\":1,\"a\":2}", "// c\n{}", "\"\xff\"", "nul"})
+  for (const std::string text :
+       {"", "{", "{\"a\":1,}", "{\"a\":1,\"a\":2}", "// c\n{}", "\"\xff\"", "nul", "1e999", "[1e999]"})
     EXPECT_EQ(code_of([&] { parse_json(text, "x"); }), "bad-json") << text;
   EXPECT_EQ(code_of([] { parse_json(std::string(200, '[') + std::string(200, ']'), "x"); }), "bad-json");
+  EXPECT_TRUE(is_utf8("a…"));
+  EXPECT_FALSE(is_utf8("a\xff"));
   EXPECT_EQ(parse_json("{\"a\":{\"b\":1},\"c\":{\"b\":2}}", "x").size(), 2u);  // the same name in two objects
 }
 
@@ -173,6 +179,20 @@ TEST(Output, DirectoryAppearsWholeOrNotAtAll) {
   EXPECT_EQ(code_of([&] { OutputDirectory(dir / "no/such/parent", false); }), "cannot-write");
 }
 
+TEST(Output, StagingThatIsNotOursIsLeftAlone) {
+  const TemporaryDirectory dir;
+  std::filesystem::create_directory(dir / "victim");
+  write_file(dir / "victim/file", "precious");
+  std::filesystem::create_directory_symlink(dir / "victim", dir / ".out.partial");
+  EXPECT_EQ(code_of([&] { OutputDirectory(dir / "out", false); }), "output-busy");
+  std::filesystem::rename(dir / "victim", dir / ".other.partial");
+  EXPECT_EQ(code_of([&] { OutputDirectory(dir / "other", false); }), "output-busy");
+  EXPECT_EQ(read_file(dir / ".other.partial/file"), "precious");
+  write_file(dir / ".other.partial/.bitwright-partial", "");  // what a killed run leaves
+  OutputDirectory output(dir / "other", false);
+  EXPECT_FALSE(std::filesystem::exists(output.staging() / "file"));
+}
+
 TEST(Output, FullDiskIsAnError) {
   if (!std::filesystem::exists("/dev/full")) GTEST_SKIP();
   OutputFile file("/dev/full");
@@ -187,6 +207,8 @@ TEST(MappedFile, ReadsAndRefuses) {
   EXPECT_TRUE(MappedFile(dir / "empty").bytes().empty());
   EXPECT_EQ(code_of([&] { MappedFile(dir.path()); }), "cannot-open");
   EXPECT_EQ(code_of([&] { MappedFile(dir / "none"); }), "cannot-open");
+  ASSERT_EQ(::mkfifo((dir / "pipe").c_str(), 0600), 0);
+  EXPECT_EQ(code_of([&] { MappedFile(dir / "pipe"); }), "cannot-open");
   EXPECT_EQ(sha256(std::string_view("abc")), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
 }
 

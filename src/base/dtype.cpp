@@ -111,6 +111,8 @@ T saturate(float value) {
 
 }  // namespace
 
+static_assert(std::endian::native == std::endian::little, "files are little-endian and read as they are");
+
 std::span<const DTypeInfo> all_dtypes() { return kDTypes; }
 
 const DTypeInfo& info(DType dtype) { return kDTypes.at(static_cast<size_t>(dtype)); }
@@ -128,10 +130,14 @@ std::optional<DType> dtype_from_name(std::string_view name) {
 }
 
 std::optional<int64_t> checked_element_count(const Shape& shape) {
+  // An empty dimension hides the others in the product, but not in what is computed from them one by one.
   int64_t count = 1;
-  for (const int64_t dim : shape)
-    if (dim < 0 || __builtin_mul_overflow(count, dim, &count)) return std::nullopt;
-  return count <= kMaxElements ? std::optional(count) : std::nullopt;
+  bool is_empty = false;
+  for (const int64_t dim : shape) {
+    is_empty = is_empty || dim == 0;
+    if (dim < 0 || (dim > 0 && __builtin_mul_overflow(count, dim, &count)) || count > kMaxElements) return std::nullopt;
+  }
+  return is_empty ? 0 : count;
 }
 
 int64_t element_count(const Shape& shape) {
@@ -189,6 +195,7 @@ uint8_t f32_to_e8m0(float value) {
 
 void to_f32(DType dtype, std::span<const std::byte> data, std::span<float> out) {
   BW_ASSERT(data.size() == out.size() * size_bytes(dtype));
+  if (out.empty()) return;
   const auto plain = [](auto value) { return static_cast<float>(value); };
   switch (dtype) {
     case DType::f64:
@@ -228,6 +235,7 @@ void to_f32(DType dtype, std::span<const std::byte> data, std::span<float> out) 
 
 void from_f32(DType dtype, std::span<const float> values, std::span<std::byte> data) {
   BW_ASSERT(data.size() == values.size() * size_bytes(dtype));
+  if (values.empty()) return;
   switch (dtype) {
     case DType::f64:
       return write_all<double>(values, data, [](float v) { return static_cast<double>(v); });

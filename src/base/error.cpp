@@ -21,14 +21,20 @@ std::string one_line(const ErrorReport& report) {
 
 }  // namespace
 
-Error::Error(const ErrorReport& report)
-    : std::runtime_error(one_line(report)), code_(report.code), status_(report.status) {}
+Error::Error(const ErrorReport& report) : std::runtime_error(one_line(report)), report_(report) {}
+
+Error Error::at(const std::string& where) const {
+  ErrorReport report = report_;
+  if (report.where.empty()) report.where = where;
+  return Error(report);
+}
 
 std::string printable(std::string_view text, size_t most) {
   std::string out;
   for (const char c : text) {
-    if (out.size() >= most) return out + "...";
     const auto byte = static_cast<unsigned char>(c);
+    const bool inside_character = (byte & 0xc0) == 0x80;
+    if (out.size() >= most && !inside_character) return out + "...";
     if (byte < 0x20 || byte == 0x7f) {
       out += fmt::format("\\x{:02x}", byte);
     } else {

@@ -23,12 +23,14 @@ struct ErrorReport {
 class Error : public std::runtime_error {
  public:
   explicit Error(const ErrorReport& report);
-  const std::string& code() const { return code_; }
-  ExitStatus status() const { return status_; }
+  const ErrorReport& report() const { return report_; }
+  const std::string& code() const { return report_.code; }
+  ExitStatus status() const { return report_.status; }
+  /// The same error, at `where` if it did not say where.
+  Error at(const std::string& where) const;
 
  private:
-  std::string code_;
-  ExitStatus status_;
+  ErrorReport report_;
 };
 
 /// Something the user should know although the work goes on. The code is stable.
@@ -37,7 +39,8 @@ struct Warning {
   std::string message;
 };
 
-/// Names and values come from files that may be hostile: control characters become \xNN, long text is cut.
+/// Names and values come from files that may be hostile: control characters become \xNN, long text is cut (between
+/// characters of UTF-8).
 std::string printable(std::string_view text, size_t most = 200);
 
 [[noreturn]] void assertion_failed(const char* condition, const char* file, int line);

@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <cstring>
 #include <system_error>
+#include <vector>
 
 #include "base/error.hpp"
 
@@ -17,6 +18,8 @@ namespace bitwright {
 namespace {
 
 namespace fs = std::filesystem;
+
+constexpr const char* kMarker = ".bitwright-partial";  ///< in a staging directory: ours, to be cleared after a crash
 
 [[noreturn]] void cannot_write(const fs::path& path, int error) {
   const bool full = error == ENOSPC || error == EDQUOT || error == EFBIG;
@@ -61,6 +64,60 @@ void check_target(const fs::path& target, bool force) {
                  .fix = "remove it yourself or choose another name"});
 }
 
+[[noreturn]] void staging_in_use(const fs::path& target, const fs::path& staging, const std::string& why) {
+  throw Error({.code = "output-busy",
+               .what = "cannot write output",
+               .where = target.string(),
+               .why = fmt::format("{} {}", staging.string(), why),
+               .fix = "wait, remove it, or choose another name"});
+}
+
+/// Makes the staging directory, or takes over one that a killed run left, and locks it. Links are not followed.
+int open_staging(const fs::path& target, const fs::path& staging) {
+  for (;;) {
+    if (::mkdir(staging.c_str(), 0777) != 0 && errno != EEXIST) cannot_write(target, errno);
+    const int fd = ::open(staging.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (fd < 0 && errno == ENOENT) continue;  // its owner finished meanwhile
+    if (fd < 0) staging_in_use(target, staging, "is in the way");
+    const bool locked = ::flock(fd, LOCK_EX | LOCK_NB) == 0;
+    struct stat opened = {}, named = {};
+    const bool same = ::fstat(fd, &opened) == 0 && ::lstat(staging.c_str(), &named) == 0 &&
+                      opened.st_ino == named.st_ino && opened.st_dev == named.st_dev;
+    if (locked && same && opened.st_uid == ::geteuid()) return fd;
+    ::close(fd);
+    if (!locked) staging_in_use(target, staging, "is being written by another process");
+    if (same) staging_in_use(target, staging, "belongs to another user");
+    // else it was removed or renamed between opening and locking: try again
+  }
+}
+
+/// Removes what a killed run left; what does not bear our mark is somebody's.
+void clear_staging(const fs::path& staging) {
+  if (fs::is_empty(staging)) return;
+  if (!fs::exists(fs::symlink_status(staging / kMarker))) staging_in_use(staging, staging, "holds files of others");
+  std::vector<fs::path> stale;
+  for (const fs::directory_entry& entry : fs::directory_iterator(staging)) stale.push_back(entry.path());
+  for (const fs::path& path : stale) fs::remove_all(path);
+}
+
+/// renameat2 is missing on some network file systems; there the second best, which is not atomic on replacement.
+void rename_new(const fs::path& from, const fs::path& to) {
+  if (::renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), RENAME_NOREPLACE) == 0) return;
+  const bool unsupported = errno == EINVAL || errno == ENOSYS;
+  if (!unsupported || fs::exists(fs::symlink_status(to)) || ::rename(from.c_str(), to.c_str()) != 0)
+    cannot_write(to, unsupported ? EEXIST : errno);
+}
+
+/// `to` becomes what `from` was; what `to` was is then at `from`.
+void exchange(const fs::path& from, const fs::path& to) {
+  if (::renameat2(AT_FDCWD, from.c_str(), AT_FDCWD, to.c_str(), RENAME_EXCHANGE) == 0) return;
+  if (errno != EINVAL && errno != ENOSYS) cannot_write(to, errno);
+  const fs::path aside = from.string() + ".old";
+  if (::rename(to.c_str(), aside.c_str()) != 0 || ::rename(from.c_str(), to.c_str()) != 0 ||
+      ::rename(aside.c_str(), from.c_str()) != 0)
+    cannot_write(to, errno);
+}
+
 }  // namespace
 
 OutputFile::OutputFile(const fs::path& path)
@@ -100,20 +157,22 @@ void write_text_file(const fs::path& path, std::string_view text) {
 
 OutputDirectory::OutputDirectory(const fs::path& target, bool force) : target_(target), force_(force) {
   if (target_.filename().empty()) target_ = target_.parent_path();  // "out/" means "out"
+  if (target_.empty())
+    throw Error({.code = "bad-output",
+                 .what = "cannot write output",
+                 .why = "its name is empty",
+                 .fix = "give a directory",
+                 .status = ExitStatus::usage});
   check_target(target_, force);
   staging_ = target_.parent_path() / fmt::format(".{}.partial", target_.filename().string());
-  if (::mkdir(staging_.c_str(), 0777) != 0 && errno != EEXIST) cannot_write(target_, errno);
-  fd_ = ::open(staging_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (fd_ < 0) cannot_write(staging_, errno);
-  if (::flock(fd_, LOCK_EX | LOCK_NB) != 0) {
+  fd_ = open_staging(target_, staging_);
+  try {
+    clear_staging(staging_);
+    write_text_file(staging_ / kMarker, "");
+  } catch (...) {
     ::close(fd_);
-    throw Error({.code = "output-busy",
-                 .what = "cannot write output",
-                 .where = target_.string(),
-                 .why = "another process is writing it",
-                 .fix = "wait for it or choose another name"});
+    throw;
   }
-  for (const fs::directory_entry& stale : fs::directory_iterator(staging_)) fs::remove_all(stale);
 }
 
 OutputDirectory::~OutputDirectory() {
@@ -124,15 +183,16 @@ OutputDirectory::~OutputDirectory() {
 }
 
 void OutputDirectory::commit() {
-  ::fsync(fd_);
-  if (::renameat2(AT_FDCWD, staging_.c_str(), AT_FDCWD, target_.c_str(), RENAME_NOREPLACE) != 0) {
-    if (errno != EEXIST || !force_) cannot_write(target_, errno);
+  std::error_code ignored;
+  fs::remove(staging_ / kMarker, ignored);
+  if (::fsync(fd_) != 0) cannot_write(staging_, errno);
+  if (force_ && fs::exists(fs::symlink_status(target_, ignored))) {
     check_target(target_, force_);
-    // Swap, so that the name is never without a complete directory; what was there is then at staging_ and goes.
-    if (::renameat2(AT_FDCWD, staging_.c_str(), AT_FDCWD, target_.c_str(), RENAME_EXCHANGE) != 0)
-      cannot_write(target_, errno);
-    std::error_code ignored;
+    // Swapped, so that the name is never without a complete directory.
+    exchange(staging_, target_);
     fs::remove_all(staging_, ignored);
+  } else {
+    rename_new(staging_, target_);
   }
   ::close(fd_);
   fd_ = -1;

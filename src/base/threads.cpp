@@ -6,6 +6,7 @@
 #include <csignal>
 #include <exception>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -15,7 +16,8 @@ namespace bitwright {
 namespace {
 
 std::atomic<size_t> g_thread_count{0};
-volatile std::sig_atomic_t g_interrupted = 0;
+std::atomic<int> g_interrupted{0};
+static_assert(std::atomic<int>::is_always_lock_free, "a signal handler sets it");
 thread_local bool t_inside_parallel = false;
 
 /// Sleeping workers, woken for each parallel_for. Decoding one token makes a hundred short calls, so waiting starts
@@ -23,7 +25,10 @@ thread_local bool t_inside_parallel = false;
 class Pool {
  public:
   explicit Pool(size_t workers) {
-    for (size_t i = 0; i < workers; ++i) threads_.emplace_back([this] { work(); });
+    try {
+      for (size_t i = 0; i < workers; ++i) threads_.emplace_back([this] { work(); });
+    } catch (const std::system_error&) {  // the system gives no more: those that started do
+    }
   }
   ~Pool() {
     stop_ = true;
@@ -119,6 +124,7 @@ void install_interrupt_handler() {
   action.sa_flags = static_cast<int>(SA_RESETHAND);  // a second Ctrl-C ends the process at once
   sigaction(SIGINT, &action, nullptr);
   sigaction(SIGTERM, &action, nullptr);
+  sigaction(SIGHUP, &action, nullptr);
   std::signal(SIGXFSZ, SIG_IGN);  // a file-size limit is reported by write(), not by death
 }
 

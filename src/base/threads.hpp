@@ -18,8 +18,8 @@ void parallel_for(size_t count, const std::function<void(size_t)>& body);
 /// The pieces do not depend on the number of threads.
 void parallel_ranges(size_t total, size_t grain, const std::function<void(size_t, size_t)>& body);
 
-/// Ctrl-C and SIGTERM set a flag; long loops call this and unwind with Error (exit status 130), so that outputs are
-/// removed.
+/// Ctrl-C, SIGTERM and SIGHUP set a flag; long loops call this and unwind with Error (exit status 130), so that outputs
+/// are removed.
 void install_interrupt_handler();
 void throw_if_interrupted();
 

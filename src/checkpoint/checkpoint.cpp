@@ -88,10 +88,24 @@ std::vector<fs::path> find_weight_files(const fs::path& directory) {
   for (const fs::directory_entry& entry : fs::directory_iterator(directory))
     if (entry.path().extension() == ".safetensors") files.push_back(entry.path());
   std::sort(files.begin(), files.end());
+  if (files.size() > 1 && files[0].filename().string().find("-of-") == std::string::npos)
+    fail("no-index", directory,
+         fmt::format("{} .safetensors files, none named model.safetensors and no index", files.size()),
+         "name the one you mean");
   if (files.empty())
     fail("no-weights", directory, "it holds no .safetensors file", "give a Hugging Face model directory");
   check_shard_series(directory, files);
   return files;
+}
+
+/// Indices come from the file; the decoder takes them as they are.
+void check_group_index(const QuantizedTensor& tensor, const std::string& name) {
+  if (!tensor.scheme.scale || tensor.scheme.scale->grouping.kind != Grouping::Kind::index) return;
+  try {
+    GroupMap(tensor.scheme.scale->grouping, tensor.shape, tensor.group_index);
+  } catch (const Error& error) {
+    throw error.at(fmt::format("tensor '{}'", printable(name)));
+  }
 }
 
 }  // namespace
@@ -108,6 +122,7 @@ struct Checkpoint::Impl {
   std::vector<SafetensorsFile> mapped;
   std::map<std::string, const StoredArray*, std::less<>> arrays;
   std::map<std::string, ArraySpec, std::less<>> specs;
+  std::unordered_map<std::string, size_t> file_of;
   const Container* container = nullptr;
   std::unordered_map<std::string, StoredTensor> stored;
   std::vector<TensorEntry> tensors;
@@ -148,13 +163,18 @@ struct Checkpoint::Impl {
         if (!arrays.emplace(array.name, &array).second)
           fail("bad-safetensors", files[f], fmt::format("tensor '{}' is in another shard too", printable(array.name)));
         specs[array.name] = {array.name, array.dtype, array.shape};
+        file_of[array.name] = f;
       }
   }
 
   void check_index() {
     if (!fs::is_directory(path) || !fs::exists(directory / kIndex)) return;
+    const auto is_in = [this](const std::string& tensor, const std::string& shard) {
+      const auto found = file_of.find(tensor);
+      return found != file_of.end() && files[found->second].filename() == shard;
+    };
     for (const auto& [tensor, shard] : read_weight_map(directory / kIndex))
-      if (!arrays.contains(tensor))
+      if (!is_in(tensor, shard))
         fail("missing-tensor", directory / shard,
              fmt::format("tensor '{}' is missing, the index lists it", printable(tensor)));
   }
@@ -171,13 +191,17 @@ struct Checkpoint::Impl {
     for (const Container* candidate : all_containers())
       if (candidate->detect(view())) {
         container = candidate;
-        for (StoredTensor& tensor : candidate->list(view())) stored.emplace(tensor.name, std::move(tensor));
+        for (StoredTensor& tensor : candidate->list(view()))
+          if (const std::string name = tensor.name; !stored.emplace(name, std::move(tensor)).second)
+            fail("bad-container", path, fmt::format("tensor '{}' is stored twice", printable(name)));
         return;
       }
-    const auto declared = config.find("quantization_config");
+    auto declared = config.find("quantization_config");
+    if (declared == config.end()) declared = config.find("quantization");  // MLX
     if (declared == config.end() || declared->is_null()) return;
-    const std::string method =
-        declared->is_object() && declared->contains("quant_method") ? (*declared)["quant_method"].dump() : "unknown";
+    std::string method = "unknown";
+    for (const char* key : {"mode", "quant_method"})
+      if (declared->is_object() && declared->contains(key)) method = (*declared)[key].dump();
     fail("unsupported-container", directory / "config.json",
          fmt::format("the model is quantized by method {}, whose tensors are not among those known", printable(method)),
          "see `bitwright formats`");
@@ -230,7 +254,6 @@ Checkpoint::~Checkpoint() = default;
 Checkpoint::Checkpoint(Checkpoint&&) noexcept = default;
 
 const fs::path& Checkpoint::path() const { return impl_->path; }
-std::vector<fs::path> Checkpoint::weight_files() const { return impl_->files; }
 const Json& Checkpoint::config() const { return impl_->config; }
 const Json& Checkpoint::quantization_metadata() const { return impl_->metadata; }
 const Container* Checkpoint::container() const { return impl_->container; }
@@ -243,13 +266,12 @@ uint64_t Checkpoint::weight_bytes() const {
 }
 
 void Checkpoint::verify_digests() const {
-  const auto digests = impl_->metadata.find("files");
-  if (digests == impl_->metadata.end() || !digests->is_object()) return;
+  if (impl_->metadata.empty()) return;
+  const Json digests = impl_->metadata.value("files", Json());
   for (size_t f = 0; f < impl_->files.size(); ++f) {
-    const auto recorded = digests->find(impl_->files[f].filename().string());
-    if (recorded == digests->end()) continue;
-    if (!recorded->is_object() || !recorded->contains("sha256") ||
-        (*recorded)["sha256"] != sha256(impl_->mapped[f].bytes()))
+    const std::string name = impl_->files[f].filename().string();
+    const Json recorded = digests.is_object() ? digests.value(name, Json()) : Json();
+    if (!recorded.is_object() || !recorded.contains("sha256") || recorded["sha256"] != sha256(impl_->mapped[f].bytes()))
       fail("digest-mismatch", impl_->files[f], fmt::format("its bytes are not those recorded in {}", kMetadata));
   }
 }
@@ -268,6 +290,7 @@ QuantizedTensor Checkpoint::read(const TensorEntry& entry) const {
   if (entry.quantized()) {
     QuantizedTensor tensor = impl_->container->unpack(impl_->stored.at(entry.name), impl_->view());
     check_sizes(tensor, entry.name);
+    check_group_index(tensor, entry.name);
     return tensor;
   }
   BW_ASSERT(entry.scheme.element != nullptr);

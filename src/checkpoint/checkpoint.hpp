@@ -42,7 +42,6 @@ class Checkpoint {
   /// Reads every file through and compares it with the digest that quantization_metadata.json records, where it does.
   /// Throws Error{"digest-mismatch"}.
   void verify_digests() const;
-  std::vector<std::filesystem::path> weight_files() const;
   uint64_t weight_bytes() const;  ///< size of those files
 
   const Json& config() const;                 ///< an empty object if there is no config.json

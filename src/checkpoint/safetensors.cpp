@@ -134,15 +134,16 @@ SafetensorsFile::SafetensorsFile(const std::filesystem::path& path)
 
 SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<ArraySpec> specs)
     : file_(path), specs_(std::move(specs)) {
-  OrderedJson header = {{"__metadata__", {{"format", "pt"}}}};
+  std::string text = R"({"__metadata__":{"format":"pt"})";
   uint64_t offset = 0;
   for (const ArraySpec& spec : specs_) {
-    header[spec.name] = {{"dtype", info(spec.dtype).safetensors},
-                         {"shape", spec.shape},
-                         {"data_offsets", {offset, offset + spec.bytes()}}};
+    const OrderedJson entry = {{"dtype", info(spec.dtype).safetensors},
+                               {"shape", spec.shape},
+                               {"data_offsets", {offset, offset + spec.bytes()}}};
+    text += "," + OrderedJson(spec.name).dump() + ":" + entry.dump();
     offset += spec.bytes();
   }
-  std::string text = header.dump();
+  text += "}";
   text.resize((text.size() + kLengthBytes + kAlignment - 1) / kAlignment * kAlignment - kLengthBytes, ' ');
   const uint64_t length = text.size();
   file_.write(std::as_bytes(std::span(&length, 1)));

@@ -8,8 +8,10 @@
 #include <charconv>
 #include <cstdio>
 #include <cstring>
+#include <exception>
 #include <filesystem>
 #include <new>
+#include <system_error>
 
 #include "base/nearest.hpp"
 #include "base/progress.hpp"
@@ -110,6 +112,8 @@ std::vector<Option> options_of(const Command& command) {
 
 /// The typed text of one configuration option as the value its key wants.
 OrderedJson config_value(const ConfigKey& key, const std::vector<std::string>& typed) {
+  for (const std::string& text : typed)
+    if (!is_utf8(text)) usage_error("bad-value", fmt::format("{}: it is not UTF-8", option_of(key)), "");
   if (key.type == ConfigKey::Type::names) {
     OrderedJson names = OrderedJson::array();
     for (const std::string& text : typed)
@@ -164,6 +168,7 @@ class Parser {
     app_.set_version_flag("--version", std::string("bitwright ") + BITWRIGHT_VERSION);
     app_.allow_extras();
     app_.require_subcommand(0, 1);
+    add_options("", common_options(), app_);  // they may stand before the command too
     for (const Command* command : all_commands()) add(*command);
   }
 
@@ -179,8 +184,11 @@ class Parser {
     }
     for (const auto& [command, sub] : subcommands_)
       if (sub->parsed()) {
+        unknown_argument(*command, app_.remaining());
         unknown_argument(*command, sub->remaining());
-        collect(*command, *sub, arguments);
+        collect("", common_options(), app_, arguments);
+        collect(command->name, options_of(*command), *sub, arguments);
+        finish(*command, arguments);
         return command;
       }
     no_command(app_.remaining());
@@ -192,34 +200,40 @@ class Parser {
     sub->allow_extras();
     // A missing MODEL may come from the configuration; whoever needs it says so.
     if (command.takes_model) sub->add_option("MODEL", model_, "directory or .safetensors file")->type_name("");
-    for (const Option& option : options_of(command)) {
-      std::vector<std::string>& typed = typed_[std::string(command.name) + long_name(option.name)];
+    add_options(command.name, options_of(command), *sub);
+    subcommands_.emplace_back(&command, sub);
+  }
+
+  void add_options(std::string_view command, std::span<const Option> options, CLI::App& app) {
+    for (const Option& option : options) {
+      std::vector<std::string>& typed = typed_[std::string(command) + long_name(option.name)];
       if (option.type == Option::Type::flag) {
-        sub->add_flag(option.name, option.help);
+        app.add_flag(option.name, option.help);
       } else {
-        CLI::Option* added = sub->add_option(option.name, typed, option.help)->type_name(option.value_name);
-        added->expected(1);
+        CLI::Option* added = app.add_option(option.name, typed, option.help)->type_name(option.value_name);
+        added->expected(1)->allow_extra_args(false);  // else "[a, b]" would be taken apart
         if (option.type == Option::Type::names)
           added->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
         else
           added->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
       }
     }
-    subcommands_.emplace_back(&command, sub);
   }
 
-  void collect(const Command& command, const CLI::App& sub, Arguments& arguments) {
-    for (const Option& option : options_of(command)) {
+  void collect(std::string_view command, std::span<const Option> options, const CLI::App& app, Arguments& arguments) {
+    for (const Option& option : options) {
       const std::string name = long_name(option.name);
-      if (sub.get_option(name)->count() == 0) {
-        if (option.required)
-          usage_error("missing-option", fmt::format("{} is required", name),
-                      fmt::format("see `bitwright {} --help`", command.name));
-        continue;
+      if (app.get_option(name)->count() > 0) {
+        arguments.values[name] = typed_[std::string(command) + name];
+        for (const std::string& value : arguments.values[name]) check_option(option, value);
+      } else if (option.required) {
+        usage_error("missing-option", fmt::format("{} is required", name),
+                    fmt::format("see `bitwright {} --help`", command));
       }
-      arguments.values[name] = typed_[std::string(command.name) + name];
-      for (const std::string& value : arguments.values[name]) check_option(option, value);
     }
+  }
+
+  void finish(const Command& command, Arguments& arguments) const {
     arguments.json = arguments.flag("--json");
     arguments.model = model_;
     if (command.takes_config) arguments.config = read_config(arguments);
@@ -249,24 +263,48 @@ void apply_common(const Arguments& arguments) {
   if (arguments.flag("--verbose")) set_verbosity(Verbosity::verbose);
 }
 
-void print_result(const Command& command, const Arguments& arguments, OrderedJson result,
-                  const std::vector<Warning>& warnings) {
-  if (!arguments.json) {
-    command.print(result);
-  } else {
+/// fmt::print would throw where the reader has gone or the disk is full; whoever prints checks with flush_output.
+void print_json(const OrderedJson& document) {
+  const std::string text = document.dump(2, ' ', false, OrderedJson::error_handler_t::replace) + "\n";
+  std::fwrite(text.data(), 1, text.size(), stdout);
+}
+
+void flush_output() {
+  if (std::fflush(stdout) != 0 || std::ferror(stdout) != 0)
+    throw Error({.code = "cannot-write", .what = "cannot write to standard output", .why = std::strerror(errno)});
+}
+
+void print_warnings(const std::vector<Warning>& warnings) {
+  if (verbosity() == Verbosity::quiet) return;
+  for (const Warning& warning : warnings)
+    fmt::print(stderr, "warning[{}]: {}\n", warning.code, printable(warning.message, 2000));
+}
+
+void run_command(const Command& command, const Arguments& arguments) {
+  std::vector<Warning> warnings;
+  OrderedJson result;
+  try {
+    result = command.run(arguments, warnings);
+  } catch (...) {
+    print_warnings(warnings);
+    throw;
+  }
+  print_warnings(warnings);
+  if (arguments.json) {
     OrderedJson& list = result["warnings"] = OrderedJson::array();
     for (const Warning& warning : warnings) list.push_back({{"code", warning.code}, {"message", warning.message}});
-    fmt::print("{}\n", result.dump(2, ' ', false, OrderedJson::error_handler_t::replace));
+    print_json(result);
+  } else {
+    command.print(result);
   }
-  if (std::fflush(stdout) != 0)
-    throw Error({.code = "cannot-write", .what = "cannot write to standard output", .why = std::strerror(errno)});
+  flush_output();
 }
 
 int report(const Error& error, bool json) {
   fmt::print(stderr, "error: {}\n", error.what());
   if (json) {
-    const OrderedJson document = {{"error", {{"code", error.code()}, {"message", error.what()}}}};
-    fmt::print("{}\n", document.dump(2, ' ', false, OrderedJson::error_handler_t::replace));
+    print_json({{"error", {{"code", error.code()}, {"message", error.what()}}}});
+    std::fflush(stdout);
   }
   return static_cast<int>(error.status());
 }
@@ -303,16 +341,10 @@ int run_command_line(int argc, const char* const* argv) {
   try {
     Parser parser;
     Arguments arguments;
-    arguments.json = json;
     const Command* command = parser.parse(argc, argv, arguments);
     if (command == nullptr) return static_cast<int>(ExitStatus::done);
     apply_common(arguments);
-    std::vector<Warning> warnings;
-    OrderedJson result = command->run(arguments, warnings);
-    if (verbosity() != Verbosity::quiet)
-      for (const Warning& warning : warnings)
-        fmt::print(stderr, "warning[{}]: {}\n", warning.code, printable(warning.message, 2000));
-    print_result(*command, arguments, std::move(result), warnings);
+    run_command(*command, arguments);
     return static_cast<int>(ExitStatus::done);
   } catch (const Error& error) {
     return report(error, json);
@@ -327,6 +359,11 @@ int run_command_line(int argc, const char* const* argv) {
         Error(
             {.code = "out-of-memory", .what = "out of memory", .fix = "close other programs or use a larger machine"}),
         json);
+  } catch (const std::system_error& error) {
+    return report(Error({.code = "system", .what = "the system refused", .why = error.what()}), json);
+  } catch (const std::exception& error) {
+    return report(Error({.code = "internal", .what = "internal error", .why = error.what(), .fix = "please report it"}),
+                  json);
   }
 }
 

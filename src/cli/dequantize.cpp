@@ -15,7 +15,7 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>&) {
 }
 
 void print(const OrderedJson& result) {
-  fmt::print("{}: {}, {}\n", result["output"].get<std::string>(), result["dtype"].get<std::string>(),
+  fmt::print("{}: {}, {}\n", printable(result["output"].get<std::string>()), result["dtype"].get<std::string>(),
              format_bytes(result["bytes"].get<uint64_t>()));
 }
 

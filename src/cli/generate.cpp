@@ -1,5 +1,7 @@
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdio>
 
 #include "base/threads.hpp"
@@ -79,7 +81,14 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
   std::vector<int32_t> step = tokens;
   for (int64_t i = 0; i < wanted; ++i) {
     throw_if_interrupted();
-    const int32_t next = sampler.next(model.forward(step, cache, Model::Logits::last));
+    const std::vector<float> logits = model.forward(step, cache, Model::Logits::last);
+    if (!std::ranges::all_of(logits, [](float value) { return std::isfinite(value); }))
+      throw Error({.code = "not-finite",
+                   .what = "cannot generate",
+                   .where = arguments.model,
+                   .why = "the model's logits are NaN or infinite",
+                   .fix = "its weights are damaged, fetch them again"});
+    const int32_t next = sampler.next(logits);
     if (next == tokenizer.eos_id()) break;
     tokens.push_back(next);
     step = {next};

@@ -1,6 +1,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <map>
 
 #include "base/progress.hpp"
 #include "checkpoint/checkpoint.hpp"
@@ -13,21 +14,25 @@ namespace {
 /// What most quantized tensors share stands for the model; the others are in `tensors`.
 OrderedJson quantization_of(const Checkpoint& model) {
   OrderedJson affected = OrderedJson::array(), skipped = OrderedJson::array();
-  const TensorEntry* first = nullptr;
+  std::map<std::string, std::pair<size_t, const TensorEntry*>> schemes;
   for (const TensorEntry& entry : model.tensors()) {
     if (entry.quantized()) {
       affected.push_back(entry.name);
-      if (first == nullptr) first = &entry;
+      auto& [count, example] = schemes[describe(entry.scheme)];
+      ++count;
+      example = &entry;
     } else if (entry.shape.size() >= 2) {
       skipped.push_back(entry.name);
     }
   }
-  OrderedJson json = {{"quantized", first != nullptr}};
-  if (first != nullptr) {
-    const Scheme& scheme = first->scheme;
-    json["method"] = model.quantization_metadata().value("algorithm", std::string(model.container()->name));
+  OrderedJson json = {{"quantized", !schemes.empty()}};
+  if (!schemes.empty()) {
+    const auto most = std::ranges::max_element(schemes, {}, [](const auto& item) { return item.second.first; });
+    const Scheme& scheme = most->second.second->scheme;
+    const Json algorithm = model.quantization_metadata().value("algorithm", Json());
+    json["method"] = algorithm.is_string() ? algorithm.get<std::string>() : std::string(model.container()->name);
     json["container"] = model.container()->name;
-    json["scheme"] = describe(scheme);
+    json["scheme"] = (schemes.size() == 1 ? "" : "mixed, mostly ") + most->first;
     json["bits"] = scheme.element->bits;
     json["mode"] = "weight-only";
     if (scheme.scale && scheme.scale->grouping.size != 0) json["group_size"] = scheme.scale->grouping.size;

@@ -36,7 +36,7 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
 
 void print(const OrderedJson& result) {
   const OrderedJson& v = result["verification"];
-  fmt::print("{}: {}, {} layers\n", result["output"].get<std::string>(), result["scheme"].get<std::string>(),
+  fmt::print("{}: {}, {} layers\n", printable(result["output"].get<std::string>()), result["scheme"].get<std::string>(),
              result["layers"].size());
   fmt::print("{} -> {}, {:.3f} bits per weight, {:.1f} s\n", format_bytes(result["bytes_in"].get<uint64_t>()),
              format_bytes(result["bytes_out"].get<uint64_t>()), result["bits_per_weight"].get<double>(),

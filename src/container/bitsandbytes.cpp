@@ -58,7 +58,8 @@ struct Fields {
   DType dtype(const char* key) const {
     const auto known =
         json.contains(key) && json[key].is_string() ? dtype_from_name(json[key].get<std::string>()) : std::nullopt;
-    if (!known) bad_container(checkpoint, name, fmt::format("quant_state has no known '{}'", key));
+    if (!known || !info(*known).is_float || size_bytes(*known) < 2)
+      bad_container(checkpoint, name, fmt::format("quant_state has no known '{}'", key));
     return *known;
   }
 };

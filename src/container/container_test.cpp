@@ -126,7 +126,8 @@ TEST(Native, RefusesWhatDoesNotAgree) {
     return std::string("none");
   };
   EXPECT_EQ(code([](Memory&) {}), "none");
-  for (const auto& [name, spec] : good.arrays) {
+  for (const auto& array : good.arrays) {
+    const std::string& name = array.first;
     EXPECT_EQ(code([&](Memory& m) { m.arrays.erase(name); }), "bad-container") << name;
     EXPECT_EQ(code([&](Memory& m) { m.arrays[name].dtype = DType::f64; }), "bad-container") << name;
     EXPECT_EQ(code([&](Memory& m) { m.arrays[name].shape.push_back(2); }), "bad-container") << name;

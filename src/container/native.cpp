@@ -57,7 +57,12 @@ ArraySpec index_array(const std::string& name, const Shape& shape) {
 Fit fit(const Scheme& scheme, const Shape& shape) {
   if (scheme.element->kind == ElementKind::block_code)
     return {Verdict::impossible, "block codes are kept in their own container"};
-  if (scheme.scale) parameter_shape(scheme.scale->grouping, shape);  // throws where it does not apply
+  try {
+    for (const auto& p : {scheme.scale, scheme.offset})
+      if (p) parameter_shape(p->grouping, shape);
+  } catch (const Error& error) {
+    return {Verdict::impossible, error.what()};
+  }
   return {Verdict::exact};
 }
 
@@ -155,7 +160,9 @@ StoredTensor read_entry(const CheckpointView& checkpoint, const std::string& nam
   const auto dtype = entry["dtype"].is_string() ? dtype_from_name(entry["dtype"].get<std::string>()) : std::nullopt;
   if (!dtype) fail("unknown dtype");
   tensor.value_dtype = *dtype;
+  if (!info(*dtype).is_float || size_bytes(*dtype) < 2) fail(fmt::format("its values cannot be {}", info(*dtype).name));
   tensor.scheme = scheme_from_json(entry["scheme"], fmt::format("tensor '{}'", printable(name)));
+  if (tensor.scheme.is_plain()) fail("its scheme is that of a tensor that is not quantized");
   for (const ArraySpec& spec : layout(tensor)) {
     const ArraySpec& found = need_array(checkpoint, name, spec.name);
     if (found.dtype != spec.dtype || found.shape != spec.shape)

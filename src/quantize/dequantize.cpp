@@ -1,5 +1,7 @@
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "base/output.hpp"
@@ -13,6 +15,19 @@ namespace bitwright {
 namespace {
 
 bool becomes_float(const TensorEntry& entry) { return entry.quantized() || info(entry.dtype).is_float; }
+
+/// Damaged weights, and weights too large for the type asked for, do not leave unnoticed.
+void check_finite(const std::string& name, DType dtype, std::span<const std::byte> bytes) {
+  std::vector<float> stored(bytes.size() / size_bytes(dtype));
+  to_f32(dtype, bytes, stored);
+  const auto bad = std::ranges::find_if(stored, [](float value) { return !std::isfinite(value); });
+  if (bad == stored.end()) return;
+  throw Error({.code = "not-finite",
+               .what = "cannot dequantize",
+               .where = fmt::format("tensor '{}'", printable(name)),
+               .why = fmt::format("element {} would be {} as {}", bad - stored.begin(), *bad, info(dtype).name),
+               .fix = "the weights are damaged, or too large for the type: try --dtype float32"});
+}
 
 void write_weights(const Checkpoint& source, const std::filesystem::path& path, DType dtype) {
   std::vector<ArraySpec> specs;
@@ -31,6 +46,7 @@ void write_weights(const Checkpoint& source, const std::filesystem::path& path, 
       const std::vector<float> values = source.read_f32(entry);
       bytes.resize(specs[i].bytes());
       from_f32(dtype, values, bytes);
+      check_finite(entry.name, dtype, bytes);
       writer.add(bytes);
     } else {
       writer.add(source.plain_bytes(entry));

@@ -4,6 +4,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "base/error.hpp"
 #include "base/progress.hpp"
 
 namespace bitwright {
@@ -50,7 +51,7 @@ std::string model_card(const OrderedJson& record) {
   card += quality_section(record["verification"]);
   card += "\n## Layers\n\n| tensor | scheme | bits per weight | relative error |\n|---|---|---|---|\n";
   for (const OrderedJson& layer : record["layers"])
-    card += fmt::format("| {} | {} | {:.3f} | {:.5f} |\n", layer["name"].get<std::string>(),
+    card += fmt::format("| {} | {} | {:.3f} | {:.5f} |\n", printable(layer["name"].get<std::string>()),
                         layer["scheme"].get<std::string>(), layer["bits_per_weight"].get<double>(),
                         layer["relative_error"].get<double>());
   return card;

@@ -16,16 +16,27 @@ namespace {
 
 namespace fs = std::filesystem;
 
-/// Written anew or made of weights.
-bool is_rewritten(const std::string& name) {
-  return name == "config.json" || name == "quantization_metadata.json" || name.ends_with(".index.json");
+/// Belongs to a model by its name, wherever it lies.
+bool is_known_file(const std::string& name) {
+  constexpr std::array<std::string_view, 10> kNames = {"tokenizer.json",
+                                                       "tokenizer_config.json",
+                                                       "generation_config.json",
+                                                       "special_tokens_map.json",
+                                                       "added_tokens.json",
+                                                       "vocab.json",
+                                                       "merges.txt",
+                                                       "vocab.txt",
+                                                       "tokenizer.model",
+                                                       "chat_template.jinja"};
+  return std::ranges::find(kNames, name) != kNames.end();
 }
 
+/// In a model's own directory every configuration and vocabulary belongs to it, but for what is written anew.
 bool is_side_file(const fs::path& path) {
   constexpr std::array<std::string_view, 5> kKinds = {".json", ".model", ".jinja", ".tiktoken", ".vocab"};
   const std::string name = path.filename().string();
-  if (name == "merges.txt" || name == "vocab.txt") return true;
-  return std::ranges::find(kKinds, path.extension().string()) != kKinds.end() && !is_rewritten(name);
+  const bool rewritten = name == "config.json" || name == "quantization_metadata.json" || name.ends_with(".index.json");
+  return std::ranges::find(kKinds, path.extension().string()) != kKinds.end() && !rewritten;
 }
 
 /// Absolute, links resolved as far as the path exists, no slash at the end.
@@ -53,14 +64,20 @@ OrderedJson read_config(const Checkpoint& model) {
 
 void copy_side_files(const Checkpoint& model, const fs::path& to) {
   std::vector<fs::path> files;
-  for (const fs::directory_entry& entry : fs::directory_iterator(model_directory(model)))
-    if (entry.is_regular_file() && is_side_file(entry.path())) files.push_back(entry.path());
+  const bool own = fs::is_directory(model.path());
+  for (const fs::directory_entry& entry : fs::directory_iterator(model_directory(model))) {
+    std::error_code broken_link;
+    if (entry.is_regular_file(broken_link) &&
+        (is_known_file(entry.path().filename().string()) || (own && is_side_file(entry.path()))))
+      files.push_back(entry.path());
+  }
   for (const fs::path& file : files) write_text_file(to / file.filename(), MappedFile(file).text());
 }
 
 void check_apart(const Checkpoint& model, const fs::path& output) {
-  const fs::path target = resolved(output), source = resolved(model_directory(model));
-  if (is_inside(target, source) || is_inside(source, target))
+  if (output.empty()) return;  // OutputDirectory says so
+  const fs::path target = resolved(output), source = resolved(model.path());
+  if (is_inside(source, target) || (fs::is_directory(source) && is_inside(target, source)))
     throw Error({.code = "output-is-input",
                  .what = "cannot write output",
                  .where = output.string(),

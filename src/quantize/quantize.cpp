@@ -4,6 +4,7 @@
 
 #include <chrono>
 #include <cmath>
+#include <cstdlib>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -23,7 +24,19 @@ namespace {
 constexpr const char* kWeights = "model.safetensors";
 
 /// Figures in files: more digits than anyone uses, fewer than differences between machines' mathematical libraries.
-double rounded(double value) { return std::stod(fmt::format("{:.7g}", value)); }
+double rounded(double value) { return std::strtod(fmt::format("{:.7g}", value).c_str(), nullptr); }
+
+/// Size and digest of each file so far: weights and what belongs to them. Hidden files are ours.
+OrderedJson digests_of(const std::filesystem::path& directory) {
+  std::map<std::string, OrderedJson> sorted;
+  for (const auto& entry : std::filesystem::directory_iterator(directory)) {
+    const std::string name = entry.path().filename().string();
+    if (name.starts_with(".")) continue;
+    const MappedFile file(entry.path());
+    sorted[name] = {{"bytes", file.bytes().size()}, {"sha256", sha256(file.bytes())}};
+  }
+  return sorted;
+}
 
 std::vector<TensorFacts> facts_of(const Checkpoint& source) {
   std::vector<TensorFacts> facts;
@@ -53,6 +66,7 @@ class Pipeline {
     const auto start = std::chrono::steady_clock::now();
     warnings.insert(warnings.end(), recipe_.warnings.begin(), recipe_.warnings.end());
     write_weights();
+    warn_of_lost_layers(warnings);
     copy_side_files(source_, output_.staging());
     OrderedJson record = make_record();
     write_metadata(record);  // the written model must open before it can be judged
@@ -132,7 +146,7 @@ class Pipeline {
       throw Error({.code = "not-finite",
                    .what = "cannot quantize",
                    .where = fmt::format("tensor '{}'", printable(entry.name)),
-                   .why = fmt::format("element {} is {}", bad - values.begin(), *bad),
+                   .why = fmt::format("element {} is {} as float32", bad - values.begin(), *bad),
                    .fix = "the weights are damaged, fetch them again or retrain"});
     return values;
   }
@@ -153,45 +167,57 @@ class Pipeline {
                          .algorithm = std::string(plan.algorithm->name),
                          .relative_error = relative_error(values, decode(t)),
                          .bytes = bytes});
+      if (verbosity() == Verbosity::verbose)
+        fmt::print(stderr, "{}: {}, relative error {:.5f}\n", printable(entry.name), describe(*plan.scheme),
+                   layers_.back().relative_error);
     } catch (const Error& error) {
-      if (error.code() != "scale-overflow") throw;
-      throw Error(
-          {.code = error.code(), .what = fmt::format("tensor '{}'", printable(entry.name)), .why = error.what()});
+      throw error.at(fmt::format("tensor '{}'", printable(entry.name)));
     }
   }
 
+  void warn_of_lost_layers(std::vector<Warning>& warnings) const {
+    constexpr double kLost = 0.5;
+    for (const LayerResult& layer : layers_)
+      if (layer.relative_error > kLost)
+        warnings.push_back(
+            {"HIGH_ERROR", fmt::format("tensor '{}' has a relative error of {:.2f}: too few bits, or scales too "
+                                       "small for their type (then use --scale-dtype float32)",
+                                       printable(layer.name), layer.relative_error)});
+  }
+
   OrderedJson make_record() const {
-    const MappedFile weights(output_.staging() / kWeights);
     uint64_t elements = 0, bytes = 0;
     for (const TensorEntry& entry : source_.tensors()) {
       elements += static_cast<uint64_t>(element_count(entry.shape));
       bytes += entry.stored_bytes;
     }
     for (const LayerResult& layer : layers_) bytes = bytes - source_.find(layer.name)->stored_bytes + layer.bytes;
-    OrderedJson record = {
-        {"tool", {{"name", "bitwright"}, {"version", BITWRIGHT_VERSION}}},
-        {"algorithm", common_value([](const LayerResult& l) { return l.algorithm; })},
-        {"scheme", common_value([](const LayerResult& l) { return describe(l.scheme); })},
-        {"recipe", recipe_.settings},
-        {"bytes_in", source_.weight_bytes()},
-        {"bytes_out", weights.bytes().size()},
-        {"bits_per_weight", 8.0 * static_cast<double>(bytes) / static_cast<double>(elements)},
-        {"tensor_count", source_.tensors().size()},
-        {"files", {{kWeights, {{"bytes", weights.bytes().size()}, {"sha256", sha256(weights.bytes())}}}}},
-        {"verification", OrderedJson::object()}};
+    OrderedJson record = {{"tool", {{"name", "bitwright"}, {"version", BITWRIGHT_VERSION}}},
+                          {"algorithm", common_value([](const LayerResult& l) { return l.algorithm; })},
+                          {"scheme", common_value([](const LayerResult& l) { return describe(l.scheme); })},
+                          {"recipe", recipe_.settings},
+                          {"bytes_in", source_.weight_bytes()},
+                          {"bytes_out", std::filesystem::file_size(output_.staging() / kWeights)},
+                          {"bits_per_weight", 8.0 * static_cast<double>(bytes) / static_cast<double>(elements)},
+                          {"tensor_count", source_.tensors().size()},
+                          {"files", digests_of(output_.staging())},
+                          {"verification", OrderedJson::object()}};
     OrderedJson& layers = record["layers"] = OrderedJson::array();
-    for (const LayerResult& layer : layers_)
-      layers.push_back({{"name", layer.name},
-                        {"scheme", describe(layer.scheme)},
-                        {"algorithm", layer.algorithm},
-                        {"relative_error", layer.relative_error},
-                        {"bits_per_weight", 8.0 * static_cast<double>(layer.bytes) /
-                                                static_cast<double>(element_count(source_.find(layer.name)->shape))}});
+    for (const LayerResult& layer : layers_) layers.push_back(layer_json(layer));
     OrderedJson& skipped = record["skipped_layers"] = OrderedJson::array();
     for (const TensorPlan& plan : recipe_.tensors)
       if (!plan.scheme && plan.reason != "not a matrix")
         skipped.push_back({{"name", plan.name}, {"reason", plan.reason}});
     return record;
+  }
+
+  OrderedJson layer_json(const LayerResult& layer) const {
+    const auto elements = static_cast<double>(element_count(source_.find(layer.name)->shape));
+    return {{"name", layer.name},
+            {"scheme", describe(layer.scheme)},
+            {"algorithm", layer.algorithm},
+            {"relative_error", layer.relative_error},
+            {"bits_per_weight", 8.0 * static_cast<double>(layer.bytes) / elements}};
   }
 
   /// The value most layers share; others are in `layers`.

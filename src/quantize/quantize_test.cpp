@@ -132,6 +132,27 @@ TEST_F(Quantize, FailuresLeaveNothing) {
   EXPECT_EQ(code("quantization: {method: int4}"), "not-finite");
 }
 
+TEST_F(Quantize, ScalesTooSmallForTheirTypeAreSaid) {
+  std::string bytes = read_file(model() / "model.safetensors");
+  const size_t data = bytes.size() - 16 - 4 * 64 - 4 * 24 * 33 - 4 * 40 * 64;
+  std::vector<float> tiny(40 * 64, 1e-9f);
+  std::memcpy(bytes.data() + data, tiny.data(), 4 * tiny.size());
+  write_file(model() / "model.safetensors", bytes);
+  run("quantization: {method: int4}");
+  EXPECT_EQ(warnings.at(0).code, "HIGH_ERROR");
+}
+
+TEST_F(Quantize, ASingleFileIsAModelToo) {
+  std::filesystem::create_directory(dir / "single");
+  std::filesystem::rename(model() / "model.safetensors", dir / "single/weights.safetensors");
+  write_file(dir / "single/tokenizer_config.json", "{}");
+  write_file(dir / "single/unrelated.json", "{}");
+  dequantize(Checkpoint(dir / "single/weights.safetensors"), dir / "single/out", DType::f16, false);
+  EXPECT_EQ(Checkpoint(dir / "single/out").find("a.weight")->dtype, DType::f16);
+  EXPECT_TRUE(std::filesystem::exists(dir / "single/out/tokenizer_config.json"));
+  EXPECT_FALSE(std::filesystem::exists(dir / "single/out/unrelated.json"));
+}
+
 TEST_F(Quantize, SameBytesOnEveryRun) {
   run("quantization: {method: int3, range: mse}");
   std::map<std::string, std::string> first;

@@ -81,6 +81,7 @@ void verify_tensors(const Checkpoint& source, const Checkpoint& written, const s
       fail(entry.name, fmt::format("reads back with a relative error of {}", error));
     ++layer;
   }
+  if (layer != layers.end()) fail(layer->name, "it was quantized and reads back as kept");
 }
 
 std::optional<Judgement> judge(const Checkpoint& source, const Checkpoint& written, std::string& reason) {

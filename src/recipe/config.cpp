@@ -105,7 +105,21 @@ std::string_view last_name(std::string_view path) {
   return dot == std::string_view::npos ? path : path.substr(dot + 1);
 }
 
-std::string shown(const OrderedJson& value) { return value.is_string() ? value.get<std::string>() : value.dump(); }
+std::string shown(const OrderedJson& value) {
+  return value.is_string() ? value.get<std::string>()
+                           : value.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
+}
+
+/// A member of an object, or of nothing yet.
+OrderedJson& member(OrderedJson& object, const std::string& name, std::string_view path) {
+  if (!object.is_object() && !object.is_null())
+    throw Error({.code = "bad-value",
+                 .what = "bad configuration",
+                 .where = std::string(path),
+                 .why = fmt::format("'{}' cannot be set inside a plain value", printable(name)),
+                 .status = ExitStatus::usage});
+  return object[name];
+}
 
 [[noreturn]] void bad_value(const std::string& where, std::string_view key, const OrderedJson& value,
                             const std::string& why) {
@@ -161,7 +175,7 @@ void check_rules(const OrderedJson& rules, std::string_view path, const std::str
                      .why = fmt::format("unknown key '{}' for module '{}'", printable(name), printable(pattern)),
                      .fix = suggest(name, known),
                      .status = ExitStatus::usage});
-      check_value(*found, value, where);
+      if (!value.is_null()) check_value(*found, value, where);
     }
   }
 }
@@ -180,6 +194,7 @@ void check_object(const OrderedJson& object, const std::string& prefix, const st
       siblings.emplace_back(rest.substr(0, rest.find('.')));
     }
     siblings.erase(std::unique(siblings.begin(), siblings.end()), siblings.end());
+    if ((found != nullptr || is_section) && value.is_null()) continue;  // as if it were not there
     if (found != nullptr && found->type == Type::rules) {
       check_rules(value, path, where);
     } else if (found != nullptr) {
@@ -219,15 +234,15 @@ void set_config_value(OrderedJson& config, std::string_view path, const OrderedJ
   if (path.starts_with(kRules) && path.size() > kRules.size()) {
     const std::string rest(path.substr(kRules.size()));
     const size_t dot = value.is_object() ? std::string::npos : rest.rfind('.');
-    OrderedJson& rules = config["quantization"]["layer_configs"];
-    (dot == std::string::npos ? rules[rest] : rules[rest.substr(0, dot)][rest.substr(dot + 1)]) = value;
+    OrderedJson& rules = member(member(config, "quantization", path), "layer_configs", path);
+    OrderedJson& rule = member(rules, rest.substr(0, dot), path);
+    (dot == std::string::npos ? rule : member(rule, rest.substr(dot + 1), path)) = value;
     return;
   }
   OrderedJson* at = &config;
   for (size_t begin = 0; begin <= path.size();) {
     const size_t dot = std::min(path.find('.', begin), path.size());
-    if (!at->is_object() && !at->is_null()) bad_value("--set", path, value, "cannot be set inside a plain value");
-    at = &(*at)[std::string(path.substr(begin, dot - begin))];
+    at = &member(*at, std::string(path.substr(begin, dot - begin)), path);
     begin = dot + 1;
   }
   *at = value;

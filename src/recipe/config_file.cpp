@@ -3,6 +3,7 @@
 
 #include <charconv>
 #include <nlohmann/json.hpp>
+#include <vector>
 
 #include "base/error.hpp"
 #include "base/mapped_file.hpp"
@@ -59,9 +60,12 @@ OrderedJson convert(const YAML::Node& node, const std::string& where, int depth,
 
 OrderedJson parse(const std::string& text, const std::string& where) {
   if (text.size() > kMaxBytes) fail(where, fmt::format("{} bytes are too many", text.size()));
+  if (!is_utf8(text)) fail(where, "it is not UTF-8");
   try {
     size_t nodes = 0;
-    return convert(YAML::Load(text), where, 0, nodes);
+    const std::vector<YAML::Node> documents = YAML::LoadAll(text);
+    if (documents.size() > 1) fail(where, fmt::format("it holds {} YAML documents, one is read", documents.size()));
+    return documents.empty() ? OrderedJson() : convert(documents[0], where, 0, nodes);
   } catch (const YAML::Exception& e) {
     fail(where, fmt::format("line {}: {}", e.mark.line + 1, e.msg));
   }
@@ -70,9 +74,15 @@ OrderedJson parse(const std::string& text, const std::string& where) {
 }  // namespace
 
 OrderedJson read_config_file(const std::filesystem::path& path) {
-  const std::string text = read_text_file(path);
-  OrderedJson config =
-      path.extension() == ".json" ? parse_ordered_json(text, path.string()) : parse(text, path.string());
+  OrderedJson config;
+  try {
+    const std::string text = read_text_file(path);
+    config = path.extension() == ".json" ? parse_ordered_json(text, path.string()) : parse(text, path.string());
+  } catch (const Error& error) {  // whatever is wrong, it is the configuration that was given
+    ErrorReport report = error.report();
+    report.status = ExitStatus::usage;
+    throw Error(report);
+  }
   if (config.is_null()) config = OrderedJson::object();
   if (!config.is_object()) fail(path.string(), "it is no mapping of keys to values");
   return config;

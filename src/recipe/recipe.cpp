@@ -39,11 +39,11 @@ QuantizationSettings merge(QuantizationSettings base, const QuantizationSettings
   const auto set = [](auto& value, const auto& with) {
     if (with) value = with;
   };
-  // A layer's own method replaces the bits and codes that the model's method stands for.
-  if (over.method) {
-    base.bits.reset();
-    base.quant_type.reset();
-  }
+  // A layer's own method starts from that method's defaults, not from what was set for the model's.
+  if (over.method) base = {.algorithm = base.algorithm, .range = base.range};
+  // Of a granularity and a group size, one set for the layer replaces the other set for the model.
+  if (over.granularity) base.group_size.reset();
+  if (over.group_size) base.granularity.reset();
   set(base.method, over.method);
   set(base.algorithm, over.algorithm);
   set(base.range, over.range);
@@ -84,7 +84,7 @@ Resolved fill_in(const QuantizationSettings& s) {
   const bool table = r.quant_type != "int";
   if (table && s.bits.value_or(4) != 4) contradiction(fmt::format("{} has 4 bits, not {}", r.quant_type, *s.bits), "");
   const int64_t bits = method.starts_with("int") ? std::stoll(method.substr(3)) : 4;
-  r.bits = s.bits.value_or(bits);
+  r.bits = table ? 4 : s.bits.value_or(bits);
   if (table && s.symmetric.has_value() && !*s.symmetric)
     contradiction(fmt::format("{} has no zero point", r.quant_type), "leave 'symmetric' out");
   r.symmetric = table || s.symmetric.value_or(r.bits == 8);
@@ -110,14 +110,22 @@ Grouping grouping_of(const Resolved& r) {
   return r.quant_type == "int" ? Grouping::along(r.group_size) : Grouping::flat(r.group_size);
 }
 
+/// Scales that are 8-bit codes. bitsandbytes' own for its types, which cluster around a mean that it takes off; for
+/// integers e4m3 under one float32, which keeps every scale positive and its relative error small however far they
+/// spread.
+Scheme nested_scales(bool like_bitsandbytes) {
+  if (!like_bitsandbytes)
+    return {.element = &float_element(DType::f8_e4m3), .scale = parameter(Grouping::tensor(), plain(DType::f32))};
+  return {.element = find_element("dynamic8"),
+          .scale = parameter(Grouping::flat(kNestedBlock), plain(DType::f32)),
+          .offset_kind = OffsetKind::bias,
+          .offset = parameter(Grouping::tensor(), plain(DType::f32))};
+}
+
 Scheme scheme_of(const Resolved& r) {
   const Grouping grouping = grouping_of(r);
   Scheme scales = plain(*dtype_from_name(r.nested_scales ? "float32" : r.scale_dtype));
-  if (r.nested_scales)
-    scales = {.element = find_element("dynamic8"),
-              .scale = parameter(Grouping::flat(kNestedBlock), plain(DType::f32)),
-              .offset_kind = OffsetKind::bias,
-              .offset = parameter(Grouping::tensor(), plain(DType::f32))};
+  if (r.nested_scales) scales = nested_scales(r.quant_type != "int");
   Scheme scheme = {.scale = parameter(grouping, std::move(scales))};
   if (r.quant_type != "int") {
     scheme.element = find_element(r.quant_type);
@@ -159,8 +167,9 @@ bool is_embedding(std::string_view tensor) {
 /// Why a tensor cannot be a linear weight, or empty.
 std::string why_not_linear(const TensorFacts& t) {
   if (!t.is_float) return "not floating point";
-  if (t.shape.size() < 2 || t.shape.size() > 3) return "not a matrix";
-  if (!std::string_view(t.name).ends_with(kWeight)) return "not a module's weight";
+  const bool experts = t.shape.size() == 3 && matches("experts", t.name);
+  if (t.shape.size() != 2 && !experts) return "not a matrix";
+  if (!std::string_view(t.name).ends_with(kWeight) && !experts) return "not a module's weight";
   if (element_count(t.shape) == 0) return "empty";
   return {};
 }

@@ -15,9 +15,9 @@ namespace bitwright {
 
 /// What the user asked for one tensor: explicit values, else what intent leaves open.
 struct QuantizationSettings {
-  std::optional<std::string> method, algorithm, range, granularity, scale_dtype, quant_type;
-  std::optional<int64_t> bits, group_size;
-  std::optional<bool> symmetric, nested_scales;
+  std::optional<std::string> method{}, algorithm{}, range{}, granularity{}, scale_dtype{}, quant_type{};
+  std::optional<int64_t> bits{}, group_size{};
+  std::optional<bool> symmetric{}, nested_scales{};
 };
 
 /// Settings for the modules that `pattern` matches.

@@ -17,12 +17,13 @@ std::vector<TensorFacts> model() {
           {.name = "model.layers.1.mlp.down_proj.weight", .shape = {64, 172}},
           {.name = "model.layers.11.mlp.down_proj.weight", .shape = {64, 172}},
           {.name = "model.layers.0.experts.weight", .shape = {4, 64, 172}},
+          {.name = "conv1.weight", .shape = {64, 64, 3}},
           {.name = "position_ids.weight", .shape = {1, 64}, .is_float = false},
           {.name = "lm_head.weight", .shape = {512, 64}}};
 }
 
 OrderedJson config(const std::string& yaml) {
-  const OrderedJson json = parse_config_value(yaml, "test");
+  OrderedJson json = parse_config_value(yaml, "test");
   check_config(json, "test");
   return json;
 }
@@ -51,6 +52,7 @@ TEST(Recipe, IntentFillsInWhatIsLeftOpen) {
   EXPECT_EQ(scheme_of(int8, "embed_tokens"), "embedding");
   EXPECT_EQ(scheme_of(int8, "lm_head"), "skip_modules");
   EXPECT_EQ(scheme_of(int8, "layernorm"), "not a matrix");
+  EXPECT_EQ(scheme_of(int8, "conv1"), "not a matrix");
   EXPECT_EQ(scheme_of(int8, "position_ids"), "not floating point");
   EXPECT_EQ(scheme_of(resolve_yaml("quantization: {method: int4}"), "q_proj"),
             "int4 asymmetric, group 64, float16 scales");
@@ -86,6 +88,12 @@ TEST(Recipe, FirstRuleThatMatchesWinsInTheOrderWritten) {
 TEST(Recipe, LayersCanBeExemptedOrChosen) {
   const Recipe exempt = resolve_yaml("quantization: {method: int8, layer_configs: {model.layers.0: {method: none}}}");
   EXPECT_EQ(scheme_of(exempt, "q_proj"), "method none");
+  const Recipe own = resolve_yaml(
+      "quantization: {method: int4, scheme: {group_size: 32, symmetric: false}, layer_configs: {q_proj: {method: nf4}, "
+      "down_proj: {granularity: channel}}}");
+  EXPECT_EQ(scheme_of(own, "q_proj"), "nf4, blocks of 64, float32 scales");
+  EXPECT_EQ(scheme_of(own, "down_proj"), "int4 asymmetric, per channel, float16 scales");
+  EXPECT_EQ(scheme_of(own, "experts"), "int4 asymmetric, group 32, float16 scales");
   const Recipe chosen = resolve_yaml("quantization: {layer_configs: {q_proj: {method: nf4}}}");
   EXPECT_EQ(scheme_of(chosen, "q_proj"), "nf4, blocks of 64, float32 scales");
   EXPECT_EQ(scheme_of(chosen, "down_proj"), "method none");
@@ -123,6 +131,12 @@ TEST(Config, UnknownKeysNameTheNearest) {
   EXPECT_NE(std::string(error_of("quantization: {method: int5}").what()).find("valid: none, int8"), std::string::npos);
 }
 
+TEST(Config, NullIsAsIfItWereNotThere) {
+  const Recipe recipe = resolve_yaml(
+      "{quantization: {method: int8, algorithm: null, scheme: null, layer_configs: {a: {bits: null}}}, model: null}");
+  EXPECT_EQ(scheme_of(recipe, "q_proj"), "int8 symmetric, per channel, float16 scales");
+}
+
 TEST(Config, ValuesAreChecked) {
   for (const char* yaml :
        {"quantization: int8", "quantization: {method: 8}", "quantization: {method: int8, scheme: {bits: 9}}",
@@ -150,6 +164,8 @@ TEST(Config, FilesAreYamlOrJson) {
     return std::string("none");
   };
   EXPECT_EQ(code(""), "none");
+  EXPECT_EQ(code("a: 1\n---\nb: 2"), "bad-config");
+  EXPECT_EQ(code("a: \xff"), "bad-config");
   EXPECT_EQ(code("- a"), "bad-config");
   EXPECT_EQ(code("a: [1"), "bad-config");
   EXPECT_EQ(code("a: 1\na: 2"), "bad-config");
@@ -170,6 +186,11 @@ TEST(Config, SetReachesEveryKey) {
   set_config_value(json, "quantization.layer_configs.model.layers.0.bits", 8);
   EXPECT_EQ(json.dump(), R"({"quantization":{"scheme":{"bits":4},"layer_configs":{"model.layers.0":{"bits":8}}}})");
   EXPECT_THROW(set_config_value(json, "quantization.scheme.bits.x", 1), Error);
+  for (const char* path : {"quantization.layer_configs", "quantization"}) {
+    OrderedJson plain = OrderedJson::object();
+    set_config_value(plain, path, 5);
+    EXPECT_THROW(set_config_value(plain, "quantization.layer_configs.a.bits", 4), Error);
+  }
 }
 
 }  // namespace

@@ -33,6 +33,13 @@ void store_code(std::vector<std::byte>& codes, int64_t i, size_t code_bytes, uin
   std::memcpy(codes.data() + static_cast<size_t>(i) * code_bytes, &code, code_bytes);
 }
 
+[[noreturn]] void scale_overflow(float scale, std::string_view type) {
+  throw Error({.code = "scale-overflow",
+               .what = "cannot quantize",
+               .why = fmt::format("a scale of {} does not fit {}", scale, type),
+               .fix = type == "float16" ? "use --scale-dtype float32 or bfloat16" : "skip the module"});
+}
+
 /// Plain numbers: each rounded to the element by itself.
 QuantizedTensor encode_plain(const Scheme& scheme, const Shape& shape, std::span<const float> values) {
   QuantizedTensor t = {.scheme = scheme, .shape = shape};
@@ -50,7 +57,7 @@ QuantizedTensor encode_plain(const Scheme& scheme, const Shape& shape, std::span
 
 /// What nested scales of bitsandbytes are: the mean is taken off (and stored as a plain bias), the rest is quantized.
 QuantizedTensor encode_around_mean(const Scheme& scheme, const Shape& shape, std::span<const float> values) {
-  if (parameter_shape(scheme.offset->grouping, shape) != Shape{}) no_encoder(scheme, "a bias per group has none");
+  if (!parameter_shape(scheme.offset->grouping, shape).empty()) no_encoder(scheme, "a bias per group has none");
   double sum = 0;
   for (const float value : values) sum += static_cast<double>(value);
   const float ideal = static_cast<float>(values.empty() ? 0 : sum / static_cast<double>(values.size()));
@@ -115,16 +122,15 @@ class Encoder {
 
   std::shared_ptr<const QuantizedTensor> encode_scales() {
     const Scheme& stored = *scheme_.scale->scheme;
-    for (const Range& range : ranges_) scales_.push_back(ideal_scale(scheme_, range));
+    for (const Range& range : ranges_) {
+      scales_.push_back(ideal_scale(scheme_, range));
+      if (!std::isfinite(scales_.back())) scale_overflow(scales_.back(), "float32");
+    }
     auto t =
         std::make_shared<QuantizedTensor>(encode(stored, parameter_shape(scheme_.scale->grouping, shape_), scales_));
     std::vector<float> decoded = decode(*t);
     for (size_t g = 0; g < decoded.size(); ++g)
-      if (!std::isfinite(decoded[g]))
-        throw Error({.code = "scale-overflow",
-                     .what = "cannot quantize",
-                     .why = fmt::format("a scale of {} does not fit {}", scales_[g], stored.element->name),
-                     .fix = "use --scale-dtype float32 or bfloat16"});
+      if (!std::isfinite(decoded[g])) scale_overflow(scales_[g], stored.element->name);
     // Codes of table types are chosen before their scales are quantized again, as bitsandbytes does.
     if (stored.is_plain() || scheme_.element->kind != ElementKind::table) scales_ = std::move(decoded);
     return t;

@@ -145,6 +145,8 @@ Scheme read_scheme(const Json& json, const std::string& where, int depth) {
   scheme.shift = members.number("shift", 0);
   scheme.factor = members.number("factor", 1);
   members.finish();
+  if (!scheme.scale && (scheme.factor != 1 || scheme.offset_kind != OffsetKind::none))
+    members.fail("an offset or a factor without a scale");
   const bool stores_offset = scheme.offset_kind != OffsetKind::none && scheme.offset_kind != OffsetKind::shift;
   if (stores_offset != scheme.offset.has_value()) members.fail("'offset' and 'offset_kind' disagree");
   return scheme;

@@ -112,7 +112,7 @@ TEST(Tokenizer, AgreesWithTheDefinitionOfBpe) {
   std::mt19937 random(7);
   for (int i = 0; i < 2000; ++i) {
     std::string piece = random_bytes(random, 1 + static_cast<size_t>(i) % 17, 6);
-    for (char& c : piece) c = "abchel"[static_cast<size_t>(c)];
+    for (char& c : piece) c = "abchel"[static_cast<unsigned char>(c)];
     EXPECT_EQ(t.encode(piece), merged_by_definition(piece)) << piece;
   }
 }
