@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Quantizes the bundled model in three ways and shows what that gains and costs. Does all set-up by itself.
 set -euo pipefail
+export LC_ALL=C.UTF-8  # figures with a point
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 scripts/setup.sh

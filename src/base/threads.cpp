@@ -1,5 +1,7 @@
 #include "base/threads.hpp"
 
+#include <sched.h>
+
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
@@ -100,7 +102,11 @@ void set_thread_count(size_t count) { g_thread_count = std::max<size_t>(count, 1
 
 size_t thread_count() {
   const size_t count = g_thread_count;
-  return count != 0 ? count : std::max(1u, std::thread::hardware_concurrency());
+  if (count != 0) return count;
+  cpu_set_t allowed;  // not all cores may be ours: taskset, containers, Slurm
+  if (::sched_getaffinity(0, sizeof allowed, &allowed) == 0)
+    return static_cast<size_t>(std::max(1, CPU_COUNT(&allowed)));
+  return std::max(1u, std::thread::hardware_concurrency());
 }
 
 void parallel_for(size_t count, const std::function<void(size_t)>& body) {

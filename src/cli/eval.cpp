@@ -19,9 +19,8 @@ Protocol::Bos bos_rule(const Arguments& arguments, const Tokenizer& tokenizer) {
   return rule == "document" ? Protocol::Bos::document : rule == "window" ? Protocol::Bos::window : Protocol::Bos::none;
 }
 
-Protocol protocol_for(const Arguments& arguments, const Model& model, const Tokenizer& tokenizer) {
+Protocol protocol_for(const Arguments& arguments, int64_t limit, const Tokenizer& tokenizer) {
   constexpr int64_t kContext = 512;
-  const int64_t limit = model.config().context;
   Protocol p;
   p.context = arguments.integer("--context").value_or(std::min(kContext, limit));
   if (p.context > limit)
@@ -56,7 +55,9 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>&) {
     reference_checkpoint->verify_digests();
     reference.emplace(*reference_checkpoint);
   }
-  const Protocol protocol = protocol_for(arguments, model, tokenizer);
+  const int64_t limit =
+      std::min(model.config().context, reference ? reference->config().context : model.config().context);
+  const Protocol protocol = protocol_for(arguments, limit, tokenizer);
   const std::vector<int32_t> tokens = token_stream(tokenizer, text.text(), protocol);
   const Quality q = evaluate(model, reference ? &*reference : nullptr, tokens, protocol, tokenizer.bos_id());
   OrderedJson result = {{"tokens", q.tokens},

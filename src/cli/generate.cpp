@@ -36,23 +36,22 @@ Sampling sampling_from(const Arguments& arguments) {
           .seed = static_cast<uint64_t>(arguments.integer("--seed").value_or(0))};
 }
 
-/// Prints what became complete; a character may be split between tokens, and all of it is decoded again for the next.
-class Stream {
- public:
-  Stream(const Tokenizer& tokenizer, bool shown) : tokenizer_(tokenizer), shown_(shown) {}
-  void add(const std::vector<int32_t>& tokens) {
-    if (!shown_) return;
-    const std::string text = tokenizer_.decode(tokens);
-    std::fwrite(text.data() + printed_, 1, text.size() - printed_, stdout);
-    std::fflush(stdout);
-    printed_ = text.size();
-  }
+/// Tokens are shown as they come: decoding is concatenation.
+void show(const Tokenizer& tokenizer, const std::vector<int32_t>& tokens) {
+  const std::string text = tokenizer.decode(tokens);
+  std::fwrite(text.data(), 1, text.size(), stdout);
+  std::fflush(stdout);
+}
 
- private:
-  const Tokenizer& tokenizer_;
-  bool shown_;
-  size_t printed_ = 0;
-};
+/// Tokenizers may have added tokens that the model has no embedding for.
+void check_vocabulary(const std::vector<int32_t>& tokens, int64_t vocabulary) {
+  for (const int32_t token : tokens)
+    if (token < 0 || token >= vocabulary)
+      throw Error({.code = "vocabulary-mismatch",
+                   .what = "cannot generate",
+                   .why = fmt::format("the prompt has token {}, the model {} tokens", token, vocabulary),
+                   .fix = "use the tokenizer that belongs to the model"});
+}
 
 OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
   const Checkpoint checkpoint(arguments.model);
@@ -76,8 +75,8 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
   }
   KvCache cache(model.config(), prompt + wanted);
   Sampler sampler(sampling_from(arguments));
-  Stream stream(tokenizer, !arguments.json);
-  stream.add(tokens);
+  check_vocabulary(tokens, model.config().vocabulary);
+  if (!arguments.json) show(tokenizer, tokens);
   std::vector<int32_t> step = tokens;
   for (int64_t i = 0; i < wanted; ++i) {
     throw_if_interrupted();
@@ -88,11 +87,13 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
                    .where = arguments.model,
                    .why = "the model's logits are NaN or infinite",
                    .fix = "its weights are damaged, fetch them again"});
-    const int32_t next = sampler.next(logits);
+    // Vocabularies are padded: ids that the tokenizer does not know are never drawn.
+    const size_t known = std::min(logits.size(), tokenizer.vocabulary_size());
+    const int32_t next = sampler.next(std::span(logits).first(known));
     if (next == tokenizer.eos_id()) break;
     tokens.push_back(next);
     step = {next};
-    stream.add(tokens);
+    if (!arguments.json) show(tokenizer, step);
   }
   return {{"text", tokenizer.decode(tokens)}, {"tokens", tokens}};
 }

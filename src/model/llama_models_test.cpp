@@ -90,7 +90,10 @@ TEST(ModelsLlama, LogitsOfThePrompt) {
     const std::vector<float> logits = model.forward(prompt, cache);
     ASSERT_EQ(logits.size(), expected.size());
     float worst = 0;
-    for (size_t i = 0; i < logits.size(); ++i) worst = std::max(worst, std::abs(logits[i] - expected[i]));
+    for (size_t i = 0; i < logits.size(); ++i) {
+      ASSERT_TRUE(std::isfinite(logits[i])) << i;  // std::max would pass over a NaN
+      worst = std::max(worst, std::abs(logits[i] - expected[i]));
+    }
     EXPECT_LE(worst, 1e-3f);
     std::cout << c.path.filename().string() << ": largest difference " << worst << '\n';
   });
