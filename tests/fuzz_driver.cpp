@@ -91,7 +91,7 @@ int main(int argc, char** argv) {
   for (const auto& file : bitwright::test::files_in(argv[1])) {
     corpus.push_back(bitwright::test::read_file(file).substr(0, kLargestInput));
   }
-  if (corpus.empty()) corpus.emplace_back();
+  if (corpus.empty()) return std::fprintf(stderr, "%s: no corpus in %s\n", argv[0], argv[1]), 2;
 
   void* memory = mmap(nullptr, sizeof(Shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) return std::perror("mmap"), 1;

@@ -319,6 +319,7 @@ TEST(ModelsEvaluate, TinyStoriesPerplexityAgreesWithItsReference) {
     std::cout << name << ": " << q.perplexity << '\n';
     ++cases;
   }
+  if (cases == 0) GTEST_SKIP() << "no text here";
   std::cout << "cases: " << cases << '\n';
 }
 

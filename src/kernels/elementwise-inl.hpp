@@ -1,10 +1,6 @@
 // Part of kernels_simd.cpp: included once per instruction set.
-#if defined(BITWRIGHT_KERNELS_ELEMENTWISE_INL) == defined(HWY_TARGET_TOGGLE)
-#ifdef BITWRIGHT_KERNELS_ELEMENTWISE_INL
-#undef BITWRIGHT_KERNELS_ELEMENTWISE_INL
-#else
+#ifndef BITWRIGHT_KERNELS_ELEMENTWISE_INL
 #define BITWRIGHT_KERNELS_ELEMENTWISE_INL
-#endif
 
 #include "kernels/exponential.hpp"
 #include "kernels/fixed_lanes.hpp"

@@ -7,6 +7,12 @@
 #include "kernels/rows.hpp"
 
 #if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3
+// Each instruction set compiles them anew.
+#undef BITWRIGHT_KERNELS_ELEMENTWISE_INL
+#undef BITWRIGHT_KERNELS_LANES_INL
+#undef BITWRIGHT_KERNELS_TILE_INL
+#undef BITWRIGHT_KERNELS_VECTOR_INL
+#undef BITWRIGHT_KERNELS_WEIGHTS_INL
 #include "kernels/elementwise-inl.hpp"
 #include "kernels/tile-inl.hpp"
 #include "kernels/vector-inl.hpp"

@@ -1,10 +1,6 @@
 // Part of kernels_simd.cpp: included once per instruction set.
-#if defined(BITWRIGHT_KERNELS_LANES_INL) == defined(HWY_TARGET_TOGGLE)
-#ifdef BITWRIGHT_KERNELS_LANES_INL
-#undef BITWRIGHT_KERNELS_LANES_INL
-#else
+#ifndef BITWRIGHT_KERNELS_LANES_INL
 #define BITWRIGHT_KERNELS_LANES_INL
-#endif
 
 #include <hwy/highway.h>
 

@@ -1,10 +1,6 @@
 // Part of kernels_simd.cpp: included once per instruction set.
-#if defined(BITWRIGHT_KERNELS_TILE_INL) == defined(HWY_TARGET_TOGGLE)
-#ifdef BITWRIGHT_KERNELS_TILE_INL
-#undef BITWRIGHT_KERNELS_TILE_INL
-#else
+#ifndef BITWRIGHT_KERNELS_TILE_INL
 #define BITWRIGHT_KERNELS_TILE_INL
-#endif
 
 #include "kernels/lanes-inl.hpp"
 

@@ -1,10 +1,6 @@
 // Part of kernels_simd.cpp: included once per instruction set.
-#if defined(BITWRIGHT_KERNELS_WEIGHTS_INL) == defined(HWY_TARGET_TOGGLE)
-#ifdef BITWRIGHT_KERNELS_WEIGHTS_INL
-#undef BITWRIGHT_KERNELS_WEIGHTS_INL
-#else
+#ifndef BITWRIGHT_KERNELS_WEIGHTS_INL
 #define BITWRIGHT_KERNELS_WEIGHTS_INL
-#endif
 
 #include "kernels/lanes-inl.hpp"
 #include "kernels/packed_matrix.hpp"

@@ -69,6 +69,7 @@ TEST(ModelsTokenizer, RoundTripsText) {
     EXPECT_EQ(tokenizer.decode(tokenizer.encode(text), false), text) << directory;
     ++count;
   }
+  if (count == 0) GTEST_SKIP() << "no tokenizer here";
   std::cout << "cases: " << count << '\n';
 }
 
