@@ -38,10 +38,14 @@ HWY_AFTER_NAMESPACE();
 namespace bitwright {
 
 std::span<const KernelLevel> simd_kernel_levels() {
-#if (HWY_TARGETS & HWY_AVX3) && (HWY_TARGETS & HWY_AVX2)
+#if HWY_TARGETS & (HWY_AVX3 | HWY_AVX2)
   static constexpr KernelLevel levels[] = {
-      N_AVX3::level("avx512", [] { return (hwy::SupportedTargets() & HWY_AVX3) != 0; }),
-      N_AVX2::level("avx2", [] { return (hwy::SupportedTargets() & HWY_AVX2) != 0; }),
+#if HWY_TARGETS & HWY_AVX3
+    N_AVX3::level("avx512", [] { return (hwy::SupportedTargets() & HWY_AVX3) != 0; }),
+#endif
+#if HWY_TARGETS & HWY_AVX2
+    N_AVX2::level("avx2", [] { return (hwy::SupportedTargets() & HWY_AVX2) != 0; }),
+#endif
   };
   return levels;
 #else
