@@ -31,7 +31,7 @@ std::vector<float> GoldenCase::floats(const std::string& array) const {
 std::vector<GoldenCase> golden_cases(const std::string& format, const std::string& needs) {
   std::vector<GoldenCase> cases;
   for (const auto& path : files_in(shared_dir() / "golden" / format, ".safetensors")) {
-    GoldenCase c{.name = path.stem().string(), .file = SafetensorsFile(path), .params = {}, .backend = {}};
+    GoldenCase c{.name = path.stem().string(), .file = WeightFile(path), .params = {}, .backend = {}};
     uint64_t header = 0;
     std::memcpy(&header, c.file.bytes().data(), sizeof header);
     const std::string_view text(reinterpret_cast<const char*>(c.file.bytes().data()) + sizeof header, header);

@@ -13,7 +13,7 @@ namespace bitwright::test {
 /// One file of $BITWRIGHT_SHARED/golden/FORMAT: what the owning library wrote, and what it decodes to.
 struct GoldenCase {
   std::string name;
-  SafetensorsFile file;
+  WeightFile file;
   Json params;          ///< __metadata__.params
   std::string backend;  ///< __metadata__.backend
   const StoredArray* find(const std::string& array) const;

@@ -32,6 +32,7 @@ struct CheckpointView {
   const std::map<std::string, ArraySpec, std::less<>>& arrays;
   const Json& config;                 ///< config.json, an empty object where there is none
   const Json& quantization_metadata;  ///< quantization_metadata.json, likewise
+  const Json* facts = nullptr;        ///< what the weight file itself says of the model (GGUF); null: nothing
   /// The bytes of an array that is in `arrays`; only small ones are to be read while listing.
   std::function<std::span<const std::byte>(const std::string& name)> bytes;
   std::string where;  ///< for errors
