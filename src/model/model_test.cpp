@@ -192,6 +192,12 @@ TEST(Model, Refusals) {
   EXPECT_PRED2(starts, refusal([](Json&, Tensors& t) { t.erase("lm_head.weight"); }), "missing-tensor:");
   EXPECT_PRED2(starts, refusal([](Json& c, Tensors&) { c["intermediate_size"] = 51; }), "wrong-shape:");
   EXPECT_PRED2(starts, refusal([](Json& c, Tensors&) { c["vocab_size"] = 42; }), "wrong-shape:");
+  EXPECT_PRED2(starts, refusal([](Json&, Tensors& t) { t.erase("model.embed_tokens.weight"); }), "missing-tensor:");
+  EXPECT_PRED2(starts, refusal([](Json&, Tensors& t) { t["draft.embed_tokens.weight"] = t.at("lm_head.weight"); }),
+               "ambiguous-tensor:");
+  EXPECT_PRED2(starts,
+               refusal([](Json&, Tensors& t) { t["model.layers.2.mlp.up_proj.weight"] = t.at("lm_head.weight"); }),
+               "unsupported-tensor:");
   EXPECT_PRED2(
       starts, refusal([](Json&, Tensors& t) { t["model.layers.0.self_attn.q_proj.bias"] = t.at("model.norm.weight"); }),
       "unsupported-tensor:");

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <iostream>
 #include <nlohmann/json.hpp>
+#include <set>
 
 #include "base/output.hpp"
 #include "base/threads.hpp"
@@ -96,6 +97,15 @@ TEST(ModelReference, Logits) {
     std::cout << c.path.filename().string() << ": largest difference " << worst << '\n';
     for (const size_t step : {size_t{1}, size_t{7}}) EXPECT_EQ(logits_of(c.path / "model", c.tokens, step), logits);
   });
+}
+
+TEST(ModelReference, EveryArchitectureHasACase) {
+  std::set<std::string> tested;
+  for_each_case("", [&](const ReferenceCase& c) {
+    tested.emplace(find_architecture(Checkpoint(c.path / "model").config())->name);
+  });
+  if (tested.empty()) return;
+  for (const Architecture* row : all_architectures()) EXPECT_TRUE(tested.contains(std::string(row->name))) << row->name;
 }
 
 /// Of the logits of all cases.
