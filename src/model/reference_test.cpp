@@ -10,6 +10,7 @@
 #include <nlohmann/json.hpp>
 #include <set>
 
+#include "base/error.hpp"
 #include "base/output.hpp"
 #include "base/threads.hpp"
 #include "checkpoint/safetensors.hpp"
@@ -142,6 +143,20 @@ TEST(ModelReference, LevelsAndThreadsGiveTheSameBits) {
     EXPECT_EQ(pclose(pipe), 0);
     EXPECT_NE(output.find("digest=" + expected), std::string::npos) << level.name << '\n' << output;
   }
+}
+
+TEST(ModelReference, NoPositionBeyondThoseLearned) {
+  for_each_case("gpt2-plain", [](const ReferenceCase& c) {
+    const Checkpoint checkpoint(c.path / "model");
+    const Model model(checkpoint);
+    EXPECT_NO_THROW(KvCache(model.config(), 50));
+    try {
+      const KvCache cache(model.config(), 51);
+      FAIL() << "accepted";
+    } catch (const Error& e) {
+      EXPECT_EQ(e.code(), "context-full");
+    }
+  });
 }
 
 QuantizedTensor as_f32(const std::vector<float>& values, const Shape& shape) {

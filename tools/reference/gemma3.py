@@ -8,7 +8,7 @@ from tiny import Weights, write_case
 
 BASE = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "hidden_size": 44,
         "intermediate_size": 60, "num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 1,
-        "head_dim": 16, "vocab_size": 61, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 128,
+        "head_dim": 16, "vocab_size": 281, "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 128,
         "rms_norm_eps": 1e-6, "rope_theta": 200.0, "rope_local_base_freq": 50.0, "sliding_window": 5,
         "sliding_window_pattern": 3, "query_pre_attn_scalar": 10,
         "rope_scaling": {"rope_type": "linear", "factor": 8.0}}

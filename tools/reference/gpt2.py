@@ -8,7 +8,7 @@ import numpy as np
 from tiny import Weights, write_case
 
 BASE = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 36, "n_layer": 3, "n_head": 4,
-        "n_positions": 50, "n_ctx": 50, "n_inner": None, "vocab_size": 47, "activation_function": "gelu_new",
+        "n_positions": 50, "n_ctx": 50, "n_inner": None, "vocab_size": 267, "activation_function": "gelu_new",
         "layer_norm_epsilon": 1e-5}
 
 

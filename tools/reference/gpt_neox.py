@@ -9,7 +9,7 @@ import numpy as np
 from tiny import Weights, write_case
 
 BASE = {"architectures": ["GPTNeoXForCausalLM"], "model_type": "gpt_neox", "hidden_size": 48, "intermediate_size": 90,
-        "num_hidden_layers": 3, "num_attention_heads": 3, "vocab_size": 53, "hidden_act": "gelu", "rotary_pct": 0.25,
+        "num_hidden_layers": 3, "num_attention_heads": 3, "vocab_size": 273, "hidden_act": "gelu", "rotary_pct": 0.25,
         "rotary_emb_base": 10000, "max_position_embeddings": 64, "layer_norm_eps": 1e-5,
         "use_parallel_residual": True, "tie_word_embeddings": False}
 

@@ -6,7 +6,7 @@ import numpy as np
 from tiny import Weights, write_case
 
 BASE = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "hidden_size": 36, "intermediate_size": 44,
-        "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 39,
+        "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 1, "vocab_size": 259,
         "hidden_act": "silu", "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "rope_theta": 1e6,
         "sliding_window": None, "num_local_experts": 5, "num_experts_per_tok": 2, "tie_word_embeddings": False}
 

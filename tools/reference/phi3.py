@@ -9,7 +9,7 @@ import numpy as np
 from tiny import Weights, write_case
 
 BASE = {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3", "hidden_size": 48, "intermediate_size": 54,
-        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 41,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 261,
         "hidden_act": "silu", "max_position_embeddings": 128, "original_max_position_embeddings": 24,
         "rms_norm_eps": 1e-5, "rope_theta": 1000.0, "sliding_window": None, "tie_word_embeddings": False,
         "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.5, 1.9, 2.5],

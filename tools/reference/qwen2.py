@@ -5,7 +5,7 @@ import numpy as np
 from tiny import Weights, write_case
 
 BASE = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_size": 48, "intermediate_size": 70,
-        "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 3, "vocab_size": 51,
+        "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 3, "vocab_size": 271,
         "hidden_act": "silu", "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
         "sliding_window": 9, "max_window_layers": 2, "use_sliding_window": False, "tie_word_embeddings": True}
 

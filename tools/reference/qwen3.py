@@ -6,7 +6,7 @@ import numpy as np
 from tiny import Weights, write_case
 
 BASE = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 42, "intermediate_size": 66,
-        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 14, "vocab_size": 45,
+        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 14, "vocab_size": 265,
         "hidden_act": "silu", "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 5000.0,
         "attention_bias": False, "use_sliding_window": False, "tie_word_embeddings": False}
 

@@ -7,7 +7,7 @@ from tiny import Weights, write_case
 
 BASE = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 40,
         "intermediate_size": 68, "moe_intermediate_size": 22, "num_hidden_layers": 5, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 12, "vocab_size": 57, "hidden_act": "silu",
+        "num_key_value_heads": 2, "head_dim": 12, "vocab_size": 277, "hidden_act": "silu",
         "max_position_embeddings": 128, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "attention_bias": False,
         "use_sliding_window": False, "num_experts": 7, "num_experts_per_tok": 3, "norm_topk_prob": True,
         "decoder_sparse_step": 2, "mlp_only_layers": [3], "tie_word_embeddings": False}  # experts in layer 1 only

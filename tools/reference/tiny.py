@@ -1,8 +1,8 @@
 """Random tensors, safetensors files and the cases that the scripts beside this one write.
 
 Each script is a second implementation of one architecture, in float64 numpy, written from the papers and the public
-descriptions of the models, to check the C++ one. It writes, for each case, FOLDER/CASE/model (config.json and
-model.safetensors, tiny and random) and FOLDER/CASE/expected.safetensors (token ids and the logits that follow them).
+descriptions of the models, to check the C++ one. It writes, for each case, FOLDER/CASE/model (config.json,
+model.safetensors, tokenizer.json; tiny and random) and FOLDER/CASE/expected.safetensors (token ids and the logits that follow them).
 """
 
 import json
@@ -85,6 +85,20 @@ class Weights:
         self.add(name, mean + spread * self.random.randn(size), **how)
 
 
+def tokenizer(vocabulary):
+    """A tokenizer.json whose tokens are the bytes and an end, so that command lines have something to work with."""
+    shown = [c for c in range(256) if 33 <= c <= 126 or 161 <= c <= 172 or 174 <= c]
+    hidden = [c for c in range(256) if c not in shown]
+    letters = {c: chr(c) for c in shown} | {c: chr(256 + i) for i, c in enumerate(hidden)}  # GPT-2's alphabet
+    assert vocabulary > 256
+    end = {"id": 256, "content": "</s>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+           "special": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return {"version": "1.0", "added_tokens": [end], "normalizer": None, "pre_tokenizer": byte_level,
+            "post_processor": None, "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": {letters[c]: c for c in range(256)}, "merges": []}}
+
+
 def write_case(case, config, weights, forward, length, without=()):
     """Computes the logits of `length` random tokens and writes the case. without: changes of the configuration each of
     which must change the logits visibly, or a mistake there would go unseen."""
@@ -96,8 +110,9 @@ def write_case(case, config, weights, forward, length, without=()):
         assert np.abs(other - logits).max() > 0.05, (case, change, np.abs(other - logits).max())
     folder = os.path.join(sys.argv[1], case)
     os.makedirs(os.path.join(folder, "model"), exist_ok=True)
-    with open(os.path.join(folder, "model", "config.json"), "w", encoding="utf-8") as file:
-        json.dump(config, file, indent=1)
+    for name, content in (("config.json", config), ("tokenizer.json", tokenizer(weights.vocabulary))):
+        with open(os.path.join(folder, "model", name), "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
     write_safetensors(os.path.join(folder, "model", "model.safetensors"), weights.stored)
     expected = {"tokens": ("I32", tokens.shape, encode(tokens, "I32")[0]),
                 "logits": ("F32", logits.shape, encode(logits, "F32")[0])}
