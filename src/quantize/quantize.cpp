@@ -86,7 +86,8 @@ class Pipeline {
  private:
   StoredTensor stored(size_t i) const {
     const TensorEntry& entry = source_.tensors()[i];
-    return {.name = entry.name, .shape = entry.shape, .scheme = *recipe_.tensors[i].scheme, .value_dtype = entry.dtype};
+    const DType dtype = size_bytes(entry.dtype) < 2 ? DType::f16 : entry.dtype;  // which has every value of 8 bits
+    return {.name = entry.name, .shape = entry.shape, .scheme = *recipe_.tensors[i].scheme, .value_dtype = dtype};
   }
 
   std::vector<ArraySpec> specs() const {

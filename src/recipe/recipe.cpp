@@ -13,6 +13,7 @@ namespace bitwright {
 namespace {
 
 constexpr std::string_view kWeight = ".weight";
+constexpr std::string_view kNeoxHead = "embed_out";  // what GPT-NeoX calls its lm_head
 constexpr int64_t kGroupSize = 64;
 constexpr int64_t kNestedBlock = 256;  // bitsandbytes' block of absmax values
 
@@ -164,6 +165,13 @@ bool is_embedding(std::string_view tensor) {
   return std::ranges::any_of(kNames, [&](std::string_view name) { return matches(name, tensor); });
 }
 
+/// Chooses the experts: small, and its mistakes send a token to the wrong weights. Kept unless a rule names it.
+bool is_router(std::string_view tensor) {
+  constexpr std::array<std::string_view, 4> kNames = {"mlp.gate", "block_sparse_moe.gate", "router",
+                                                      "shared_expert_gate"};
+  return std::ranges::any_of(kNames, [&](std::string_view name) { return matches(name, tensor); });
+}
+
 /// Why a tensor cannot be a linear weight, or empty.
 std::string why_not_linear(const TensorFacts& t) {
   if (!t.is_float) return "not floating point";
@@ -184,7 +192,8 @@ class Resolver {
     plan.reason = why_not_linear(t);
     if (!plan.reason.empty()) return plan;
     for (size_t i = 0; i < request_.skip_modules.size(); ++i)
-      if (matches(request_.skip_modules[i], t.name)) {
+      if (matches(request_.skip_modules[i], t.name) ||
+          (request_.skip_modules[i] == "lm_head" && matches(kNeoxHead, t.name))) {
         skip_used_[i] = true;
         plan.reason = "skip_modules";
       }
@@ -193,6 +202,7 @@ class Resolver {
     if (rule != nullptr) settings = merge(settings, rule->settings);
     if (plan.reason.empty() && rule == nullptr && request_.skip_embeddings && is_embedding(t.name))
       plan.reason = "embedding";
+    if (plan.reason.empty() && rule == nullptr && is_router(t.name)) plan.reason = "router";
     if (plan.reason.empty() && !asks_for_something(settings)) plan.reason = "method none";
     if (!plan.reason.empty()) return plan;
     const Resolved r = fill_in(settings);

@@ -62,6 +62,23 @@ TEST(Recipe, IntentFillsInWhatIsLeftOpen) {
   EXPECT_TRUE(int8.warnings.empty());
 }
 
+TEST(Recipe, RoutersAndHeadsOfEveryNameAreKept) {
+  const std::vector<TensorFacts> tensors = {{.name = "model.layers.0.mlp.gate.weight", .shape = {4, 64}},
+                                            {.name = "model.layers.0.block_sparse_moe.gate.weight", .shape = {4, 64}},
+                                            {.name = "model.layers.0.mlp.gate_proj.weight", .shape = {64, 64}},
+                                            {.name = "embed_out.weight", .shape = {512, 64}}};
+  const Recipe kept = resolve(read_request(config("quantization: {method: int8}")), tensors);
+  EXPECT_EQ(scheme_of(kept, "mlp.gate."), "router");
+  EXPECT_EQ(scheme_of(kept, "block_sparse_moe.gate"), "router");
+  EXPECT_EQ(scheme_of(kept, "gate_proj"), "int8 symmetric, per channel, float16 scales");
+  EXPECT_EQ(scheme_of(kept, "embed_out"), "skip_modules");
+  const Recipe named = resolve(
+      read_request(config("quantization: {method: int8, skip_modules: [], layer_configs: {mlp.gate: {bits: 8}}}")),
+      tensors);
+  EXPECT_EQ(scheme_of(named, "mlp.gate."), "int8 symmetric, per channel, float16 scales");
+  EXPECT_EQ(scheme_of(named, "embed_out"), "int8 symmetric, per channel, float16 scales");
+}
+
 TEST(Recipe, ExplicitValuesWin) {
   const std::string yaml =
       "quantization: {method: int4, scheme: {bits: 3, symmetric: true, group_size: 32, scale_dtype: bfloat16}}";
