@@ -149,8 +149,8 @@ struct Checkpoint::Impl {
 
   explicit Impl(const fs::path& opened) : path(opened) {
     find_files();
-    read_json_files();
     map_arrays();
+    if (facts() == nullptr) read_json_files();  // beside a file that speaks for itself they are another model's
     check_index();
     find_container();
     make_entries();
@@ -182,8 +182,8 @@ struct Checkpoint::Impl {
     for (size_t f = 0; f < files.size(); ++f)
       for (const StoredArray& array : mapped[f].arrays()) {
         if (!arrays.emplace(array.name, &array).second)
-          fail("bad-safetensors", files[f], fmt::format("tensor '{}' is in another shard too", printable(array.name)));
-        specs[array.name] = {array.name, array.dtype, array.shape};
+          fail("bad-weights", files[f], fmt::format("tensor '{}' is in another shard too", printable(array.name)));
+        specs[array.name] = {array.name, array.dtype, array.shape, array.block};
         file_of[array.name] = f;
       }
   }
@@ -200,11 +200,13 @@ struct Checkpoint::Impl {
              fmt::format("tensor '{}' is missing, the index lists it", printable(tensor)));
   }
 
+  const Json* facts() const { return mapped.front().facts(); }
+
   CheckpointView view() const {
     return {.arrays = specs,
             .config = config,
             .quantization_metadata = metadata,
-            .facts = mapped.size() == 1 ? mapped.front().facts() : nullptr,
+            .facts = facts(),
             .bytes = [this](const std::string& name) { return arrays.at(name)->data; },
             .where = path.string()};
   }
@@ -252,12 +254,14 @@ struct Checkpoint::Impl {
   }
 
   void add_plain(const StoredArray& array) {
-    const ElementType* element = info(array.dtype).is_float ? find_element(info(array.dtype).name) : nullptr;
+    const bool has_element = array.block == nullptr && info(array.dtype).is_float;
+    const ElementType* element = has_element ? find_element(info(array.dtype).name) : nullptr;
     tensors.push_back({.name = array.name,
                        .shape = array.shape,
                        .scheme = {.element = element},
                        .dtype = array.dtype,
-                       .stored_bytes = array.data.size()});
+                       .stored_bytes = array.data.size(),
+                       .undecoded = array.block});
   }
 
   void add_quantized(const StoredTensor& tensor) {
@@ -278,6 +282,7 @@ Checkpoint::Checkpoint(Checkpoint&&) noexcept = default;
 const fs::path& Checkpoint::path() const { return impl_->path; }
 const Json& Checkpoint::config() const { return impl_->config; }
 const Json& Checkpoint::quantization_metadata() const { return impl_->metadata; }
+const Json* Checkpoint::facts() const { return impl_->facts(); }
 const Container* Checkpoint::container() const { return impl_->container; }
 std::span<const TensorEntry> Checkpoint::tensors() const { return impl_->tensors; }
 
@@ -303,8 +308,19 @@ const TensorEntry* Checkpoint::find(std::string_view name) const {
   return found == impl_->by_name.end() ? nullptr : &impl_->tensors[found->second];
 }
 
+void Checkpoint::require_decoded(const TensorEntry& entry) const {
+  if (entry.undecoded == nullptr) return;
+  throw Error({.code = "unsupported-tensor",
+               .what = "cannot read model",
+               .where = impl_->path.string(),
+               .why =
+                   fmt::format("tensor '{}': {} is not decoded yet", printable(entry.name), entry.undecoded->name),
+               .fix = "take the model in another type, see `bitwright formats`"});
+}
+
 std::span<const std::byte> Checkpoint::plain_bytes(const TensorEntry& entry) const {
   BW_ASSERT(!entry.quantized());
+  require_decoded(entry);
   return impl_->arrays.at(entry.name)->data;
 }
 
@@ -315,6 +331,7 @@ QuantizedTensor Checkpoint::read(const TensorEntry& entry) const {
     check_group_index(tensor, entry.name);
     return tensor;
   }
+  require_decoded(entry);
   BW_ASSERT(entry.scheme.element != nullptr);
   const std::span<const std::byte> bytes = plain_bytes(entry);
   return {.scheme = entry.scheme, .shape = entry.shape, .codes = {bytes.begin(), bytes.end()}};
@@ -322,6 +339,7 @@ QuantizedTensor Checkpoint::read(const TensorEntry& entry) const {
 
 std::vector<float> Checkpoint::read_f32(const TensorEntry& entry) const {
   if (entry.quantized()) return decode(read(entry));
+  require_decoded(entry);
   std::vector<float> values(static_cast<size_t>(element_count(entry.shape)));
   to_f32(entry.dtype, plain_bytes(entry), values);
   return values;
