@@ -286,6 +286,8 @@ const Json* Checkpoint::facts() const { return impl_->facts(); }
 const Container* Checkpoint::container() const { return impl_->container; }
 std::span<const TensorEntry> Checkpoint::tensors() const { return impl_->tensors; }
 
+std::string_view Checkpoint::format() const { return impl_->mapped.front().format().name; }
+
 uint64_t Checkpoint::weight_bytes() const {
   uint64_t bytes = 0;
   for (const WeightFile& file : impl_->mapped) bytes += file.bytes().size();
@@ -313,8 +315,7 @@ void Checkpoint::require_decoded(const TensorEntry& entry) const {
   throw Error({.code = "unsupported-tensor",
                .what = "cannot read model",
                .where = impl_->path.string(),
-               .why =
-                   fmt::format("tensor '{}': {} is not decoded yet", printable(entry.name), entry.undecoded->name),
+               .why = fmt::format("tensor '{}': {} is not decoded yet", printable(entry.name), entry.undecoded->name),
                .fix = "take the model in another type, see `bitwright formats`"});
 }
 

@@ -45,14 +45,15 @@ class Checkpoint {
   /// Reads every file through and compares it with the digest that quantization_metadata.json records, where it does.
   /// Throws Error{"digest-mismatch"}.
   void verify_digests() const;
-  uint64_t weight_bytes() const;  ///< size of those files
+  std::string_view format() const;  ///< of its weight files: "safetensors"
+  uint64_t weight_bytes() const;    ///< size of those files
 
   const Json& config() const;                 ///< an empty object if there is no config.json
   const Json& quantization_metadata() const;  ///< likewise for quantization_metadata.json
   /// What the weight file itself says of the model, by key (GGUF: "general.architecture", "tokenizer.ggml.tokens" …;
   /// strings may be any bytes). Null: nothing.
   const Json* facts() const;
-  const Container* container() const;         ///< how it is quantized; null for plain models
+  const Container* container() const;  ///< how it is quantized; null for plain models
 
   std::span<const TensorEntry> tensors() const;  ///< in file order
   const TensorEntry* find(std::string_view name) const;
