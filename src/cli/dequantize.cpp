@@ -2,13 +2,14 @@
 
 #include "base/progress.hpp"
 #include "cli/command.hpp"
+#include "model/open_model.hpp"
 #include "quantize/quantize.hpp"
 
 namespace bitwright {
 namespace {
 
 OrderedJson run(const Arguments& arguments, std::vector<Warning>&) {
-  const Checkpoint model(arguments.model);
+  const Checkpoint model = open_model(arguments.model);
   model.verify_digests();
   return dequantize(model, *arguments.text("--output"), *dtype_from_name(arguments.text("--dtype").value_or("float32")),
                     arguments.flag("--force"));

@@ -3,6 +3,7 @@
 #include "base/mapped_file.hpp"
 #include "cli/command.hpp"
 #include "evaluate/evaluate.hpp"
+#include "model/open_model.hpp"
 #include "quantize/model_files.hpp"
 
 namespace bitwright {
@@ -44,7 +45,7 @@ Protocol protocol_for(const Arguments& arguments, int64_t limit, const Tokenizer
 
 OrderedJson run(const Arguments& arguments, std::vector<Warning>&) {
   const MappedFile text(*arguments.text("--text"));
-  const Checkpoint checkpoint(arguments.model);
+  const Checkpoint checkpoint = open_model(arguments.model);
   checkpoint.verify_digests();
   const Tokenizer tokenizer(model_directory(checkpoint));
   const Model model(checkpoint);

@@ -7,6 +7,7 @@
 #include "base/threads.hpp"
 #include "cli/command.hpp"
 #include "model/model.hpp"
+#include "model/open_model.hpp"
 #include "quantize/model_files.hpp"
 #include "tokenizer/tokenizer.hpp"
 
@@ -54,7 +55,7 @@ void check_vocabulary(const std::vector<int32_t>& tokens, int64_t vocabulary) {
 }
 
 OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
-  const Checkpoint checkpoint(arguments.model);
+  const Checkpoint checkpoint = open_model(arguments.model);
   checkpoint.verify_digests();
   const Tokenizer tokenizer(model_directory(checkpoint));
   const Model model(checkpoint);

@@ -7,6 +7,7 @@
 #include "checkpoint/checkpoint.hpp"
 #include "cli/command.hpp"
 #include "container/container.hpp"
+#include "model/open_model.hpp"
 
 namespace bitwright {
 namespace {
@@ -57,7 +58,7 @@ OrderedJson quantization_of(const Checkpoint& model) {
 }
 
 OrderedJson run(const Arguments& arguments, std::vector<Warning>&) {
-  const Checkpoint model(arguments.model);
+  const Checkpoint model = open_model(arguments.model);
   uint64_t elements = 0, bytes = 0;
   OrderedJson tensors = OrderedJson::array();
   for (const TensorEntry& entry : model.tensors()) {

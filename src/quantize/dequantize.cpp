@@ -49,7 +49,9 @@ void write_weights(const Checkpoint& source, const std::filesystem::path& path, 
       check_finite(entry.name, dtype, bytes);
       writer.add(bytes);
     } else {
-      writer.add(source.plain_bytes(entry));
+      bytes.resize(entry.stored_bytes);
+      source.read_bytes(entry, 0, bytes);
+      writer.add(bytes);
     }
     progress.advance(specs[i].bytes());
   }
