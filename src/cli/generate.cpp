@@ -6,6 +6,7 @@
 
 #include "base/threads.hpp"
 #include "cli/command.hpp"
+#include "model/end_tokens.hpp"
 #include "model/model.hpp"
 #include "model/open_model.hpp"
 #include "quantize/model_files.hpp"
@@ -59,6 +60,7 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
   checkpoint.verify_digests();
   const Tokenizer tokenizer(model_directory(checkpoint));
   const Model model(checkpoint);
+  const std::vector<int32_t> ends = end_tokens(checkpoint.config(), model_directory(checkpoint));
   std::vector<int32_t> tokens = prompt_tokens(tokenizer, *arguments.text("--prompt"));
   const auto prompt = static_cast<int64_t>(tokens.size());
   int64_t wanted = arguments.integer("--tokens").value_or(kDefaultTokens);
@@ -91,7 +93,7 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
     // Vocabularies are padded: ids that the tokenizer does not know are never drawn.
     const size_t known = std::min(logits.size(), tokenizer.vocabulary_size());
     const int32_t next = sampler.next(std::span(logits).first(known));
-    if (next == tokenizer.eos_id()) break;
+    if (next == tokenizer.eos_id() || std::ranges::find(ends, next) != ends.end()) break;
     tokens.push_back(next);
     step = {next};
     if (!arguments.json) show(tokenizer, step);

@@ -122,14 +122,5 @@ TEST(ModelLlamaConfig, NotSupported) {
   expect_refused(config, "full_attention", "unsupported-config");
 }
 
-TEST(ModelArchitectures, ByName) {
-  EXPECT_EQ(find_architecture(good_config())->name, "LlamaForCausalLM");
-  EXPECT_EQ(find_architecture({{"model_type", "llama"}})->name, "LlamaForCausalLM");
-  for (const Json& other :
-       {Json::object(), Json::array(), Json{{"architectures", {"MambaForCausalLM"}}}, Json{{"architectures", {7}}},
-        Json{{"architectures", "LlamaForCausalLM"}}, Json{{"model_type", 7}}})
-    EXPECT_EQ(find_architecture(other), nullptr) << other.dump();
-}
-
 }  // namespace
 }  // namespace bitwright

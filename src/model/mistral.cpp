@@ -12,7 +12,7 @@ ModelConfig configure(const Json& json, const std::string& where) {
   const ConfigReader config(json, where);
   config.only("attention_bias", false);
   ModelConfig c = read_llama(config, {.kv_heads_default = 8, .context_default = 131072}, {});
-  set_windows(c, config, read_window(config, 4096), [](int64_t) { return true; });
+  set_one_window(c, config, 4096);
   return c;
 }
 

@@ -15,7 +15,7 @@ ModelConfig configure(const Json& json, const std::string& where) {
   config.only("attention_bias", false);
   ModelConfig c = read_llama(config, {.kv_heads_default = 8, .context_default = 131072, .epsilon_default = 1e-5},
                              {.theta_default = 1e6});
-  set_windows(c, config, read_window(config, 0), [](int64_t) { return true; });
+  set_one_window(c, config, 0);
   c.experts = config.integer("num_local_experts", 1, 1 << 16, 8);
   c.experts_used = config.integer("num_experts_per_tok", 1, c.experts, 2);
   c.expert_feed_forward = c.feed_forward;

@@ -3,20 +3,19 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <map>
 #include <nlohmann/json.hpp>
 #include <random>
 
 #include "base/error.hpp"
 #include "base/threads.hpp"
-#include "checkpoint/safetensors.hpp"
-#include "container/container.hpp"
+#include "tests/checkpoints.hpp"
 #include "tests/support.hpp"
 
 namespace bitwright {
 namespace {
 
-using Tensors = std::map<std::string, QuantizedTensor>;
+using test::Tensors;
+using test::write_checkpoint;
 
 /// Sizes that are no multiples of anything.
 Json tiny_config(bool tied) {
@@ -68,31 +67,6 @@ Tensors tiny_model(const Json& config, const Scheme& scheme) {
     matrix(layer + "mlp.down_proj", hidden, feed_forward);
   }
   return tensors;
-}
-
-/// A checkpoint, in the native container where tensors are quantized.
-void write_checkpoint(const std::filesystem::path& dir, const Json& config, const Tensors& tensors) {
-  const Container& native = *find_container("native");
-  std::vector<StoredTensor> stored;
-  std::vector<NamedArray> arrays;
-  for (const auto& [name, t] : tensors) {
-    if (t.scheme.is_plain()) {
-      arrays.push_back({{name, dtype_of(*t.scheme.element).value(), t.shape}, t.codes});
-      continue;
-    }
-    stored.push_back({.name = name, .shape = t.shape, .scheme = t.scheme});
-    for (NamedArray& array : native.pack(stored.back(), t)) arrays.push_back(std::move(array));
-  }
-  std::vector<ArraySpec> specs;
-  for (const NamedArray& array : arrays) specs.push_back(array.spec);
-  SafetensorsWriter writer(dir / "model.safetensors", specs);
-  for (const NamedArray& array : arrays) writer.add(array.data);
-  writer.finish();
-  OrderedJson written = config;
-  std::map<std::string, OrderedJson> files;
-  if (!stored.empty()) native.write_metadata(stored, OrderedJson::object(), {written, files});
-  test::write_file(dir / "config.json", written.dump());
-  for (const auto& [name, json] : files) test::write_file(dir / name, json.dump());
 }
 
 constexpr int32_t kPrompt[] = {1, 40, 7, 7, 0, 23, 12, 5, 39, 2, 3, 11, 29, 8, 31, 17, 6, 13, 20};
@@ -218,6 +192,12 @@ TEST(Model, Refusals) {
   EXPECT_PRED2(starts, refusal([](Json&, Tensors& t) { t.erase("lm_head.weight"); }), "missing-tensor:");
   EXPECT_PRED2(starts, refusal([](Json& c, Tensors&) { c["intermediate_size"] = 51; }), "wrong-shape:");
   EXPECT_PRED2(starts, refusal([](Json& c, Tensors&) { c["vocab_size"] = 42; }), "wrong-shape:");
+  EXPECT_PRED2(starts, refusal([](Json&, Tensors& t) { t.erase("model.embed_tokens.weight"); }), "missing-tensor:");
+  EXPECT_PRED2(starts, refusal([](Json&, Tensors& t) { t["draft.embed_tokens.weight"] = t.at("lm_head.weight"); }),
+               "ambiguous-tensor:");
+  EXPECT_PRED2(starts,
+               refusal([](Json&, Tensors& t) { t["model.layers.2.mlp.up_proj.weight"] = t.at("lm_head.weight"); }),
+               "unsupported-tensor:");
   EXPECT_PRED2(
       starts, refusal([](Json&, Tensors& t) { t["model.layers.0.self_attn.q_proj.bias"] = t.at("model.norm.weight"); }),
       "unsupported-tensor:");

@@ -20,7 +20,7 @@ ModelConfig configure(const Json& json, const std::string& where) {
       .name = "mlp.gate_up_proj", .stored = 2 * c.feed_forward, .run = c.feed_forward, .step = 2 * c.feed_forward};
   c.places.gate = c.places.up = fused;
   c.places.up.first = c.feed_forward;
-  set_windows(c, config, read_window(config, 0), [](int64_t) { return true; });
+  set_one_window(c, config, 0);
   return c;
 }
 

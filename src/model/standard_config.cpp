@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <nlohmann/json.hpp>
 #include <string_view>
 
 namespace bitwright {
@@ -47,8 +48,8 @@ ModelConfig read_dimensions(const ConfigReader& config, const StandardKeys& keys
   c.layers = dimension(config, keys.layers, kMostLayers, keys.layers_default);
   c.hidden = dimension(config, keys.hidden, kWidest, keys.hidden_default);
   c.heads = dimension(config, keys.heads, kMostHeads, keys.heads_default);
-  const int64_t kv_default = keys.kv_heads_default != 0 ? keys.kv_heads_default : c.heads;
-  c.kv_heads = config.integer("num_key_value_heads", 1, kMostHeads, kv_default);
+  const bool own_default = keys.kv_heads_default != 0 && !config.has("num_key_value_heads");  // null: as many as heads
+  c.kv_heads = config.integer("num_key_value_heads", 1, kMostHeads, own_default ? keys.kv_heads_default : c.heads);
   if (c.heads % c.kv_heads != 0)
     config.fail("num_key_value_heads", "which does not divide the number of heads, " + std::to_string(c.heads));
   c.head_size = read_head_size(config, keys, c);
@@ -119,9 +120,15 @@ void set_windows(ModelConfig& c, const ConfigReader& config, int64_t window,
       config.unsupported("layer_types", "only sliding_attention and full_attention are supported");
     const bool sliding = types.empty() ? slides(static_cast<int64_t>(i)) : types[i] == "sliding_attention";
     if (!sliding) continue;
-    if (!types.empty() && window == 0) config.fail("sliding_window", "is missing, some layer_types slide");
+    if (!types.empty() && window == 0) config.fail("layer_types", "but no sliding_window is in use");
     c.kinds[i].window = window;
   }
+}
+
+void set_one_window(ModelConfig& c, const ConfigReader& config, int64_t missing) {
+  config.only("layer_types", nullptr);
+  const int64_t window = read_window(config, missing);
+  for (LayerKind& kind : c.kinds) kind.window = window;
 }
 
 float read_cap(const ConfigReader& config, const char* key, double missing) {

@@ -46,6 +46,8 @@ int64_t read_window(const ConfigReader& config, int64_t missing);
 /// The window for the layers that layer_types calls sliding_attention, or without that key for those that `slides`.
 void set_windows(ModelConfig& c, const ConfigReader& config, int64_t window,
                  const std::function<bool(int64_t layer)>& slides);
+/// The window that all layers have; layer_types is refused, for transformers passes over it in these architectures.
+void set_one_window(ModelConfig& c, const ConfigReader& config, int64_t missing);
 /// A soft cap: `missing` if there is no such key, 0 (none) if it is null.
 float read_cap(const ConfigReader& config, const char* key, double missing);
 
