@@ -47,6 +47,7 @@ ModelConfig configure_language_model(const Json& json, const std::string& where)
 void complete_gguf(const GgufFacts& facts, Json& config) {
   set_gguf_window(facts, config);
   set_gguf_rope_scaling(facts, config);
+  config["rope_local_base_freq"] = facts.number("rope.freq_base_swa", 10000);
   complete_gguf_gemma(facts, config, 62);
 }
 
