@@ -56,20 +56,25 @@ std::map<std::string, std::string> read_weight_map(const fs::path& index) {
   return shards;
 }
 
-/// "model-00002-of-00005.safetensors" without an index: all five must be there.
+/// All files of the series that "model-00002-of-00005.safetensors" belongs to; nothing where the name is none of one.
+std::vector<fs::path> series_of(const fs::path& file) {
+  const std::string name = file.filename().string();
+  const size_t of = name.find("-of-");
+  if (of == std::string::npos || of < 5) return {};
+  int total = 0;
+  if (std::sscanf(name.c_str() + of + 4, "%5d", &total) != 1 || total <= 0) return {};
+  std::vector<fs::path> files;
+  for (int i = 1; i <= total; ++i)
+    files.push_back(file.parent_path() / fmt::format("{}{:05}{}", name.substr(0, of - 5), i, name.substr(of)));
+  return files;
+}
+
+/// Without an index all files of a series must be there.
 void check_shard_series(const fs::path& directory, const std::vector<fs::path>& files) {
-  for (const fs::path& file : files) {
-    const std::string name = file.filename().string();
-    const size_t of = name.find("-of-");
-    if (of == std::string::npos || of < 5) continue;
-    int total = 0;
-    if (std::sscanf(name.c_str() + of + 4, "%5d", &total) != 1 || total <= 0) continue;
-    for (int i = 1; i <= total; ++i) {
-      const std::string wanted = fmt::format("{}{:05}{}", name.substr(0, of - 5), i, name.substr(of));
-      if (!fs::exists(directory / wanted))
-        fail("missing-shard", directory, fmt::format("shard '{}' is missing", wanted));
-    }
-  }
+  for (const fs::path& file : files)
+    for (const fs::path& wanted : series_of(file))
+      if (!fs::exists(wanted))
+        fail("missing-shard", directory, fmt::format("shard '{}' is missing", printable(wanted.filename().string())));
 }
 
 /// The index of a model in shards: "model.safetensors.index.json".
@@ -194,9 +199,32 @@ struct Checkpoint::Impl {
     if (fs::exists(directory / kMetadata)) metadata = read_json_object(directory / kMetadata);
   }
 
-  void map_arrays() {
-    mapped.reserve(files.size());
+  /// A file that says it is one of several (GGUF's split.count) stands for all of them.
+  void find_other_parts() {
+    const Json* const says = mapped.front().facts();
+    const Json count = says == nullptr ? Json() : says->value("split.count", Json());
+    if (files.size() != 1 || !count.is_number_unsigned() || count.get<uint64_t>() <= 1) return;
+    std::vector<fs::path> parts = series_of(files[0]);
+    if (parts.size() != count.get<uint64_t>())
+      fail("missing-shard", path, fmt::format("it is one of {} parts, its name does not say which", count.dump()),
+           "give it the name it had, NAME-00001-of-00003.gguf");
+    check_shard_series(directory, parts);
+    files = std::move(parts);
+    mapped.clear();
     for (const fs::path& file : files) mapped.emplace_back(file);
+  }
+
+  /// The first part says how many tensors all have together.
+  void check_parts() const {
+    const Json total = facts() == nullptr ? Json() : facts()->value("split.tensors.count", Json());
+    if (total.is_number_integer() && total != arrays.size())
+      fail("missing-tensor", path,
+           fmt::format("the parts hold {} tensors, the first says {}", arrays.size(), total.dump()));
+  }
+
+  void map_arrays() {
+    for (const fs::path& file : files) mapped.emplace_back(file);
+    find_other_parts();
     for (size_t f = 0; f < files.size(); ++f)
       for (const StoredArray& array : mapped[f].arrays()) {
         if (!arrays.emplace(array.name, &array).second)
@@ -205,6 +233,7 @@ struct Checkpoint::Impl {
         order.push_back(&array);
         file_of[array.name] = f;
       }
+    check_parts();
   }
 
   void check_index() {

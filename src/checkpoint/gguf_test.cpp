@@ -218,6 +218,44 @@ TEST(Gguf, LargeVocabulariesOpenAtOnce) {
   std::cout << "seconds: " << seconds << '\n';
 }
 
+class GgufParts : public ::testing::Test {
+ protected:
+  /// Part `number` (from 0) of three, with one tensor named after it.
+  void write(const std::string& name, int32_t number, uint32_t tensors = 3) {
+    GgufMetadata metadata;
+    if (number == 0) metadata.add("general.architecture", "none");
+    metadata.add("split.no", static_cast<uint32_t>(number));
+    metadata.add("split.count", 3u);
+    metadata.add("split.tensors.count", tensors);
+    GgufWriter writer(dir / name, metadata, {{"t" + std::to_string(number), DType::f32, {2}}});
+    writer.add(std::vector<std::byte>(8, std::byte{1}));
+    writer.finish();
+  }
+  std::string code(const std::string& name) {
+    try {
+      const Checkpoint model(dir / name);
+      EXPECT_EQ(model.tensors().size(), 3u);
+      EXPECT_EQ((*model.facts())["general.architecture"], "none");
+    } catch (const Error& error) {
+      return error.code();
+    }
+    return "none";
+  }
+  const TemporaryDirectory dir;
+};
+
+TEST_F(GgufParts, AreJoined) {
+  for (int32_t i = 0; i < 3; ++i) write("m-0000" + std::to_string(i + 1) + "-of-00003.gguf", i);
+  EXPECT_EQ(code("m-00001-of-00003.gguf"), "none");
+  EXPECT_EQ(code("m-00002-of-00003.gguf"), "none");
+  std::filesystem::copy(dir / "m-00001-of-00003.gguf", dir / "renamed.gguf");
+  EXPECT_EQ(code("renamed.gguf"), "missing-shard");
+  write("m-00001-of-00003.gguf", 0, 4);
+  EXPECT_EQ(code("m-00001-of-00003.gguf"), "missing-tensor");
+  std::filesystem::remove(dir / "m-00003-of-00003.gguf");
+  EXPECT_EQ(code("m-00001-of-00003.gguf"), "missing-shard");
+}
+
 std::filesystem::path golden_files() { return test::shared_dir() / "golden" / "gguf_file"; }
 
 // Files that ggml's own code wrote.

@@ -52,7 +52,7 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>&) {
   std::optional<Checkpoint> reference_checkpoint;
   std::optional<Model> reference;
   if (const auto path = arguments.text("--reference")) {
-    reference_checkpoint.emplace(*path);
+    reference_checkpoint.emplace(open_model(*path));
     reference_checkpoint->verify_digests();
     reference.emplace(*reference_checkpoint);
   }

@@ -54,7 +54,8 @@ const Json* GgufFacts::own(std::string_view key) const { return find(fmt::format
 
 std::string GgufFacts::architecture() const {
   const Json* const name = find("general.architecture");
-  return name != nullptr && name->is_string() ? name->get<std::string>() : "";
+  const bool proper = name != nullptr && name->is_string() && is_utf8(name->get_ref<const std::string&>());
+  return proper ? name->get<std::string>() : "";
 }
 
 void GgufFacts::fail(const std::string& why) const {
@@ -95,9 +96,11 @@ void set_gguf_rope_scaling(const GgufFacts& facts, Json& config) {
   const Json* const type = facts.own("rope.scaling.type");
   const double factor = facts.number("rope.scaling.factor", 0);
   if (type == nullptr || *type == "none" || factor == 0) return;
+  if (!type->is_string() || !is_utf8(type->get_ref<const std::string&>()))
+    facts.fail("key 'rope.scaling.type' is no text");
   Json& scaling = config["rope_scaling"] = {{"rope_type", *type}, {"factor", factor}};
-  if (const Json* const original = facts.own("rope.scaling.original_context_length"))
-    scaling["original_max_position_embeddings"] = *original;
+  if (const int64_t original = facts.integer("rope.scaling.original_context_length", 1, int64_t{1} << 40, 0))
+    scaling["original_max_position_embeddings"] = original;
 }
 
 namespace {

@@ -78,7 +78,7 @@ class GgufTranslation {
     Json config = {{"architectures", {row_.name}}, {"model_type", row_.model_type}};
     for (const std::span<const GgufKey> keys : {mapping_.keys, mapping_.own_keys})
       for (const GgufKey& key : keys)
-        if (const Json* value = facts_.own(key.gguf)) config[key.model] = shortest(*value);
+        if (const Json* value = facts_.own(key.gguf)) config[key.model] = value_of(key.gguf, *value);
     config["tie_word_embeddings"] = !facts_.has_tensor("output.weight");
     const auto embedding = facts_.stored().arrays.find("token_embd.weight");
     if (embedding != facts_.stored().arrays.end() && !embedding->second.shape.empty())
@@ -90,9 +90,14 @@ class GgufTranslation {
     return config;
   }
 
-  /// GGUF's numbers are f32: 1e-05 rather than 9.99999974e-06, which is the same f32.
-  static Json shortest(const Json& value) {
+  /// One number or truth value; a list with one for each layer where all are the same.
+  Json value_of(std::string_view key, const Json& value) const {
+    if (value.is_array() && !value.empty() && std::ranges::all_of(value, [&](const Json& v) { return v == value[0]; }))
+      return value_of(key, value[0]);
+    if (!value.is_number() && !value.is_boolean())
+      facts_.fail(fmt::format("key '{}' is not one number for all layers", key));
     if (!value.is_number_float()) return value;
+    // GGUF's numbers are f32: 1e-05 rather than 9.99999974e-06, which is the same f32
     return std::strtod(fmt::format("{}", value.get<float>()).c_str(), nullptr);
   }
 

@@ -39,8 +39,8 @@ void complete_gguf(const GgufFacts& facts, Json& config) {
   const Json longer = facts.numbers("rope_factors_long.weight"), shorter = facts.numbers("rope_factors_short.weight");
   if (longer.is_null() || shorter.is_null()) return;
   config["rope_scaling"] = {{"rope_type", "longrope"}, {"long_factor", longer}, {"short_factor", shorter}};
-  if (const Json* original = facts.own("rope.scaling.original_context_length"))
-    config["original_max_position_embeddings"] = *original;
+  if (const int64_t original = facts.integer("rope.scaling.original_context_length", 1, int64_t{1} << 40, 0))
+    config["original_max_position_embeddings"] = original;
   if (const double factor = facts.number("rope.scaling.attn_factor", 0); factor > 0)
     config["rope_scaling"]["attention_factor"] = factor;
 }

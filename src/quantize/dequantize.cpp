@@ -62,6 +62,7 @@ void write_weights(const Checkpoint& source, const std::filesystem::path& path, 
 
 OrderedJson dequantize(const Checkpoint& source, const std::filesystem::path& output, DType dtype, bool force) {
   check_apart(source, output);
+  for (const TensorEntry& entry : source.tensors()) source.require_decoded(entry);
   OutputDirectory directory(output, force);
   write_weights(source, directory.staging() / "model.safetensors", dtype);
   OrderedJson config = read_config(source);
