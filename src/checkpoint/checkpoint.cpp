@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <deque>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <set>
@@ -12,6 +13,7 @@
 #include "base/error.hpp"
 #include "checkpoint/weight_file.hpp"
 #include "container/container.hpp"
+#include "scheme/transposed.hpp"
 
 namespace bitwright {
 namespace {
@@ -54,20 +56,25 @@ std::map<std::string, std::string> read_weight_map(const fs::path& index) {
   return shards;
 }
 
-/// "model-00002-of-00005.safetensors" without an index: all five must be there.
+/// All files of the series that "model-00002-of-00005.safetensors" belongs to; nothing where the name is none of one.
+std::vector<fs::path> series_of(const fs::path& file) {
+  const std::string name = file.filename().string();
+  const size_t of = name.find("-of-");
+  if (of == std::string::npos || of < 5) return {};
+  int total = 0;
+  if (std::sscanf(name.c_str() + of + 4, "%5d", &total) != 1 || total <= 0) return {};
+  std::vector<fs::path> files;
+  for (int i = 1; i <= total; ++i)
+    files.push_back(file.parent_path() / fmt::format("{}{:05}{}", name.substr(0, of - 5), i, name.substr(of)));
+  return files;
+}
+
+/// Without an index all files of a series must be there.
 void check_shard_series(const fs::path& directory, const std::vector<fs::path>& files) {
-  for (const fs::path& file : files) {
-    const std::string name = file.filename().string();
-    const size_t of = name.find("-of-");
-    if (of == std::string::npos || of < 5) continue;
-    int total = 0;
-    if (std::sscanf(name.c_str() + of + 4, "%5d", &total) != 1 || total <= 0) continue;
-    for (int i = 1; i <= total; ++i) {
-      const std::string wanted = fmt::format("{}{:05}{}", name.substr(0, of - 5), i, name.substr(of));
-      if (!fs::exists(directory / wanted))
-        fail("missing-shard", directory, fmt::format("shard '{}' is missing", wanted));
-    }
-  }
+  for (const fs::path& file : files)
+    for (const fs::path& wanted : series_of(file))
+      if (!fs::exists(wanted))
+        fail("missing-shard", directory, fmt::format("shard '{}' is missing", printable(wanted.filename().string())));
 }
 
 /// The index of a model in shards: "model.safetensors.index.json".
@@ -117,6 +124,12 @@ WeightFiles find_weight_files(const fs::path& directory) {
   fail("no-weights", directory, "it holds no file of weights", "give a Hugging Face model directory");
 }
 
+/// Of a matrix of the last dimension; a list is a column.
+int64_t row_count(const Shape& shape) {
+  if (shape.size() < 2) return element_count(shape);
+  return element_count({shape.begin(), shape.end() - 1});
+}
+
 /// Indices come from the file; the decoder takes them as they are.
 void check_group_index(const QuantizedTensor& tensor, const std::string& name) {
   if (!tensor.scheme.scale || tensor.scheme.scale->grouping.kind != Grouping::Kind::index) return;
@@ -142,16 +155,26 @@ struct Checkpoint::Impl {
   std::map<std::string, const StoredArray*, std::less<>> arrays;
   std::map<std::string, ArraySpec, std::less<>> specs;
   std::unordered_map<std::string, size_t> file_of;
+  /// How a view's bytes follow from `arrays`, where not simply a part of them.
+  struct Rearrangement {
+    std::vector<int64_t> rows;
+    bool transposed;
+  };
+  std::deque<StoredArray> views;              ///< those of a translation
+  std::vector<std::vector<std::byte>> owned;  ///< their bytes, where values changed
+  std::vector<const StoredArray*> order;      ///< all of `arrays`, in file order
+  std::unordered_map<std::string, Rearrangement> rearranged;
   const Container* container = nullptr;
   std::unordered_map<std::string, StoredTensor> stored;
   std::vector<TensorEntry> tensors;
   std::map<std::string, size_t, std::less<>> by_name;
 
-  explicit Impl(const fs::path& opened) : path(opened) {
+  Impl(const fs::path& opened, const Translator& translator) : path(opened) {
     find_files();
-    read_json_files();
     map_arrays();
+    if (facts() == nullptr) read_json_files();  // beside a file that speaks for itself they are another model's
     check_index();
+    if (translator != nullptr && facts() != nullptr) translate(translator(view()));
     find_container();
     make_entries();
   }
@@ -176,16 +199,41 @@ struct Checkpoint::Impl {
     if (fs::exists(directory / kMetadata)) metadata = read_json_object(directory / kMetadata);
   }
 
-  void map_arrays() {
-    mapped.reserve(files.size());
+  /// A file that says it is one of several (GGUF's split.count) stands for all of them.
+  void find_other_parts() {
+    const Json* const says = mapped.front().facts();
+    const Json count = says == nullptr ? Json() : says->value("split.count", Json());
+    if (files.size() != 1 || !count.is_number_unsigned() || count.get<uint64_t>() <= 1) return;
+    std::vector<fs::path> parts = series_of(files[0]);
+    if (parts.size() != count.get<uint64_t>())
+      fail("missing-shard", path, fmt::format("it is one of {} parts, its name does not say which", count.dump()),
+           "give it the name it had, NAME-00001-of-00003.gguf");
+    check_shard_series(directory, parts);
+    files = std::move(parts);
+    mapped.clear();
     for (const fs::path& file : files) mapped.emplace_back(file);
+  }
+
+  /// The first part says how many tensors all have together.
+  void check_parts() const {
+    const Json total = facts() == nullptr ? Json() : facts()->value("split.tensors.count", Json());
+    if (total.is_number_integer() && total != arrays.size())
+      fail("missing-tensor", path,
+           fmt::format("the parts hold {} tensors, the first says {}", arrays.size(), total.dump()));
+  }
+
+  void map_arrays() {
+    for (const fs::path& file : files) mapped.emplace_back(file);
+    find_other_parts();
     for (size_t f = 0; f < files.size(); ++f)
       for (const StoredArray& array : mapped[f].arrays()) {
         if (!arrays.emplace(array.name, &array).second)
-          fail("bad-safetensors", files[f], fmt::format("tensor '{}' is in another shard too", printable(array.name)));
-        specs[array.name] = {array.name, array.dtype, array.shape};
+          fail("bad-weights", files[f], fmt::format("tensor '{}' is in another shard too", printable(array.name)));
+        specs[array.name] = {array.name, array.dtype, array.shape, array.block};
+        order.push_back(&array);
         file_of[array.name] = f;
       }
+    check_parts();
   }
 
   void check_index() {
@@ -200,11 +248,104 @@ struct Checkpoint::Impl {
              fmt::format("tensor '{}' is missing, the index lists it", printable(tensor)));
   }
 
+  void translate(Translation translation) {
+    config = *translation.config;
+    const auto stored_arrays = std::exchange(arrays, {});
+    specs.clear();
+    order.clear();
+    for (ArrayView& wanted : translation.arrays) {
+      const StoredArray& array = views.emplace_back(view_of(*stored_arrays.at(wanted.source), wanted));
+      if (!arrays.emplace(array.name, &array).second)
+        fail("bad-weights", path, fmt::format("two tensors are both the model's '{}'", printable(array.name)));
+      specs[array.name] = {array.name, array.dtype, array.shape, array.block};
+      order.push_back(&array);
+      file_of[array.name] = file_of.at(wanted.source);
+      if (!wanted.rows.empty() || wanted.transposed)
+        rearranged[array.name] = {.rows = std::move(wanted.rows), .transposed = wanted.transposed};
+    }
+  }
+
+  StoredArray view_of(const StoredArray& source, const ArrayView& wanted) {
+    StoredArray array = {wanted.name, source.dtype, wanted.shape, source.data, source.block};
+    const uint64_t bytes = ArraySpec{{}, array.dtype, array.shape, array.block}.bytes();
+    if (!wanted.transposed && wanted.rows.empty() && bytes != source.data.size()) {
+      const uint64_t row = bytes / static_cast<uint64_t>(std::max<int64_t>(row_count(wanted.shape), 1));
+      array.data = source.data.subspan(static_cast<uint64_t>(wanted.first_row) * row, bytes);
+    }
+    BW_ASSERT(array.data.size() == bytes);
+    if (wanted.added == 0) return array;
+    std::vector<float> values(static_cast<size_t>(element_count(source.shape)));
+    to_f32(source.dtype, source.data, values);
+    for (float& value : values) value += wanted.added;
+    const auto changed = std::as_bytes(std::span(values));
+    array.dtype = DType::f32;
+    array.data = owned.emplace_back(changed.begin(), changed.end());
+    return array;
+  }
+
+  /// Bytes from `offset` on of an array as the model knows it; a transposed array of blocks as it is stored.
+  void read_array(const std::string& name, uint64_t offset, std::span<std::byte> out) const {
+    const StoredArray& array = *arrays.at(name);
+    BW_ASSERT(offset <= array.data.size() && out.size() <= array.data.size() - offset);
+    const auto found = rearranged.find(name);
+    if (found == rearranged.end() || (found->second.transposed && array.block != nullptr)) {
+      std::ranges::copy(array.data.subspan(offset, out.size()), out.begin());
+    } else if (found->second.transposed) {
+      read_transposed(array, offset, out);
+    } else {
+      read_rows(array, found->second.rows, offset, out);
+    }
+  }
+
+  static void read_rows(const StoredArray& array, const std::vector<int64_t>& rows, uint64_t offset,
+                        std::span<std::byte> out) {
+    const uint64_t row_bytes = array.data.size() / rows.size();
+    for (uint64_t done = 0; done < out.size();) {
+      const uint64_t row = (offset + done) / row_bytes, within = (offset + done) % row_bytes;
+      const uint64_t length = std::min<uint64_t>(row_bytes - within, out.size() - done);
+      const auto begin = static_cast<uint64_t>(rows[row]) * row_bytes + within;
+      std::ranges::copy(array.data.subspan(begin, length), out.subspan(done).begin());
+      done += length;
+    }
+  }
+
+  /// array.shape [rows, columns]; its data is [columns, rows].
+  static void read_transposed(const StoredArray& array, uint64_t offset, std::span<std::byte> out) {
+    const size_t size = size_bytes(array.dtype);
+    BW_ASSERT(offset % size == 0 && out.size() % size == 0);
+    const auto rows = static_cast<uint64_t>(array.shape[0]), columns = static_cast<uint64_t>(array.shape[1]);
+    for (uint64_t done = 0; done < out.size(); done += size) {
+      const uint64_t i = (offset + done) / size;
+      std::ranges::copy(array.data.subspan((i % columns * rows + i / columns) * size, size), out.subspan(done).begin());
+    }
+  }
+
+  std::vector<std::byte> read_array(const std::string& name) const {
+    std::vector<std::byte> bytes(arrays.at(name)->data.size());
+    read_array(name, 0, bytes);
+    return bytes;
+  }
+
+  /// A quantized tensor, transposed where the model wants it so.
+  QuantizedTensor unpack(const std::string& name) const {
+    const auto found = rearranged.find(name);
+    if (found == rearranged.end()) return container->unpack(stored.at(name), view());
+    const std::vector<std::byte> bytes = read_array(name);
+    CheckpointView changed = view();
+    changed.bytes = [&](const std::string& array) { return array == name ? bytes : arrays.at(array)->data; };
+    StoredTensor tensor = stored.at(name);
+    if (!found->second.transposed) return container->unpack(tensor, changed);
+    std::swap(tensor.shape[0], tensor.shape[1]);
+    return transposed(container->unpack(tensor, changed));
+  }
+
+  const Json* facts() const { return mapped.front().facts(); }
+
   CheckpointView view() const {
     return {.arrays = specs,
             .config = config,
             .quantization_metadata = metadata,
-            .facts = mapped.size() == 1 ? mapped.front().facts() : nullptr,
+            .facts = facts(),
             .bytes = [this](const std::string& name) { return arrays.at(name)->data; },
             .where = path.string()};
   }
@@ -237,49 +378,58 @@ struct Checkpoint::Impl {
         if (!owner.emplace(array, &tensor).second)
           fail("bad-container", path, fmt::format("array '{}' belongs to two tensors", printable(array)));
     std::set<const StoredTensor*> done;
-    for (const WeightFile& file : mapped)
-      for (const StoredArray& array : file.arrays()) {
-        const auto found = owner.find(array.name);
-        if (found == owner.end()) {
-          add_plain(array);
-        } else if (done.insert(found->second).second) {
-          add_quantized(*found->second);
-        }
+    for (const StoredArray* array : order) {
+      const auto found = owner.find(array->name);
+      if (found == owner.end()) {
+        add_plain(*array);
+      } else if (done.insert(found->second).second) {
+        add_quantized(*found->second);
       }
+    }
     for (size_t i = 0; i < tensors.size(); ++i)
       if (!by_name.emplace(tensors[i].name, i).second)
         fail("bad-container", path, fmt::format("tensor '{}' is stored twice", printable(tensors[i].name)));
   }
 
   void add_plain(const StoredArray& array) {
-    const ElementType* element = info(array.dtype).is_float ? find_element(info(array.dtype).name) : nullptr;
+    const bool has_element = array.block == nullptr && info(array.dtype).is_float;
+    const ElementType* element = has_element ? find_element(info(array.dtype).name) : nullptr;
     tensors.push_back({.name = array.name,
                        .shape = array.shape,
                        .scheme = {.element = element},
                        .dtype = array.dtype,
-                       .stored_bytes = array.data.size()});
+                       .stored_bytes = array.data.size(),
+                       .undecoded = array.block,
+                       .rearranged = rearranged.contains(array.name)});
   }
 
   void add_quantized(const StoredTensor& tensor) {
     uint64_t bytes = 0;
     for (const std::string& array : tensor.arrays) bytes += arrays.at(array)->data.size();
+    const auto found = rearranged.find(tensor.name);
+    const bool is_transposed = found != rearranged.end() && found->second.transposed;
     tensors.push_back({.name = tensor.name,
                        .shape = tensor.shape,
-                       .scheme = tensor.scheme,
+                       .scheme = is_transposed ? transposed(tensor.scheme) : tensor.scheme,
                        .dtype = tensor.value_dtype,
-                       .stored_bytes = bytes});
+                       .stored_bytes = bytes,
+                       .rearranged = found != rearranged.end()});
   }
 };
 
-Checkpoint::Checkpoint(const fs::path& path) : impl_(std::make_unique<Impl>(path)) {}
+Checkpoint::Checkpoint(const fs::path& path, const Translator& translate)
+    : impl_(std::make_unique<Impl>(path, translate)) {}
 Checkpoint::~Checkpoint() = default;
 Checkpoint::Checkpoint(Checkpoint&&) noexcept = default;
 
 const fs::path& Checkpoint::path() const { return impl_->path; }
 const Json& Checkpoint::config() const { return impl_->config; }
 const Json& Checkpoint::quantization_metadata() const { return impl_->metadata; }
+const Json* Checkpoint::facts() const { return impl_->facts(); }
 const Container* Checkpoint::container() const { return impl_->container; }
 std::span<const TensorEntry> Checkpoint::tensors() const { return impl_->tensors; }
+
+std::string_view Checkpoint::format() const { return impl_->mapped.front().format().name; }
 
 uint64_t Checkpoint::weight_bytes() const {
   uint64_t bytes = 0;
@@ -303,27 +453,49 @@ const TensorEntry* Checkpoint::find(std::string_view name) const {
   return found == impl_->by_name.end() ? nullptr : &impl_->tensors[found->second];
 }
 
+void Checkpoint::require_decoded(const TensorEntry& entry) const {
+  if (entry.undecoded == nullptr) return;
+  throw Error({.code = "unsupported-tensor",
+               .what = "cannot read model",
+               .where = impl_->path.string(),
+               .why = fmt::format("tensor '{}': {} is not decoded yet", printable(entry.name), entry.undecoded->name),
+               .fix = "take the model in another type, see `bitwright formats`"});
+}
+
 std::span<const std::byte> Checkpoint::plain_bytes(const TensorEntry& entry) const {
   BW_ASSERT(!entry.quantized());
+  BW_ASSERT(!entry.rearranged);
+  require_decoded(entry);
   return impl_->arrays.at(entry.name)->data;
+}
+
+void Checkpoint::read_bytes(const TensorEntry& entry, uint64_t offset, std::span<std::byte> out) const {
+  BW_ASSERT(!entry.quantized());
+  require_decoded(entry);
+  impl_->read_array(entry.name, offset, out);
 }
 
 QuantizedTensor Checkpoint::read(const TensorEntry& entry) const {
   if (entry.quantized()) {
-    QuantizedTensor tensor = impl_->container->unpack(impl_->stored.at(entry.name), impl_->view());
+    QuantizedTensor tensor = impl_->unpack(entry.name);
     check_sizes(tensor, entry.name);
     check_group_index(tensor, entry.name);
     return tensor;
   }
+  require_decoded(entry);
   BW_ASSERT(entry.scheme.element != nullptr);
-  const std::span<const std::byte> bytes = plain_bytes(entry);
-  return {.scheme = entry.scheme, .shape = entry.shape, .codes = {bytes.begin(), bytes.end()}};
+  return {.scheme = entry.scheme, .shape = entry.shape, .codes = impl_->read_array(entry.name)};
 }
 
 std::vector<float> Checkpoint::read_f32(const TensorEntry& entry) const {
   if (entry.quantized()) return decode(read(entry));
+  require_decoded(entry);
   std::vector<float> values(static_cast<size_t>(element_count(entry.shape)));
-  to_f32(entry.dtype, plain_bytes(entry), values);
+  if (entry.rearranged) {
+    to_f32(entry.dtype, impl_->read_array(entry.name), values);
+  } else {
+    to_f32(entry.dtype, plain_bytes(entry), values);
+  }
   return values;
 }
 

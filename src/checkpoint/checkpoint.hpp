@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -11,11 +12,10 @@
 
 #include "base/dtype.hpp"
 #include "base/json.hpp"
+#include "container/container.hpp"
 #include "scheme/quantized_tensor.hpp"
 
 namespace bitwright {
-
-struct Container;
 
 /// A tensor as the model knows it; quantized ones stand here once, whatever arrays store them.
 struct TensorEntry {
@@ -24,17 +24,41 @@ struct TensorEntry {
   Scheme scheme;  ///< of quantized tensors; of plain ones too where their dtype is an element (not f64, i64 …)
   DType dtype;    ///< of plain tensors; of quantized ones that of the floats they stand for
   uint64_t stored_bytes;  ///< of all arrays that store it
+  /// The type of blocks that no container here decodes ("Q4_K"): such a tensor can be listed, not read.
+  const BlockType* undecoded = nullptr;
+  bool rearranged = false;  ///< lies in the file in another order: plain_bytes cannot give it, read_bytes can
   bool quantized() const { return !scheme.is_plain(); }
   double bits_per_weight() const;
 };
+
+/// An array as the model wants it, made from one that a file stores. Bytes move; only `added` changes values.
+struct ArrayView {
+  std::string name;    ///< as the model knows it
+  std::string source;  ///< as the file does
+  Shape shape;
+  /// Row r of this array is row rows[r] of the source, both seen as matrices of their last dimension (as a column where
+  /// they have but one). Empty: rows from first_row on, in their order.
+  std::vector<int64_t> rows{};
+  int64_t first_row = 0;
+  bool transposed = false;  ///< `shape` is the source's matrix transposed; excludes the two above
+  float added = 0;          ///< to each number of a plain array; the result is f32
+};
+
+/// What a file that describes its model in its own words says in Hugging Face's.
+struct Translation {
+  std::shared_ptr<const Json> config;
+  std::vector<ArrayView> arrays;  ///< all there are; what is not among them is not part of the model
+};
+using Translator = std::function<Translation(const CheckpointView& stored)>;
 
 /// An opened model: configuration and mapped weights. Opening reads headers only; every length, offset, count and name
 /// in them is checked. Weights are read when asked for. Immutable; may be shared between threads.
 class Checkpoint {
  public:
-  /// A directory (config.json, *.safetensors with or without an index) or one .safetensors file.
+  /// A directory (config.json, *.safetensors with or without an index), or one file of weights of a known kind.
   /// Throws Error naming the file and what is wrong with it.
-  explicit Checkpoint(const std::filesystem::path& path);
+  /// translate: applied where the file has facts of its own (GGUF); null leaves everything as it is stored.
+  explicit Checkpoint(const std::filesystem::path& path, const Translator& translate = nullptr);
   ~Checkpoint();
   Checkpoint(Checkpoint&&) noexcept;
 
@@ -42,17 +66,25 @@ class Checkpoint {
   /// Reads every file through and compares it with the digest that quantization_metadata.json records, where it does.
   /// Throws Error{"digest-mismatch"}.
   void verify_digests() const;
-  uint64_t weight_bytes() const;  ///< size of those files
+  std::string_view format() const;  ///< of its weight files: "safetensors"
+  uint64_t weight_bytes() const;    ///< size of those files
 
   const Json& config() const;                 ///< an empty object if there is no config.json
   const Json& quantization_metadata() const;  ///< likewise for quantization_metadata.json
-  const Container* container() const;         ///< how it is quantized; null for plain models
+  /// What the weight file itself says of the model, by key (GGUF: "general.architecture", "tokenizer.ggml.tokens" …;
+  /// strings may be any bytes). Null: nothing.
+  const Json* facts() const;
+  const Container* container() const;  ///< how it is quantized; null for plain models
 
   std::span<const TensorEntry> tensors() const;  ///< in file order
   const TensorEntry* find(std::string_view name) const;
 
-  /// The mapped bytes of a plain tensor, in its dtype.
+  /// Throws Error{"unsupported-tensor"} for one that can only be listed. All that follow do.
+  void require_decoded(const TensorEntry& entry) const;
+  /// The mapped bytes of a plain tensor, in its dtype. Not of one that is rearranged.
   std::span<const std::byte> plain_bytes(const TensorEntry& entry) const;
+  /// Bytes from `offset` on of a plain tensor.
+  void read_bytes(const TensorEntry& entry, uint64_t offset, std::span<std::byte> out) const;
   /// Any tensor as it is stored; a plain one becomes a QuantizedTensor of a plain scheme (a copy; not f64 or integers).
   QuantizedTensor read(const TensorEntry& entry) const;
   /// Any tensor as f32 values.

@@ -10,6 +10,7 @@
 #include "base/dtype.hpp"
 #include "base/json.hpp"
 #include "base/mapped_file.hpp"
+#include "container/container.hpp"
 
 namespace bitwright {
 
@@ -18,7 +19,8 @@ struct StoredArray {
   std::string name;
   DType dtype;
   Shape shape;
-  std::span<const std::byte> data;  ///< in the mapped file, or in WeightContents::owned
+  std::span<const std::byte> data;   ///< in the mapped file, or in WeightContents::owned
+  const BlockType* block = nullptr;  ///< as in ArraySpec
 };
 
 /// What the header of a weight file says, read and checked.

@@ -2,14 +2,20 @@
 
 #include "base/progress.hpp"
 #include "cli/command.hpp"
+#include "model/open_model.hpp"
+#include "quantize/model_files.hpp"
 #include "quantize/quantize.hpp"
 
 namespace bitwright {
 namespace {
 
-OrderedJson run(const Arguments& arguments, std::vector<Warning>&) {
-  const Checkpoint model(arguments.model);
+OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
+  const Checkpoint model = open_model(arguments.model);
   model.verify_digests();
+  if (model.facts() != nullptr && !std::filesystem::exists(model_directory(model) / "tokenizer.json"))
+    warnings.push_back({"NO_TOKENIZER",
+                        "the output has no tokenizer: the file's vocabulary is not written as "
+                        "tokenizer.json; copy the original model's beside it"});
   return dequantize(model, *arguments.text("--output"), *dtype_from_name(arguments.text("--dtype").value_or("float32")),
                     arguments.flag("--force"));
 }

@@ -3,6 +3,7 @@
 #include "base/mapped_file.hpp"
 #include "cli/command.hpp"
 #include "evaluate/evaluate.hpp"
+#include "model/open_model.hpp"
 #include "quantize/model_files.hpp"
 
 namespace bitwright {
@@ -44,14 +45,14 @@ Protocol protocol_for(const Arguments& arguments, int64_t limit, const Tokenizer
 
 OrderedJson run(const Arguments& arguments, std::vector<Warning>&) {
   const MappedFile text(*arguments.text("--text"));
-  const Checkpoint checkpoint(arguments.model);
+  const Checkpoint checkpoint = open_model(arguments.model);
   checkpoint.verify_digests();
   const Tokenizer tokenizer(model_directory(checkpoint));
   const Model model(checkpoint);
   std::optional<Checkpoint> reference_checkpoint;
   std::optional<Model> reference;
   if (const auto path = arguments.text("--reference")) {
-    reference_checkpoint.emplace(*path);
+    reference_checkpoint.emplace(open_model(*path));
     reference_checkpoint->verify_digests();
     reference.emplace(*reference_checkpoint);
   }

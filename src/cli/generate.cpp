@@ -8,6 +8,7 @@
 #include "cli/command.hpp"
 #include "model/end_tokens.hpp"
 #include "model/model.hpp"
+#include "model/open_model.hpp"
 #include "quantize/model_files.hpp"
 #include "tokenizer/tokenizer.hpp"
 
@@ -55,7 +56,7 @@ void check_vocabulary(const std::vector<int32_t>& tokens, int64_t vocabulary) {
 }
 
 OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
-  const Checkpoint checkpoint(arguments.model);
+  const Checkpoint checkpoint = open_model(arguments.model);
   checkpoint.verify_digests();
   const Tokenizer tokenizer(model_directory(checkpoint));
   const Model model(checkpoint);

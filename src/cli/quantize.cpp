@@ -4,6 +4,7 @@
 
 #include "base/progress.hpp"
 #include "cli/command.hpp"
+#include "model/open_model.hpp"
 #include "quantize/model_card.hpp"
 
 namespace bitwright {
@@ -31,7 +32,7 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
                  .why = "a limit on the loss and --no-verify exclude each other",
                  .fix = "give one of them",
                  .status = ExitStatus::usage});
-  return quantize(Checkpoint(arguments.model), request, options, warnings);
+  return quantize(open_model(arguments.model), request, options, warnings);
 }
 
 void print(const OrderedJson& result) {

@@ -13,12 +13,23 @@
 
 namespace bitwright {
 
+/// How a file lays `elements` neighbours of a row out as `bytes` bytes together (GGUF's types).
+struct BlockType {
+  std::string_view name;  ///< as the file's own specification says it: "Q4_K"
+  int64_t elements;
+  uint64_t bytes;
+};
+
 /// Name, type and shape of an array in a file, without its bytes.
 struct ArraySpec {
   std::string name;
-  DType dtype;
-  Shape shape;
-  uint64_t bytes() const { return static_cast<uint64_t>(element_count(shape)) * size_bytes(dtype); }
+  DType dtype;  ///< u8 where there is a block type
+  Shape shape;  ///< of elements
+  const BlockType* block = nullptr;
+  uint64_t bytes() const {
+    const auto count = static_cast<uint64_t>(element_count(shape));
+    return block != nullptr ? count / static_cast<uint64_t>(block->elements) * block->bytes : count * size_bytes(dtype);
+  }
 };
 
 /// An array to be written.

@@ -1,7 +1,11 @@
 // Gemma 2 (arXiv:2408.00118): norms before and after each part, a window in every other layer, soft caps on attention
 // scores and logits. Keys and defaults as in Hugging Face transformers, models/gemma2.
+#include <array>
+#include <nlohmann/json.hpp>
+
 #include "model/architectures.hpp"
 #include "model/gemma.hpp"
+#include "model/gguf_mapping.hpp"
 
 namespace bitwright::architectures {
 namespace {
@@ -16,8 +20,26 @@ ModelConfig configure(const Json& json, const std::string& where) {
   return c;
 }
 
+constexpr auto kGgufKeys = std::to_array<GgufKey>({
+    {"attn_logit_softcapping", "attn_logit_softcapping"},
+    {"final_logit_softcapping", "final_logit_softcapping"},
+});
+
+void complete_gguf(const GgufFacts& facts, Json& config) {
+  set_gguf_window(facts, config);
+  complete_gguf_gemma(facts, config, 46);
+}
+
+const GgufMapping kGguf = {.architecture = "gemma2",
+                           .keys = kGgufLlamaKeys,
+                           .own_keys = kGgufKeys,
+                           .tensors = kGgufGemmaTensors,
+                           .shared_tensors = kGgufLlamaTensors,
+                           .complete = complete_gguf};
+
 }  // namespace
 
-const Architecture gemma2 = {.name = "Gemma2ForCausalLM", .model_type = "gemma2", .configure = configure};
+const Architecture gemma2 = {
+    .name = "Gemma2ForCausalLM", .model_type = "gemma2", .configure = configure, .gguf = &kGguf};
 
 }  // namespace bitwright::architectures

@@ -1,9 +1,12 @@
 // Gemma 3 (arXiv:2503.19786): Gemma 2 with norms on queries and keys instead of soft caps, five layers with a window to
 // one without, each kind with its own rotary positions. The text model alone, or the language model of one that sees
 // images too. Keys and defaults as in Hugging Face transformers, models/gemma3.
+#include <nlohmann/json.hpp>
+
 #include "base/error.hpp"
 #include "model/architectures.hpp"
 #include "model/gemma.hpp"
+#include "model/gguf_mapping.hpp"
 
 namespace bitwright::architectures {
 namespace {
@@ -41,9 +44,23 @@ ModelConfig configure_language_model(const Json& json, const std::string& where)
   return c;
 }
 
+void complete_gguf(const GgufFacts& facts, Json& config) {
+  set_gguf_window(facts, config);
+  set_gguf_rope_scaling(facts, config);
+  config["rope_local_base_freq"] = facts.number("rope.freq_base_swa", 10000);
+  complete_gguf_gemma(facts, config, 62);
+}
+
+const GgufMapping kGguf = {.architecture = "gemma3",
+                           .keys = kGgufLlamaKeys,
+                           .tensors = kGgufGemmaTensors,
+                           .shared_tensors = kGgufLlamaTensors,
+                           .complete = complete_gguf};
+
 }  // namespace
 
-const Architecture gemma3 = {.name = "Gemma3ForCausalLM", .model_type = "gemma3_text", .configure = configure};
+const Architecture gemma3 = {
+    .name = "Gemma3ForCausalLM", .model_type = "gemma3_text", .configure = configure, .gguf = &kGguf};
 const Architecture gemma3_with_images = {
     .name = "Gemma3ForConditionalGeneration", .model_type = "gemma3", .configure = configure_language_model};
 

@@ -1,8 +1,10 @@
 // GPT-2 (Radford et al. 2019): LayerNorm, learned positions, matrices stored [inputs, outputs] ("Conv1D"), q, k and v
 // in one of them. Keys, defaults and tensor names as in Hugging Face transformers, models/gpt2.
+#include <array>
 #include <nlohmann/json.hpp>
 
 #include "model/architectures.hpp"
+#include "model/gguf_mapping.hpp"
 #include "model/standard_config.hpp"
 
 namespace bitwright::architectures {
@@ -43,8 +45,32 @@ ModelConfig configure(const Json& json, const std::string& where) {
   return c;
 }
 
+constexpr auto kGgufKeys = std::to_array<GgufKey>({
+    {"block_count", "n_layer"},
+    {"embedding_length", "n_embd"},
+    {"feed_forward_length", "n_inner"},
+    {"attention.head_count", "n_head"},
+    {"attention.layer_norm_epsilon", "layer_norm_epsilon"},
+    {"context_length", "n_positions"},
+});
+
+constexpr auto kGgufTensors = std::to_array<GgufTensor>({
+    {"token_embd", "transformer.wte"},
+    {"position_embd", "transformer.wpe"},
+    {"output_norm", "transformer.ln_f"},
+    {"output", "lm_head"},
+    {"blk.{0}.attn_norm", "transformer.h.{0}.ln_1"},
+    {"blk.{0}.attn_qkv", "transformer.h.{0}.attn.c_attn", GgufRows::transposed},
+    {"blk.{0}.attn_output", "transformer.h.{0}.attn.c_proj", GgufRows::transposed},
+    {"blk.{0}.ffn_norm", "transformer.h.{0}.ln_2"},
+    {"blk.{0}.ffn_up", "transformer.h.{0}.mlp.c_fc", GgufRows::transposed},
+    {"blk.{0}.ffn_down", "transformer.h.{0}.mlp.c_proj", GgufRows::transposed},
+});
+
+const GgufMapping kGguf = {.architecture = "gpt2", .keys = kGgufKeys, .tensors = kGgufTensors};
+
 }  // namespace
 
-const Architecture gpt2 = {.name = "GPT2LMHeadModel", .model_type = "gpt2", .configure = configure};
+const Architecture gpt2 = {.name = "GPT2LMHeadModel", .model_type = "gpt2", .configure = configure, .gguf = &kGguf};
 
 }  // namespace bitwright::architectures

@@ -1,9 +1,12 @@
 // GPT-NeoX (arXiv:2204.06745) and Pythia: LayerNorm, rotary positions for a part of each head, attention and
 // feed-forward side by side, q, k and v of each head after another in one matrix. Keys, defaults and tensor names as in
 // Hugging Face transformers, models/gpt_neox.
+#include <algorithm>
+#include <array>
 #include <nlohmann/json.hpp>
 
 #include "model/architectures.hpp"
+#include "model/gguf_mapping.hpp"
 #include "model/standard_config.hpp"
 
 namespace bitwright::architectures {
@@ -41,8 +44,43 @@ ModelConfig configure(const Json& json, const std::string& where) {
   return c;
 }
 
+constexpr auto kGgufKeys = std::to_array<GgufKey>({
+    {"block_count", "num_hidden_layers"},
+    {"embedding_length", "hidden_size"},
+    {"feed_forward_length", "intermediate_size"},
+    {"attention.head_count", "num_attention_heads"},
+    {"attention.layer_norm_epsilon", "layer_norm_eps"},
+    {"context_length", "max_position_embeddings"},
+    {"rope.freq_base", "rotary_emb_base"},
+    {"use_parallel_residual", "use_parallel_residual"},
+});
+
+constexpr auto kGgufTensors = std::to_array<GgufTensor>({
+    {"token_embd", "gpt_neox.embed_in"},
+    {"output_norm", "gpt_neox.final_layer_norm"},
+    {"output", "embed_out"},
+    {"blk.{0}.attn_norm", "gpt_neox.layers.{0}.input_layernorm"},
+    {"blk.{0}.attn_qkv", "gpt_neox.layers.{0}.attention.query_key_value", GgufRows::parts_of_heads},
+    {"blk.{0}.attn_output", "gpt_neox.layers.{0}.attention.dense"},
+    {"blk.{0}.ffn_norm", "gpt_neox.layers.{0}.post_attention_layernorm"},
+    {"blk.{0}.ffn_up", "gpt_neox.layers.{0}.mlp.dense_h_to_4h"},
+    {"blk.{0}.ffn_down", "gpt_neox.layers.{0}.mlp.dense_4h_to_h"},
+});
+
+void complete_gguf(const GgufFacts& facts, Json& config) {
+  config["attention_bias"] = facts.has_tensor("blk.0.attn_qkv.bias");
+  const int64_t heads = facts.integer("attention.head_count", 1, 1 << 20, 1);
+  const int64_t size = facts.integer("embedding_length", 1, 1 << 20, 1) / heads;
+  const int64_t turning = facts.integer("rope.dimension_count", 2, 1 << 20, size);
+  config["rotary_pct"] = static_cast<double>(turning) / static_cast<double>(std::max<int64_t>(size, 1));
+}
+
+const GgufMapping kGguf = {
+    .architecture = "gptneox", .keys = kGgufKeys, .tensors = kGgufTensors, .complete = complete_gguf};
+
 }  // namespace
 
-const Architecture gpt_neox = {.name = "GPTNeoXForCausalLM", .model_type = "gpt_neox", .configure = configure};
+const Architecture gpt_neox = {
+    .name = "GPTNeoXForCausalLM", .model_type = "gpt_neox", .configure = configure, .gguf = &kGguf};
 
 }  // namespace bitwright::architectures

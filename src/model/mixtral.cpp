@@ -1,8 +1,10 @@
 // Mixtral (arXiv:2401.04088): Mistral with routed experts in place of the feed-forward network; the weights of those
 // used sum to 1. Keys, defaults and tensor names as in Hugging Face transformers, models/mixtral.
+#include <array>
 #include <nlohmann/json.hpp>
 
 #include "model/architectures.hpp"
+#include "model/gguf_mapping.hpp"
 #include "model/standard_config.hpp"
 
 namespace bitwright::architectures {
@@ -28,8 +30,31 @@ ModelConfig configure(const Json& json, const std::string& where) {
   return c;
 }
 
+constexpr auto kGgufKeys = std::to_array<GgufKey>({
+    {"expert_count", "num_local_experts"},
+    {"expert_used_count", "num_experts_per_tok"},
+});
+
+constexpr auto kGgufTensors = std::to_array<GgufTensor>({
+    {"blk.{0}.attn_q", "model.layers.{0}.self_attn.q_proj", GgufRows::pairs_of_heads},
+    {"blk.{0}.attn_k", "model.layers.{0}.self_attn.k_proj", GgufRows::pairs_of_kv_heads},
+    {"blk.{0}.ffn_gate_inp", "model.layers.{0}.block_sparse_moe.gate"},
+    {"blk.{0}.ffn_gate_exps", "model.layers.{0}.block_sparse_moe.experts.{1}.w1", GgufRows::experts},
+    {"blk.{0}.ffn_down_exps", "model.layers.{0}.block_sparse_moe.experts.{1}.w2", GgufRows::experts},
+    {"blk.{0}.ffn_up_exps", "model.layers.{0}.block_sparse_moe.experts.{1}.w3", GgufRows::experts},
+});
+
+const GgufMapping kGguf = {.architecture = "llama",
+                           .routed = true,
+                           .keys = kGgufLlamaKeys,
+                           .own_keys = kGgufKeys,
+                           .tensors = kGgufTensors,
+                           .shared_tensors = kGgufLlamaTensors,
+                           .complete = set_gguf_rope_scaling};
+
 }  // namespace
 
-const Architecture mixtral = {.name = "MixtralForCausalLM", .model_type = "mixtral", .configure = configure};
+const Architecture mixtral = {
+    .name = "MixtralForCausalLM", .model_type = "mixtral", .configure = configure, .gguf = &kGguf};
 
 }  // namespace bitwright::architectures

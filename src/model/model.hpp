@@ -13,6 +13,8 @@
 
 namespace bitwright {
 
+struct GgufMapping;
+
 /// One family of models the runtime can run: a row of a table (architectures.def).
 struct Architecture {
   std::string_view name;        ///< config.json's `architectures[0]`
@@ -21,6 +23,7 @@ struct Architecture {
   /// the wrong type or out of range, {"unsupported-config"} naming one that would change the result in a way not
   /// computed.
   ModelConfig (*configure)(const Json& config, const std::string& where);
+  const GgufMapping* gguf = nullptr;  ///< null: llama.cpp has no model of this architecture, or calls it by another's
 };
 std::span<const Architecture* const> all_architectures();
 /// Null where config.json names none that is known.

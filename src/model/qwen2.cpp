@@ -1,6 +1,9 @@
 // Qwen2 and Qwen2.5 (arXiv:2407.10671): Llama with biases on q, k and v; where it is asked for, a window in the layers
 // from max_window_layers on. Keys and defaults as in Hugging Face transformers, models/qwen2.
+#include <nlohmann/json.hpp>
+
 #include "model/architectures.hpp"
+#include "model/gguf_mapping.hpp"
 #include "model/standard_config.hpp"
 
 namespace bitwright::architectures {
@@ -16,8 +19,11 @@ ModelConfig configure(const Json& json, const std::string& where) {
   return c;
 }
 
+const GgufMapping kGguf = {
+    .architecture = "qwen2", .keys = kGgufLlamaKeys, .tensors = kGgufLlamaTensors, .complete = set_gguf_rope_scaling};
+
 }  // namespace
 
-const Architecture qwen2 = {.name = "Qwen2ForCausalLM", .model_type = "qwen2", .configure = configure};
+const Architecture qwen2 = {.name = "Qwen2ForCausalLM", .model_type = "qwen2", .configure = configure, .gguf = &kGguf};
 
 }  // namespace bitwright::architectures

@@ -1,6 +1,10 @@
 // Qwen3 (arXiv:2505.09388): Llama with an RMSNorm on each head's query and key. Keys and defaults as in Hugging Face
 // transformers, models/qwen3.
+#include <array>
+#include <nlohmann/json.hpp>
+
 #include "model/architectures.hpp"
+#include "model/gguf_mapping.hpp"
 #include "model/standard_config.hpp"
 
 namespace bitwright::architectures {
@@ -18,8 +22,24 @@ ModelConfig configure(const Json& json, const std::string& where) {
   return c;
 }
 
+constexpr auto kGgufTensors = std::to_array<GgufTensor>({
+    {"blk.{0}.attn_q_norm", "model.layers.{0}.self_attn.q_norm"},
+    {"blk.{0}.attn_k_norm", "model.layers.{0}.self_attn.k_norm"},
+});
+
+void complete_gguf(const GgufFacts& facts, Json& config) {
+  config["attention_bias"] = facts.has_tensor("blk.0.attn_q.bias");
+  set_gguf_rope_scaling(facts, config);
+}
+
+const GgufMapping kGguf = {.architecture = "qwen3",
+                           .keys = kGgufLlamaKeys,
+                           .tensors = kGgufTensors,
+                           .shared_tensors = kGgufLlamaTensors,
+                           .complete = complete_gguf};
+
 }  // namespace
 
-const Architecture qwen3 = {.name = "Qwen3ForCausalLM", .model_type = "qwen3", .configure = configure};
+const Architecture qwen3 = {.name = "Qwen3ForCausalLM", .model_type = "qwen3", .configure = configure, .gguf = &kGguf};
 
 }  // namespace bitwright::architectures

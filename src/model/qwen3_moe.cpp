@@ -1,9 +1,11 @@
 // Qwen3 with routed experts in some or all layers. Keys, defaults and tensor names as in Hugging Face transformers,
 // models/qwen3_moe.
 #include <algorithm>
+#include <array>
 #include <nlohmann/json.hpp>
 
 #include "model/architectures.hpp"
+#include "model/gguf_mapping.hpp"
 #include "model/standard_config.hpp"
 
 namespace bitwright::architectures {
@@ -39,8 +41,37 @@ ModelConfig configure(const Json& json, const std::string& where) {
   return c;
 }
 
+constexpr auto kGgufKeys = std::to_array<GgufKey>({
+    {"expert_count", "num_experts"},
+    {"expert_used_count", "num_experts_per_tok"},
+    {"expert_feed_forward_length", "moe_intermediate_size"},
+});
+
+constexpr auto kGgufTensors = std::to_array<GgufTensor>({
+    {"blk.{0}.attn_q_norm", "model.layers.{0}.self_attn.q_norm"},
+    {"blk.{0}.attn_k_norm", "model.layers.{0}.self_attn.k_norm"},
+    {"blk.{0}.ffn_gate_inp", "model.layers.{0}.mlp.gate"},
+    {"blk.{0}.ffn_gate_exps", "model.layers.{0}.mlp.experts.{1}.gate_proj", GgufRows::experts},
+    {"blk.{0}.ffn_up_exps", "model.layers.{0}.mlp.experts.{1}.up_proj", GgufRows::experts},
+    {"blk.{0}.ffn_down_exps", "model.layers.{0}.mlp.experts.{1}.down_proj", GgufRows::experts},
+});
+
+void complete_gguf(const GgufFacts& facts, Json& config) {
+  config["norm_topk_prob"] = true;  // llama.cpp always does
+  set_gguf_rope_scaling(facts, config);
+}
+
+const GgufMapping kGguf = {.architecture = "qwen3moe",
+                           .routed = true,
+                           .keys = kGgufLlamaKeys,
+                           .own_keys = kGgufKeys,
+                           .tensors = kGgufTensors,
+                           .shared_tensors = kGgufLlamaTensors,
+                           .complete = complete_gguf};
+
 }  // namespace
 
-const Architecture qwen3_moe = {.name = "Qwen3MoeForCausalLM", .model_type = "qwen3_moe", .configure = configure};
+const Architecture qwen3_moe = {
+    .name = "Qwen3MoeForCausalLM", .model_type = "qwen3_moe", .configure = configure, .gguf = &kGguf};
 
 }  // namespace bitwright::architectures

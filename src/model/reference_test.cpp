@@ -31,7 +31,7 @@ struct ReferenceCase {
 };
 
 template <class T>
-std::vector<T> array_of(const SafetensorsFile& file, const std::string& name) {
+std::vector<T> array_of(const WeightFile& file, const std::string& name) {
   for (const StoredArray& array : file.arrays())
     if (array.name == name) {
       std::vector<T> values(array.data.size() / sizeof(T));
@@ -47,7 +47,7 @@ std::vector<ReferenceCase> reference_cases(const std::string& prefix = "") {
   if (!fs::is_directory(BITWRIGHT_REFERENCES)) return cases;
   for (const auto& entry : fs::directory_iterator(BITWRIGHT_REFERENCES)) {
     if (!entry.path().filename().string().starts_with(prefix)) continue;
-    const SafetensorsFile expected(entry.path() / "expected.safetensors");
+    const WeightFile expected(entry.path() / "expected.safetensors");
     cases.push_back({entry.path(), array_of<int32_t>(expected, "tokens"), array_of<float>(expected, "logits")});
   }
   std::ranges::sort(cases, {}, &ReferenceCase::path);

@@ -76,6 +76,7 @@ const TensorEntry& WeightReader::require(const std::string& full_name, const Sha
     fail(checkpoint_, "wrong-shape",
          fmt::format("tensor '{}' has the shape {} where config.json asks for {}", printable(full_name),
                      to_string(entry->shape), to_string(shape)));
+  checkpoint_.require_decoded(*entry);
   const ElementType* const element = entry->scheme.element;
   const bool decodable = entry->quantized() ? element->kind != ElementKind::block_code : info(entry->dtype).is_float;
   if (!decodable)
@@ -96,7 +97,13 @@ std::shared_ptr<const QuantizedTensor> WeightReader::read(const TensorEntry& ent
 
 /// Copies the numbers that the cut asks for, each as it is stored.
 PackedMatrix WeightReader::pack_plain(const TensorEntry& entry, const Cut& cut) const {
-  const std::span<const std::byte> bytes = checkpoint_.plain_bytes(entry);
+  std::vector<std::byte> copy;
+  if (entry.rearranged) {
+    copy.resize(entry.stored_bytes);
+    checkpoint_.read_bytes(entry, 0, copy);
+  }
+  const std::span<const std::byte> bytes =
+      entry.rearranged ? std::span<const std::byte>(copy) : checkpoint_.plain_bytes(entry);
   const auto columns = static_cast<size_t>(cut.columns), stored = static_cast<size_t>(cut.stored);
   const size_t size = size_bytes(entry.dtype), row_bytes = columns * size;
   if (cut.whole() && !cut.transposed) return pack_matrix(entry.dtype, bytes, stored, columns);
@@ -138,9 +145,7 @@ PackedMatrix WeightReader::pack(const TensorEntry& entry, const Cut& cut) {
   if (is_direct(entry)) return pack_plain(entry, cut);
   if (entry.scheme.element != nullptr) return pack_quantized(entry, cut);
   // Wider than f32: rounded to it.
-  std::vector<float> values(static_cast<size_t>(element_count(entry.shape)));
-  to_f32(entry.dtype, checkpoint_.plain_bytes(entry), values);
-  return pack_floats(values, cut);
+  return pack_floats(checkpoint_.read_f32(entry), cut);
 }
 
 Linear WeightReader::linear(const std::string& base, const MatrixPlace& place, int64_t rows, int64_t columns) {
@@ -175,7 +180,7 @@ RowSource WeightReader::rows(const std::string& name, int64_t rows, int64_t colu
   RowSource source;
   source.rows_ = static_cast<size_t>(rows);
   source.columns_ = static_cast<size_t>(columns);
-  if (is_direct(entry)) {
+  if (is_direct(entry) && !entry.rearranged) {
     source.dtype_ = entry.dtype;
     source.bytes_ = checkpoint_.plain_bytes(entry);
   } else {

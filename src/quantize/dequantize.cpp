@@ -49,7 +49,9 @@ void write_weights(const Checkpoint& source, const std::filesystem::path& path, 
       check_finite(entry.name, dtype, bytes);
       writer.add(bytes);
     } else {
-      writer.add(source.plain_bytes(entry));
+      bytes.resize(entry.stored_bytes);
+      source.read_bytes(entry, 0, bytes);
+      writer.add(bytes);
     }
     progress.advance(specs[i].bytes());
   }
@@ -60,6 +62,7 @@ void write_weights(const Checkpoint& source, const std::filesystem::path& path, 
 
 OrderedJson dequantize(const Checkpoint& source, const std::filesystem::path& output, DType dtype, bool force) {
   check_apart(source, output);
+  for (const TensorEntry& entry : source.tensors()) source.require_decoded(entry);
   OutputDirectory directory(output, force);
   write_weights(source, directory.staging() / "model.safetensors", dtype);
   OrderedJson config = read_config(source);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <array>
+#include <nlohmann/json.hpp>
 #include <string_view>
 #include <vector>
 
@@ -58,6 +59,7 @@ fs::path model_directory(const Checkpoint& model) {
 }
 
 OrderedJson read_config(const Checkpoint& model) {
+  if (model.facts() != nullptr) return OrderedJson(model.config());  // the file speaks for itself
   const fs::path path = model_directory(model) / "config.json";
   return fs::exists(path) ? parse_ordered_json(read_text_file(path), path.string()) : OrderedJson::object();
 }

@@ -132,7 +132,9 @@ class Pipeline {
         write_quantized(i, writer);
       } else {
         if (info(entry.dtype).is_float) finite_values(entry);
-        writer.add(source_.plain_bytes(entry));
+        std::vector<std::byte> bytes(entry.stored_bytes);
+        source_.read_bytes(entry, 0, bytes);
+        writer.add(bytes);
       }
       progress.advance(entry.stored_bytes);
     }
