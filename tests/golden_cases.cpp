@@ -31,7 +31,7 @@ std::vector<float> GoldenCase::floats(const std::string& array) const {
 std::vector<GoldenCase> golden_cases(const std::string& format, const std::string& needs) {
   std::vector<GoldenCase> cases;
   for (const auto& path : files_in(shared_dir() / "golden" / format, ".safetensors")) {
-    GoldenCase c{.name = path.stem().string(), .file = SafetensorsFile(path), .params = {}, .backend = {}};
+    GoldenCase c{.name = path.stem().string(), .file = WeightFile(path), .params = {}, .backend = {}};
     uint64_t header = 0;
     std::memcpy(&header, c.file.bytes().data(), sizeof header);
     const std::string_view text(reinterpret_cast<const char*>(c.file.bytes().data()) + sizeof header, header);
@@ -56,19 +56,24 @@ QuantizedTensor check_container(const Container& container, const GoldenCase& c,
                                .quantization_metadata = no_metadata,
                                .bytes = [&](const std::string& name) { return c.at(name.substr(prefix.size())).data; },
                                .where = c.name};
+  return check_view(container, view);
+}
+
+QuantizedTensor check_view(const Container& container, const CheckpointView& view) {
   EXPECT_TRUE(container.detect(view));
   const std::vector<StoredTensor> stored = container.list(view);
   EXPECT_EQ(stored.size(), 1u);
   QuantizedTensor t = container.unpack(stored[0], view);
-  check_sizes(t, c.name);
+  check_sizes(t, view.where);
   EXPECT_EQ(container.fit(t.scheme, t.shape).verdict, Verdict::exact);
 
   const std::vector<NamedArray> packed = container.pack(stored[0], t);
-  EXPECT_EQ(packed.size(), arrays.size());
+  EXPECT_EQ(packed.size(), view.arrays.size());
   for (const NamedArray& array : packed) {
-    const ArraySpec& original = specs.at(array.spec.name);
+    const ArraySpec& original = view.arrays.at(array.spec.name);
     EXPECT_EQ(array.spec.dtype, original.dtype) << array.spec.name;
     EXPECT_EQ(array.spec.shape, original.shape) << array.spec.name;
+    EXPECT_EQ(array.spec.block, original.block) << array.spec.name;
     EXPECT_TRUE(std::ranges::equal(array.data, view.bytes(array.spec.name))) << array.spec.name << " differs";
   }
   return t;

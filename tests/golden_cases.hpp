@@ -13,7 +13,7 @@ namespace bitwright::test {
 /// One file of $BITWRIGHT_SHARED/golden/FORMAT: what the owning library wrote, and what it decodes to.
 struct GoldenCase {
   std::string name;
-  SafetensorsFile file;
+  WeightFile file;
   Json params;          ///< __metadata__.params
   std::string backend;  ///< __metadata__.backend
   const StoredArray* find(const std::string& array) const;
@@ -27,6 +27,8 @@ std::vector<GoldenCase> golden_cases(const std::string& format, const std::strin
 /// same bytes under the same names. Returns the tensor.
 QuantizedTensor check_container(const Container& container, const GoldenCase& c, const std::vector<std::string>& arrays,
                                 const std::string& prefix, const Json& config);
+/// The same for a view, which must hold one tensor.
+QuantizedTensor check_view(const Container& container, const CheckpointView& view);
 /// `decoded`, rounded to the dtype of the case's `dequantized`, must equal it.
 void check_values(const GoldenCase& c, std::vector<float> decoded);
 

@@ -10,7 +10,7 @@
 #include <utility>
 
 #include "base/error.hpp"
-#include "checkpoint/safetensors.hpp"
+#include "checkpoint/weight_file.hpp"
 #include "container/container.hpp"
 
 namespace bitwright {
@@ -18,7 +18,6 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* kIndex = "model.safetensors.index.json";
 constexpr const char* kMetadata = "quantization_metadata.json";
 constexpr std::string_view kFetchAgain = "the download is incomplete or damaged, fetch it again";
 
@@ -71,31 +70,51 @@ void check_shard_series(const fs::path& directory, const std::vector<fs::path>& 
   }
 }
 
-std::vector<fs::path> find_weight_files(const fs::path& directory) {
-  if (fs::exists(directory / kIndex)) {
-    std::set<std::string> names;
-    for (const auto& [tensor, shard] : read_weight_map(directory / kIndex)) names.insert(shard);
-    std::vector<fs::path> files;
-    for (const std::string& name : names) {
-      if (!fs::exists(directory / name))
-        fail("missing-shard", directory, fmt::format("shard '{}' is missing", printable(name)));
-      files.push_back(directory / name);
-    }
-    return files;
+/// The index of a model in shards: "model.safetensors.index.json".
+fs::path index_of(const fs::path& directory, const WeightFormat& format) {
+  return directory / fmt::format("{}.index.json", format.usual_name);
+}
+
+std::vector<fs::path> files_of_index(const fs::path& directory, const fs::path& index) {
+  std::set<std::string> names;
+  for (const auto& [tensor, shard] : read_weight_map(index)) names.insert(shard);
+  std::vector<fs::path> files;
+  for (const std::string& name : names) {
+    if (!fs::exists(directory / name))
+      fail("missing-shard", directory, fmt::format("shard '{}' is missing", printable(name)));
+    files.push_back(directory / name);
   }
-  if (fs::exists(directory / "model.safetensors")) return {directory / "model.safetensors"};
+  return files;
+}
+
+std::vector<fs::path> files_with_suffix(const fs::path& directory, const WeightFormat& format) {
   std::vector<fs::path> files;
   for (const fs::directory_entry& entry : fs::directory_iterator(directory))
-    if (entry.path().extension() == ".safetensors") files.push_back(entry.path());
+    if (entry.path().extension() == format.suffix) files.push_back(entry.path());
   std::sort(files.begin(), files.end());
   if (files.size() > 1 && files[0].filename().string().find("-of-") == std::string::npos)
     fail("no-index", directory,
-         fmt::format("{} .safetensors files, none named model.safetensors and no index", files.size()),
+         fmt::format("{} {} files, none named {} and no index", files.size(), format.suffix, format.usual_name),
          "name the one you mean");
-  if (files.empty())
-    fail("no-weights", directory, "it holds no .safetensors file", "give a Hugging Face model directory");
   check_shard_series(directory, files);
   return files;
+}
+
+struct WeightFiles {
+  std::vector<fs::path> files;
+  fs::path index{};  ///< empty: there is none
+};
+
+/// Those of the preferred format that the directory has.
+WeightFiles find_weight_files(const fs::path& directory) {
+  for (const WeightFormat* format : all_weight_formats()) {
+    const fs::path index = index_of(directory, *format), only = directory / format->usual_name;
+    if (fs::exists(index)) return {.files = files_of_index(directory, index), .index = index};
+    if (fs::exists(only)) return {.files = {only}};
+    if (std::vector<fs::path> files = files_with_suffix(directory, *format); !files.empty())
+      return {.files = std::move(files)};
+  }
+  fail("no-weights", directory, "it holds no file of weights", "give a Hugging Face model directory");
 }
 
 /// Indices come from the file; the decoder takes them as they are.
@@ -116,10 +135,10 @@ double TensorEntry::bits_per_weight() const {
 }
 
 struct Checkpoint::Impl {
-  fs::path path, directory;
+  fs::path path, directory, index;
   Json config = Json::object(), metadata = Json::object();
   std::vector<fs::path> files;
-  std::vector<SafetensorsFile> mapped;
+  std::vector<WeightFile> mapped;
   std::map<std::string, const StoredArray*, std::less<>> arrays;
   std::map<std::string, ArraySpec, std::less<>> specs;
   std::unordered_map<std::string, size_t> file_of;
@@ -130,8 +149,8 @@ struct Checkpoint::Impl {
 
   explicit Impl(const fs::path& opened) : path(opened) {
     find_files();
-    read_json_files();
     map_arrays();
+    if (facts() == nullptr) read_json_files();  // beside a file that speaks for itself they are another model's
     check_index();
     find_container();
     make_entries();
@@ -144,7 +163,9 @@ struct Checkpoint::Impl {
     if (fs::is_directory(path)) {
       if (!fs::exists(path / "config.json"))
         fail("no-config", path, "it holds no config.json", "give a Hugging Face model directory");
-      files = find_weight_files(path);
+      WeightFiles found = find_weight_files(path);
+      files = std::move(found.files);
+      index = std::move(found.index);
     } else {
       files = {path};
     }
@@ -161,28 +182,31 @@ struct Checkpoint::Impl {
     for (size_t f = 0; f < files.size(); ++f)
       for (const StoredArray& array : mapped[f].arrays()) {
         if (!arrays.emplace(array.name, &array).second)
-          fail("bad-safetensors", files[f], fmt::format("tensor '{}' is in another shard too", printable(array.name)));
-        specs[array.name] = {array.name, array.dtype, array.shape};
+          fail("bad-weights", files[f], fmt::format("tensor '{}' is in another shard too", printable(array.name)));
+        specs[array.name] = {array.name, array.dtype, array.shape, array.block};
         file_of[array.name] = f;
       }
   }
 
   void check_index() {
-    if (!fs::is_directory(path) || !fs::exists(directory / kIndex)) return;
+    if (index.empty()) return;
     const auto is_in = [this](const std::string& tensor, const std::string& shard) {
       const auto found = file_of.find(tensor);
       return found != file_of.end() && files[found->second].filename() == shard;
     };
-    for (const auto& [tensor, shard] : read_weight_map(directory / kIndex))
+    for (const auto& [tensor, shard] : read_weight_map(index))
       if (!is_in(tensor, shard))
         fail("missing-tensor", directory / shard,
              fmt::format("tensor '{}' is missing, the index lists it", printable(tensor)));
   }
 
+  const Json* facts() const { return mapped.front().facts(); }
+
   CheckpointView view() const {
     return {.arrays = specs,
             .config = config,
             .quantization_metadata = metadata,
+            .facts = facts(),
             .bytes = [this](const std::string& name) { return arrays.at(name)->data; },
             .where = path.string()};
   }
@@ -215,7 +239,7 @@ struct Checkpoint::Impl {
         if (!owner.emplace(array, &tensor).second)
           fail("bad-container", path, fmt::format("array '{}' belongs to two tensors", printable(array)));
     std::set<const StoredTensor*> done;
-    for (const SafetensorsFile& file : mapped)
+    for (const WeightFile& file : mapped)
       for (const StoredArray& array : file.arrays()) {
         const auto found = owner.find(array.name);
         if (found == owner.end()) {
@@ -230,12 +254,14 @@ struct Checkpoint::Impl {
   }
 
   void add_plain(const StoredArray& array) {
-    const ElementType* element = info(array.dtype).is_float ? find_element(info(array.dtype).name) : nullptr;
+    const bool has_element = array.block == nullptr && info(array.dtype).is_float;
+    const ElementType* element = has_element ? find_element(info(array.dtype).name) : nullptr;
     tensors.push_back({.name = array.name,
                        .shape = array.shape,
                        .scheme = {.element = element},
                        .dtype = array.dtype,
-                       .stored_bytes = array.data.size()});
+                       .stored_bytes = array.data.size(),
+                       .undecoded = array.block});
   }
 
   void add_quantized(const StoredTensor& tensor) {
@@ -256,12 +282,15 @@ Checkpoint::Checkpoint(Checkpoint&&) noexcept = default;
 const fs::path& Checkpoint::path() const { return impl_->path; }
 const Json& Checkpoint::config() const { return impl_->config; }
 const Json& Checkpoint::quantization_metadata() const { return impl_->metadata; }
+const Json* Checkpoint::facts() const { return impl_->facts(); }
 const Container* Checkpoint::container() const { return impl_->container; }
 std::span<const TensorEntry> Checkpoint::tensors() const { return impl_->tensors; }
 
+std::string_view Checkpoint::format() const { return impl_->mapped.front().format().name; }
+
 uint64_t Checkpoint::weight_bytes() const {
   uint64_t bytes = 0;
-  for (const SafetensorsFile& file : impl_->mapped) bytes += file.bytes().size();
+  for (const WeightFile& file : impl_->mapped) bytes += file.bytes().size();
   return bytes;
 }
 
@@ -281,8 +310,18 @@ const TensorEntry* Checkpoint::find(std::string_view name) const {
   return found == impl_->by_name.end() ? nullptr : &impl_->tensors[found->second];
 }
 
+void Checkpoint::require_decoded(const TensorEntry& entry) const {
+  if (entry.undecoded == nullptr) return;
+  throw Error({.code = "unsupported-tensor",
+               .what = "cannot read model",
+               .where = impl_->path.string(),
+               .why = fmt::format("tensor '{}': {} is not decoded yet", printable(entry.name), entry.undecoded->name),
+               .fix = "take the model in another type, see `bitwright formats`"});
+}
+
 std::span<const std::byte> Checkpoint::plain_bytes(const TensorEntry& entry) const {
   BW_ASSERT(!entry.quantized());
+  require_decoded(entry);
   return impl_->arrays.at(entry.name)->data;
 }
 
@@ -293,6 +332,7 @@ QuantizedTensor Checkpoint::read(const TensorEntry& entry) const {
     check_group_index(tensor, entry.name);
     return tensor;
   }
+  require_decoded(entry);
   BW_ASSERT(entry.scheme.element != nullptr);
   const std::span<const std::byte> bytes = plain_bytes(entry);
   return {.scheme = entry.scheme, .shape = entry.shape, .codes = {bytes.begin(), bytes.end()}};
@@ -300,6 +340,7 @@ QuantizedTensor Checkpoint::read(const TensorEntry& entry) const {
 
 std::vector<float> Checkpoint::read_f32(const TensorEntry& entry) const {
   if (entry.quantized()) return decode(read(entry));
+  require_decoded(entry);
   std::vector<float> values(static_cast<size_t>(element_count(entry.shape)));
   to_f32(entry.dtype, plain_bytes(entry), values);
   return values;

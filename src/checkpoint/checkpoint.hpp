@@ -16,6 +16,7 @@
 namespace bitwright {
 
 struct Container;
+struct BlockType;
 
 /// A tensor as the model knows it; quantized ones stand here once, whatever arrays store them.
 struct TensorEntry {
@@ -24,6 +25,8 @@ struct TensorEntry {
   Scheme scheme;  ///< of quantized tensors; of plain ones too where their dtype is an element (not f64, i64 …)
   DType dtype;    ///< of plain tensors; of quantized ones that of the floats they stand for
   uint64_t stored_bytes;  ///< of all arrays that store it
+  /// The type of blocks that no container here decodes ("Q4_K"): such a tensor can be listed, not read.
+  const BlockType* undecoded = nullptr;
   bool quantized() const { return !scheme.is_plain(); }
   double bits_per_weight() const;
 };
@@ -32,7 +35,7 @@ struct TensorEntry {
 /// in them is checked. Weights are read when asked for. Immutable; may be shared between threads.
 class Checkpoint {
  public:
-  /// A directory (config.json, *.safetensors with or without an index) or one .safetensors file.
+  /// A directory (config.json, *.safetensors with or without an index), or one file of weights of a known kind.
   /// Throws Error naming the file and what is wrong with it.
   explicit Checkpoint(const std::filesystem::path& path);
   ~Checkpoint();
@@ -42,15 +45,21 @@ class Checkpoint {
   /// Reads every file through and compares it with the digest that quantization_metadata.json records, where it does.
   /// Throws Error{"digest-mismatch"}.
   void verify_digests() const;
-  uint64_t weight_bytes() const;  ///< size of those files
+  std::string_view format() const;  ///< of its weight files: "safetensors"
+  uint64_t weight_bytes() const;    ///< size of those files
 
   const Json& config() const;                 ///< an empty object if there is no config.json
   const Json& quantization_metadata() const;  ///< likewise for quantization_metadata.json
-  const Container* container() const;         ///< how it is quantized; null for plain models
+  /// What the weight file itself says of the model, by key (GGUF: "general.architecture", "tokenizer.ggml.tokens" …;
+  /// strings may be any bytes). Null: nothing.
+  const Json* facts() const;
+  const Container* container() const;  ///< how it is quantized; null for plain models
 
   std::span<const TensorEntry> tensors() const;  ///< in file order
   const TensorEntry* find(std::string_view name) const;
 
+  /// Throws Error{"unsupported-tensor"} for one that can only be listed. All that follow do.
+  void require_decoded(const TensorEntry& entry) const;
   /// The mapped bytes of a plain tensor, in its dtype.
   std::span<const std::byte> plain_bytes(const TensorEntry& entry) const;
   /// Any tensor as it is stored; a plain one becomes a QuantizedTensor of a plain scheme (a copy; not f64 or integers).

@@ -114,7 +114,7 @@ TEST(Safetensors, WriterAndReaderAgree) {
   writer.add(std::as_bytes(std::span(values)));
   writer.add({});
   writer.finish();
-  const SafetensorsFile file(dir / "x.safetensors");
+  const WeightFile file(dir / "x.safetensors");
   ASSERT_EQ(file.arrays().size(), 2u);
   for (const StoredArray& array : file.arrays())
     if (array.name == "v") {
@@ -199,7 +199,7 @@ TEST(Golden, models_of_other_libraries) {
     if (!std::filesystem::exists(path / "model.safetensors")) continue;
     SCOPED_TRACE(name);
     const Checkpoint model(path);
-    const SafetensorsFile reference(path / "reference.safetensors");
+    const WeightFile reference(path / "reference.safetensors");
     size_t compared = 0;
     for (const StoredArray& array : reference.arrays()) {
       const std::string suffix = ".dequantized";

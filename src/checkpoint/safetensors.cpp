@@ -129,9 +129,6 @@ std::vector<StoredArray> parse_safetensors(std::span<const std::byte> file, cons
   return HeaderReader(file, where).read();
 }
 
-SafetensorsFile::SafetensorsFile(const std::filesystem::path& path)
-    : file_(path), arrays_(parse_safetensors(file_.bytes(), path.string())) {}
-
 SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<ArraySpec> specs)
     : file_(path), specs_(std::move(specs)) {
   std::string text = R"({"__metadata__":{"format":"pt"})";
@@ -160,5 +157,26 @@ void SafetensorsWriter::finish() {
   BW_ASSERT(next_ == specs_.size());
   file_.finish();
 }
+
+namespace {
+
+/// The header's length, then its object.
+bool detect(std::span<const std::byte> start) {
+  return start.size() > kLengthBytes && start[kLengthBytes] == std::byte{'{'};
+}
+
+WeightContents parse(std::span<const std::byte> file, const std::string& where) {
+  return {.arrays = parse_safetensors(file, where), .owned = {}, .facts = nullptr};
+}
+
+}  // namespace
+
+extern const WeightFormat safetensors_format;
+const WeightFormat safetensors_format = {.name = "safetensors",
+                                         .suffix = ".safetensors",
+                                         .usual_name = "model.safetensors",
+                                         .source = "https://github.com/huggingface/safetensors, README \"Format\"",
+                                         .detect = detect,
+                                         .parse = parse};
 
 }  // namespace bitwright

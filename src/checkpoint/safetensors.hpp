@@ -10,19 +10,11 @@
 #include <vector>
 
 #include "base/dtype.hpp"
-#include "base/mapped_file.hpp"
 #include "base/output.hpp"
+#include "checkpoint/weight_file.hpp"
 #include "container/container.hpp"
 
 namespace bitwright {
-
-/// One array of a safetensors file.
-struct StoredArray {
-  std::string name;
-  DType dtype;
-  Shape shape;
-  std::span<const std::byte> data;  ///< in the mapped file
-};
 
 /// Reads the header of a safetensors file: 8 bytes little-endian length, JSON, data
 /// (https://github.com/huggingface/safetensors, README "Format").
@@ -30,18 +22,6 @@ struct StoredArray {
 /// byte left over. Throws Error{"bad-safetensors"} or {"tensor-outside-file"} naming `where`, the tensor and the
 /// numbers. Arrays are returned in the order of their data.
 std::vector<StoredArray> parse_safetensors(std::span<const std::byte> file, const std::string& where);
-
-/// A mapped safetensors file.
-class SafetensorsFile {
- public:
-  explicit SafetensorsFile(const std::filesystem::path& path);
-  std::span<const StoredArray> arrays() const { return arrays_; }
-  std::span<const std::byte> bytes() const { return file_.bytes(); }
-
- private:
-  MappedFile file_;
-  std::vector<StoredArray> arrays_;
-};
 
 /// Writes a safetensors file front to back; arrays must be added in the order of `specs`. Data starts at a
 /// multiple of 64 bytes.

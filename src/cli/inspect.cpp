@@ -11,14 +11,25 @@
 namespace bitwright {
 namespace {
 
+/// In words: its scheme, or the name of a type that is not decoded.
+std::string type_of(const TensorEntry& entry) {
+  if (entry.undecoded != nullptr) return std::string(entry.undecoded->name);
+  return entry.quantized() ? describe(entry.scheme) : std::string(info(entry.dtype).name);
+}
+
+/// Of one code; of types that are not decoded their whole bits a weight.
+int bits_of(const TensorEntry& entry) {
+  return entry.undecoded != nullptr ? static_cast<int>(entry.bits_per_weight()) : entry.scheme.element->bits;
+}
+
 /// What most quantized tensors share stands for the model; the others are in `tensors`.
 OrderedJson quantization_of(const Checkpoint& model) {
   OrderedJson affected = OrderedJson::array(), skipped = OrderedJson::array();
   std::map<std::string, std::pair<size_t, const TensorEntry*>> schemes;
   for (const TensorEntry& entry : model.tensors()) {
-    if (entry.quantized()) {
+    if (entry.quantized() || entry.undecoded != nullptr) {
       affected.push_back(entry.name);
-      auto& [count, example] = schemes[describe(entry.scheme)];
+      auto& [count, example] = schemes[type_of(entry)];
       ++count;
       example = &entry;
     } else if (entry.shape.size() >= 2) {
@@ -28,15 +39,17 @@ OrderedJson quantization_of(const Checkpoint& model) {
   OrderedJson json = {{"quantized", !schemes.empty()}};
   if (!schemes.empty()) {
     const auto most = std::ranges::max_element(schemes, {}, [](const auto& item) { return item.second.first; });
-    const Scheme& scheme = most->second.second->scheme;
+    const TensorEntry& example = *most->second.second;
+    const Scheme& scheme = example.scheme;
     const Json algorithm = model.quantization_metadata().value("algorithm", Json());
     json["method"] = algorithm.is_string() ? algorithm.get<std::string>() : std::string(model.container()->name);
     json["container"] = model.container()->name;
     json["scheme"] = (schemes.size() == 1 ? "" : "mixed, mostly ") + most->first;
-    json["bits"] = scheme.element->bits;
+    json["bits"] = bits_of(example);
     json["mode"] = "weight-only";
     if (scheme.scale && scheme.scale->grouping.size != 0) json["group_size"] = scheme.scale->grouping.size;
-    json["symmetric"] = scheme.offset_kind == OffsetKind::none || scheme.offset_kind == OffsetKind::shift;
+    if (example.undecoded == nullptr)
+      json["symmetric"] = scheme.offset_kind == OffsetKind::none || scheme.offset_kind == OffsetKind::shift;
   }
   json["affected_layers"] = std::move(affected);
   json["skipped_layers"] = std::move(skipped);
@@ -50,19 +63,20 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>&) {
   for (const TensorEntry& entry : model.tensors()) {
     elements += static_cast<uint64_t>(element_count(entry.shape));
     bytes += entry.stored_bytes;
-    tensors.push_back({{"name", entry.name},
-                       {"shape", entry.shape},
-                       {"dtype", info(entry.dtype).name},
-                       {"scheme", entry.quantized() ? OrderedJson(describe(entry.scheme)) : OrderedJson()},
-                       {"bytes", entry.stored_bytes},
-                       {"bits_per_weight", entry.bits_per_weight()}});
+    tensors.push_back(
+        {{"name", entry.name},
+         {"shape", entry.shape},
+         {"dtype", info(entry.dtype).name},
+         {"scheme", entry.quantized() || entry.undecoded != nullptr ? OrderedJson(type_of(entry)) : OrderedJson()},
+         {"bytes", entry.stored_bytes},
+         {"bits_per_weight", entry.bits_per_weight()}});
   }
   const Json& config = model.config();
   const auto architectures = config.find("architectures");
   const bool named = architectures != config.end() && architectures->is_array() && !architectures->empty() &&
                      architectures->front().is_string();
   OrderedJson result = {
-      {"format", "safetensors"},
+      {"format", model.format()},
       {"architecture", named ? OrderedJson(architectures->front().get<std::string>()) : OrderedJson()},
       {"parameters", elements},
       {"bytes", model.weight_bytes()},

@@ -13,12 +13,23 @@
 
 namespace bitwright {
 
+/// How a file lays `elements` neighbours of a row out as `bytes` bytes together (GGUF's types).
+struct BlockType {
+  std::string_view name;  ///< as the file's own specification says it: "Q4_K"
+  int64_t elements;
+  uint64_t bytes;
+};
+
 /// Name, type and shape of an array in a file, without its bytes.
 struct ArraySpec {
   std::string name;
-  DType dtype;
-  Shape shape;
-  uint64_t bytes() const { return static_cast<uint64_t>(element_count(shape)) * size_bytes(dtype); }
+  DType dtype;  ///< u8 where there is a block type
+  Shape shape;  ///< of elements
+  const BlockType* block = nullptr;
+  uint64_t bytes() const {
+    const auto count = static_cast<uint64_t>(element_count(shape));
+    return block != nullptr ? count / static_cast<uint64_t>(block->elements) * block->bytes : count * size_bytes(dtype);
+  }
 };
 
 /// An array to be written.
@@ -32,6 +43,7 @@ struct CheckpointView {
   const std::map<std::string, ArraySpec, std::less<>>& arrays;
   const Json& config;                 ///< config.json, an empty object where there is none
   const Json& quantization_metadata;  ///< quantization_metadata.json, likewise
+  const Json* facts = nullptr;        ///< what the weight file itself says of the model (GGUF); null: nothing
   /// The bytes of an array that is in `arrays`; only small ones are to be read while listing.
   std::function<std::span<const std::byte>(const std::string& name)> bytes;
   std::string where;  ///< for errors

@@ -28,10 +28,16 @@ class LayerCache {
   std::vector<CacheLine> keys_, values_;
 };
 
+struct AttentionRule {
+  float scale;        ///< scores are multiplied by it
+  float cap = 0;      ///< then become cap * tanh(score / cap); 0: left as they are
+  size_t window = 0;  ///< a query sees this many positions, its own the last of them; 0: all before it
+};
+
 /// Causal attention of `tokens` queries, which stand at positions first, first + 1, … of `cache`, already stored.
-/// q, out: [tokens, heads, head_size]; head h reads key-value head h / (heads / kv_heads). Scores are scaled by
-/// 1 / sqrt(head_size). A query's result does not depend on what else is in the call.
-void attend(const float* q, size_t tokens, size_t first, size_t heads, const LayerCache& cache, float* out,
-            const KernelLevel& level = active_kernel_level());
+/// q, out: [tokens, heads, head_size]; head h reads key-value head h / (heads / kv_heads). A query's result does not
+/// depend on what else is in the call.
+void attend(const float* q, size_t tokens, size_t first, size_t heads, const LayerCache& cache,
+            const AttentionRule& rule, float* out, const KernelLevel& level = active_kernel_level());
 
 }  // namespace bitwright

@@ -9,10 +9,17 @@ namespace bitwright {
 namespace {
 
 struct Case {
-  size_t heads, kv_heads, head_size, tokens;
+  size_t heads, kv_heads, head_size, tokens, window = 0;
+  float cap = 0;
 };
-constexpr Case kCases[] = {{1, 1, 2, 1},   {4, 2, 8, 1},    {4, 4, 16, 15},  {6, 2, 20, 17},
-                           {7, 1, 32, 23}, {16, 2, 64, 40}, {3, 3, 128, 70}, {2, 1, 34, 33}};
+constexpr Case kCases[] = {{1, 1, 2, 1},       {4, 2, 8, 1},          {4, 4, 16, 15},         {6, 2, 20, 17},
+                           {7, 1, 32, 23},     {16, 2, 64, 40},       {3, 3, 128, 70},        {2, 1, 34, 33},
+                           {2, 2, 8, 40, 1},   {2, 1, 8, 40, 3},      {4, 2, 10, 61, 17},     {2, 1, 16, 70, 16},
+                           {3, 1, 6, 30, 200}, {2, 2, 8, 20, 0, 2.f}, {4, 1, 12, 50, 9, 0.5f}};
+
+AttentionRule rule(const Case& c) {
+  return {.scale = 0.9f / std::sqrt(static_cast<float>(c.head_size)), .cap = c.cap, .window = c.window};
+}
 
 struct Inputs {
   std::vector<float> q, k, v;
@@ -37,7 +44,7 @@ std::vector<float> attend_in_steps(const Case& c, const Inputs& in, size_t step,
   for (size_t first = 0; first < c.tokens; first += step) {
     const size_t count = std::min(step, c.tokens - first);
     for (size_t i = first; i < first + count; ++i) cache.store(i, &in.k[i * kv_width], &in.v[i * kv_width]);
-    attend(&in.q[first * width], count, first, c.heads, cache, &out[first * width], level);
+    attend(&in.q[first * width], count, first, c.heads, cache, rule(c), &out[first * width], level);
   }
   return out;
 }
@@ -50,17 +57,20 @@ std::vector<double> attend_plainly(const Case& c, const Inputs& in) {
       const float* const q = &in.q[(t * c.heads + h) * c.head_size];
       std::vector<double> weights;
       double sum = 0;
-      for (size_t i = 0; i <= t; ++i) {
+      const size_t begin = c.window != 0 && t >= c.window ? t + 1 - c.window : 0;
+      for (size_t i = begin; i <= t; ++i) {
         double score = 0;
         for (size_t d = 0; d < c.head_size; ++d)
           score += double{q[d]} * double{in.k[(i * c.kv_heads + h / shared) * c.head_size + d]};
-        weights.push_back(std::exp(score / std::sqrt(static_cast<double>(c.head_size))));
+        score *= double{rule(c).scale};
+        if (c.cap > 0) score = double{c.cap} * std::tanh(score / double{c.cap});
+        weights.push_back(std::exp(score));
         sum += weights.back();
       }
-      for (size_t i = 0; i <= t; ++i)
+      for (size_t i = begin; i <= t; ++i)
         for (size_t d = 0; d < c.head_size; ++d)
           out[(t * c.heads + h) * c.head_size + d] +=
-              weights[i] / sum * double{in.v[(i * c.kv_heads + h / shared) * c.head_size + d]};
+              weights[i - begin] / sum * double{in.v[(i * c.kv_heads + h / shared) * c.head_size + d]};
     }
   return out;
 }

@@ -2,9 +2,11 @@
 #ifndef BITWRIGHT_KERNELS_ELEMENTWISE_INL
 #define BITWRIGHT_KERNELS_ELEMENTWISE_INL
 
+#include "kernels/elementwise.hpp"
 #include "kernels/exponential.hpp"
 #include "kernels/fixed_lanes.hpp"
 #include "kernels/lanes-inl.hpp"
+#include "kernels/tanh_erf.hpp"
 
 HWY_BEFORE_NAMESPACE();
 namespace bitwright::HWY_NAMESPACE {
@@ -41,12 +43,67 @@ HWY_INLINE void for_each_vector(size_t count, Use use) {
     use(i + part * kLanes, part, hn::FirstN(kF32, HWY_MIN(kLanes, count - i - part * kLanes)));
 }
 
-void silu_multiply(float* gate, const float* up, size_t count) {
+template <size_t n>
+HWY_INLINE V polynomial_lanes(V z, const float (&coefficients)[n]) {
+  V p = hn::Set(kF32, coefficients[0]);
+  for (size_t i = 1; i < n; ++i) p = hn::Add(hn::Mul(p, z), hn::Set(kF32, coefficients[i]));
+  return p;
+}
+
+// As tanh_erf.hpp has them, lane by lane and step by step.
+HWY_INLINE V tanh_lanes(V x) {
+  const V a = hn::Abs(x), z = hn::Mul(x, x), one = hn::Set(kF32, 1.0f), two = hn::Set(kF32, 2.0f);
+  const V small = hn::Add(hn::Mul(hn::Mul(polynomial_lanes(z, Tanh::kCoefficients), z), x), x);
+  const V large = hn::Sub(one, hn::Div(two, hn::Add(exponential_lanes(hn::Mul(two, a)), one)));
+  return hn::IfThenElse(hn::Lt(a, hn::Set(kF32, Tanh::kSmall)), small, hn::CopySign(large, x));
+}
+
+HWY_INLINE V erf_lanes(V x) {
+  const V a = hn::Abs(x), one = hn::Set(kF32, 1.0f);
+  const V small = hn::Mul(x, polynomial_lanes(hn::Mul(x, x), Erf::kSmall));
+  const V r = hn::Div(one, a), y = hn::Mul(r, r);
+  const V q = hn::IfThenElse(hn::Lt(a, hn::Set(kF32, 2.0f)), polynomial_lanes(y, Erf::kMiddle),
+                             polynomial_lanes(y, Erf::kLarge));
+  const V large = hn::Sub(one, hn::Mul(hn::Mul(exponential_lanes(hn::Neg(hn::Mul(a, a))), r), q));
+  return hn::IfThenElse(hn::Lt(a, one), small, hn::CopySign(large, x));
+}
+
+HWY_INLINE V half_gate(V x, V t) {  // x / 2 (1 + t)
+  return hn::Mul(hn::Mul(x, hn::Set(kF32, 0.5f)), hn::Add(hn::Set(kF32, 1.0f), t));
+}
+
+template <class Function>
+HWY_INLINE void apply_lanes(float* x, const float* factor, size_t count, Function function) {
   for_each_vector(count, [&](size_t i, size_t, auto mask) HWY_ATTR {
-    const V g = hn::MaskedLoad(mask, kF32, gate + i), one = hn::Set(kF32, 1.0f);
-    const V silu = hn::Div(g, hn::Add(one, exponential_lanes(hn::Neg(g))));
-    hn::BlendedStore(hn::Mul(silu, hn::MaskedLoad(mask, kF32, up + i)), mask, kF32, gate + i);
+    V y = function(hn::MaskedLoad(mask, kF32, x + i));
+    if (factor != nullptr) y = hn::Mul(y, hn::MaskedLoad(mask, kF32, factor + i));
+    hn::BlendedStore(y, mask, kF32, x + i);
   });
+}
+
+void activate(Activation activation, float* x, const float* factor, size_t count) {
+  switch (activation) {
+    case Activation::silu:
+      return apply_lanes(x, factor, count, [](V v) HWY_ATTR {
+        return hn::Div(v, hn::Add(hn::Set(kF32, 1.0f), exponential_lanes(hn::Neg(v))));
+      });
+    case Activation::gelu:
+      return apply_lanes(x, factor, count, [](V v) HWY_ATTR {
+        return half_gate(v, erf_lanes(hn::Mul(v, hn::Set(kF32, Gelu::kSqrtHalf))));
+      });
+    case Activation::gelu_tanh:
+      return apply_lanes(x, factor, count, [](V v) HWY_ATTR {
+        const V cubic = hn::Mul(hn::Mul(v, v), hn::Set(kF32, Gelu::kCubic));
+        const V outer = hn::Mul(v, hn::Set(kF32, Gelu::kSqrt2OverPi));
+        return half_gate(v, tanh_lanes(hn::Mul(outer, hn::Add(hn::Set(kF32, 1.0f), cubic))));
+      });
+  }
+}
+
+void soft_cap(float* x, size_t count, float scale, float cap) {
+  const float inner = scale / cap;
+  apply_lanes(x, nullptr, count,
+              [&](V v) HWY_ATTR { return hn::Mul(tanh_lanes(hn::Mul(v, hn::Set(kF32, inner))), hn::Set(kF32, cap)); });
 }
 
 float softmax_terms(float* scores, size_t count, float scale) {

@@ -5,6 +5,7 @@
 
 #include "kernels/exponential.hpp"
 #include "kernels/fixed_lanes.hpp"
+#include "kernels/tanh_erf.hpp"
 
 namespace bitwright {
 namespace {
@@ -21,10 +22,30 @@ float reduce(std::span<const float> x, float initial, Step step, Merge merge) {
   return merge_lanes(lanes, merge);
 }
 
+template <class Function>
+void apply(float* x, const float* factor, size_t count, Function function) {
+  for (size_t i = 0; i < count; ++i) x[i] = factor != nullptr ? function(x[i]) * factor[i] : function(x[i]);
+}
+
 }  // namespace
 
-void silu_multiply(float* gate, const float* up, size_t count) {
-  for (size_t i = 0; i < count; ++i) gate[i] = gate[i] / (1 + exponential(-gate[i])) * up[i];
+void activate(Activation activation, float* x, const float* factor, size_t count) {
+  switch (activation) {
+    case Activation::silu:
+      return apply(x, factor, count, [](float v) { return v / (1 + exponential(-v)); });
+    case Activation::gelu:
+      return apply(x, factor, count, [](float v) { return v * 0.5f * (1 + error_function(v * Gelu::kSqrtHalf)); });
+    case Activation::gelu_tanh:
+      return apply(x, factor, count, [](float v) {
+        const float inner = v * Gelu::kSqrt2OverPi * (1 + v * v * Gelu::kCubic);
+        return v * 0.5f * (1 + hyperbolic_tangent(inner));
+      });
+  }
+}
+
+void soft_cap(float* x, size_t count, float scale, float cap) {
+  const float inner = scale / cap;
+  for (size_t i = 0; i < count; ++i) x[i] = hyperbolic_tangent(x[i] * inner) * cap;
 }
 
 float softmax_terms(float* scores, size_t count, float scale) {
@@ -42,6 +63,16 @@ void rms_norm(std::span<const float> x, std::span<const float> weight, float eps
   for (size_t i = 0; i < x.size(); ++i) out[i] = x[i] * scale * weight[i];
 }
 
+void layer_norm(std::span<const float> x, std::span<const float> weight, std::span<const float> bias, float epsilon,
+                float* out) {
+  const auto count = static_cast<float>(x.size());
+  const float mean = reduce(x, 0, sum_of, sum_of) / count;
+  const float squares = reduce(
+      x, 0, [mean](float lane, float v) { return lane + (v - mean) * (v - mean); }, sum_of);
+  const float scale = 1 / std::sqrt(squares / count + epsilon);
+  for (size_t i = 0; i < x.size(); ++i) out[i] = (x[i] - mean) * scale * weight[i] + bias[i];
+}
+
 void rotate_halves(float* x, std::span<const float> cosine, const float* sine) {
   const size_t half = cosine.size();
   for (size_t i = 0; i < half; ++i) {
@@ -53,6 +84,10 @@ void rotate_halves(float* x, std::span<const float> cosine, const float* sine) {
 
 void add(std::span<float> x, const float* y) {
   for (size_t i = 0; i < x.size(); ++i) x[i] += y[i];
+}
+
+void scale(std::span<float> x, float factor) {
+  for (float& v : x) v *= factor;
 }
 
 }  // namespace bitwright

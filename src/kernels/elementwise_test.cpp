@@ -10,6 +10,7 @@
 
 #include "kernels/exponential.hpp"
 #include "kernels/kernel_level.hpp"
+#include "kernels/tanh_erf.hpp"
 
 namespace bitwright {
 namespace {
@@ -60,14 +61,80 @@ TEST(KernelsElementwise, RmsNorm) {
   }
 }
 
-TEST(KernelsElementwise, SiluMultiply) {
-  std::vector<float> gate = {-200, -5, -0.5f, 0, 0.5f, 5, 200};
-  const std::vector<float> up = {1, 2, 3, 4, 5, 6, 7}, before = gate;
-  silu_multiply(gate.data(), up.data(), gate.size());
-  for (size_t i = 0; i < gate.size(); ++i) {
-    const double g = double{before[i]};
-    EXPECT_NEAR(double{gate[i]}, g / (1 + std::exp(-g)) * double{up[i]}, 1e-5);
+TEST(KernelsElementwise, LayerNorm) {
+  for (const size_t n : {1, 7, 16, 33, 64}) {
+    std::vector<float> x(n), weight(n), bias(n), out(n);
+    std::iota(x.begin(), x.end(), 100.0f);  // far from zero: the mean must be taken off before squaring
+    std::iota(weight.begin(), weight.end(), 0.5f);
+    std::iota(bias.begin(), bias.end(), -2.0f);
+    layer_norm(x, weight, bias, 1e-5f, out.data());
+    double mean = 0, squares = 0;
+    for (const float v : x) mean += double{v} / static_cast<double>(n);
+    for (const float v : x) squares += (double{v} - mean) * (double{v} - mean);
+    for (size_t i = 0; i < n; ++i) {
+      const double expected =
+          (double{x[i]} - mean) / std::sqrt(squares / static_cast<double>(n) + double{1e-5f}) * double{weight[i]} +
+          double{bias[i]};
+      EXPECT_NEAR(double{out[i]}, expected, 1e-6 * (1 + std::abs(expected)));
+    }
   }
+}
+
+/// Both signs of every magnitude below `most`, evenly among the bit patterns.
+template <class Check>
+void for_magnitudes(float most, Check check) {
+  for (uint32_t bits = 0; bits <= std::bit_cast<uint32_t>(most); bits += 997)
+    for (const float sign : {1.0f, -1.0f}) check(sign * std::bit_cast<float>(bits));
+}
+
+TEST(KernelsElementwise, TanhAndErf) {
+  double worst_tanh = 0, worst_erf = 0;
+  for_magnitudes(20, [&](float x) {
+    const double tanh = std::tanh(double{x}), erf = std::erf(double{x});
+    if (std::abs(x) > 1e-30f)
+      worst_tanh = std::max(worst_tanh, std::abs(double{hyperbolic_tangent(x)} - tanh) / std::abs(tanh));
+    worst_erf = std::max(worst_erf, std::abs(double{error_function(x)} - erf));
+  });
+  EXPECT_LE(worst_tanh, 2.4e-7);
+  EXPECT_LE(worst_erf, 2e-7);
+  EXPECT_EQ(hyperbolic_tangent(-kInfinity), -1);
+  EXPECT_EQ(error_function(kInfinity), 1);
+  EXPECT_TRUE(std::isnan(hyperbolic_tangent(std::numeric_limits<float>::quiet_NaN())));
+  EXPECT_TRUE(std::isnan(error_function(std::numeric_limits<float>::quiet_NaN())));
+}
+
+double exact(Activation activation, double x) {
+  switch (activation) {
+    case Activation::silu:
+      return x / (1 + std::exp(-x));
+    case Activation::gelu:
+      return x / 2 * (1 + std::erf(x / std::sqrt(2.0)));
+    case Activation::gelu_tanh:
+      return x / 2 * (1 + std::tanh(std::sqrt(2 / std::acos(-1.0)) * (x + 0.044715 * x * x * x)));
+  }
+  return 0;
+}
+
+constexpr Activation kActivations[] = {Activation::silu, Activation::gelu, Activation::gelu_tanh};
+
+TEST(KernelsElementwise, Activations) {
+  for (const Activation activation : kActivations)
+    for_magnitudes(200, [&](float x) {
+      float plain = x, multiplied = x;
+      const float factor = 3;
+      activate(activation, &plain, nullptr, 1);
+      activate(activation, &multiplied, &factor, 1);
+      const double expected = exact(activation, double{x});
+      ASSERT_NEAR(double{plain}, expected, 4e-7 * std::max(1.0, std::abs(double{x}))) << x;
+      ASSERT_EQ(multiplied, plain * factor);
+    });
+}
+
+TEST(KernelsElementwise, SoftCap) {
+  std::vector<float> x = {-1000, -3, 0, 0.1f, 7, 1e9f};
+  const std::vector<float> before = x;
+  soft_cap(x.data(), x.size(), 0.5f, 4);
+  for (size_t i = 0; i < x.size(); ++i) EXPECT_NEAR(double{x[i]}, 4 * std::tanh(double{before[i]} * 0.5 / 4), 1e-6);
 }
 
 TEST(KernelsElementwise, SoftmaxTerms) {
@@ -94,9 +161,17 @@ TEST(KernelsElementwise, SameBitsOnEveryLevel) {
   for (const KernelLevel& level : kernel_levels()) {
     if (!level.usable()) continue;
     for (const size_t count : {size_t{1}, size_t{15}, size_t{16}, size_t{23}, size_t{24}, size_t{301}, values.size()}) {
-      std::vector<float> expected(values.end() - static_cast<std::ptrdiff_t>(count), values.end()), y = expected;
-      silu_multiply(expected.data(), up.data(), count);
-      level.silu_multiply(y.data(), up.data(), count);
+      const std::vector<float> some(values.end() - static_cast<std::ptrdiff_t>(count), values.end());
+      for (const Activation activation : kActivations)
+        for (const float* const factor : {up.data(), static_cast<const float*>(nullptr)}) {
+          std::vector<float> expected = some, y = some;
+          activate(activation, expected.data(), factor, count);
+          level.activate(activation, y.data(), factor, count);
+          EXPECT_EQ(std::memcmp(y.data(), expected.data(), count * sizeof(float)), 0) << level.name << ", " << count;
+        }
+      std::vector<float> expected = some, y = some;
+      soft_cap(expected.data(), count, 0.3f, 30);
+      level.soft_cap(y.data(), count, 0.3f, 30);
       EXPECT_EQ(std::memcmp(y.data(), expected.data(), count * sizeof(float)), 0) << level.name << ", " << count;
     }
     for (const size_t count : {1, 15, 16, 23, 24, 300}) {

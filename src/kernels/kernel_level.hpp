@@ -1,12 +1,14 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <string_view>
 
 namespace bitwright {
 
 struct PackedMatrix;
+enum class Activation : uint8_t;
 
 /// Columns of one panel: the lanes of a kernel run over them.
 constexpr size_t kPanel = 16;
@@ -35,7 +37,8 @@ struct KernelLevel {
   /// y[n] = sum over k, in order, of x[k] * w[n, k], fused, for the rows n of panels [panel_begin, panel_end).
   void (*multiply_vector)(const PackedMatrix& w, size_t panel_begin, size_t panel_end, const float* x, float* y);
   // As elementwise.hpp defines them.
-  void (*silu_multiply)(float* gate, const float* up, size_t count);
+  void (*activate)(Activation activation, float* x, const float* factor, size_t count);
+  void (*soft_cap)(float* x, size_t count, float scale, float cap);
   float (*softmax_terms)(float* scores, size_t count, float scale);
 };
 

@@ -94,7 +94,8 @@ const KernelLevel scalar_kernel_level = {
     .multiply_tile = multiply_tile,
     .expand = expand,
     .multiply_vector = multiply_vector,
-    .silu_multiply = silu_multiply,
+    .activate = activate,
+    .soft_cap = soft_cap,
     .softmax_terms = softmax_terms,
 };
 

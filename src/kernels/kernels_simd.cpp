@@ -26,7 +26,8 @@ constexpr KernelLevel level(std::string_view name, bool (*usable)()) {
           .multiply_tile = multiply_tile,
           .expand = expand,
           .multiply_vector = multiply_vector,
-          .silu_multiply = silu_multiply,
+          .activate = activate,
+          .soft_cap = soft_cap,
           .softmax_terms = softmax_terms};
 }
 

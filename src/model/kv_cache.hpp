@@ -7,15 +7,25 @@
 
 namespace bitwright {
 
+/// Cosines and sines of one Rope, for as many positions as were needed so far.
+class Rotation {
+ public:
+  /// length: of the sequences that it will serve.
+  Rotation(const Rope& rope, int64_t length);
+  void prepare(size_t positions);
+  /// Turns the heads of x, `width` numbers together; position < what was prepared.
+  void turn(size_t position, float* x, size_t width, size_t head_size) const;
+
+ private:
+  std::vector<double> frequencies_;
+  double magnitude_;
+  std::vector<float> cosine_{}, sine_{};  ///< [positions][frequencies]
+};
+
 struct KvCache::Impl {
   std::vector<LayerCache> layers;
+  std::vector<Rotation> rotations{};  ///< as ModelConfig::ropes
   int64_t length = 0, capacity = 0;
-
-  // cos and sin of position * theta^(-2 i / head_size): [positions][half] for as many as were needed so far.
-  size_t half = 0;
-  double theta = 0;
-  std::vector<float> cosine{}, sine{};
-  void prepare_positions(int64_t count);
 };
 
 }  // namespace bitwright

@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
@@ -40,7 +41,8 @@ TEST(ModelLlamaConfig, Defaults) {
   EXPECT_EQ(c.head_size, 8);
   EXPECT_EQ(c.context, 2048);
   EXPECT_EQ(c.norm_epsilon, 1e-6f);
-  EXPECT_EQ(c.rope_theta, 10000.0f);
+  ASSERT_EQ(c.ropes.size(), 1u);
+  EXPECT_DOUBLE_EQ(c.ropes[0].frequencies[1], std::pow(10000.0, -0.25));
   EXPECT_FALSE(c.tied_head);
 }
 
@@ -60,10 +62,10 @@ TEST(ModelLlamaConfig, Given) {
   EXPECT_EQ(c.head_size, 32);
   EXPECT_EQ(c.context, 128);
   EXPECT_EQ(c.norm_epsilon, 1e-5f);
-  EXPECT_EQ(c.rope_theta, 500000.0f);
+  EXPECT_DOUBLE_EQ(c.ropes[0].frequencies[1], std::pow(500000.0, -1.0 / 16));
   EXPECT_TRUE(c.tied_head);
   config["rope_parameters"] = {{"rope_type", "default"}, {"rope_theta", 20000.0}};
-  EXPECT_EQ(configure(config).rope_theta, 20000.0f);
+  EXPECT_DOUBLE_EQ(configure(config).ropes[0].frequencies[1], std::pow(20000.0, -1.0 / 16));
 }
 
 TEST(ModelLlamaConfig, MissingKeys) {
@@ -105,27 +107,26 @@ TEST(ModelLlamaConfig, Contradictions) {
 }
 
 TEST(ModelLlamaConfig, NotSupported) {
-  const Json changes = {{"hidden_act", "gelu"},
-                        {"attention_bias", true},
-                        {"mlp_bias", true},
-                        {"sliding_window", 4096},
-                        {"partial_rotary_factor", 0.5},
-                        {"rope_scaling", {{"rope_type", "llama3"}, {"factor", 8.0}}}};
+  const Json changes = {{"hidden_act", "relu"}, {"sliding_window", 4096}, {"partial_rotary_factor", 0.5}};
   for (const auto& [key, value] : changes.items()) {
     Json config = good_config();
     config[key] = value;
     expect_refused(config, key, "unsupported-config");
   }
   Json config = good_config();
-  config["rope_parameters"] = {{"rope_type", "yarn"}};
+  config["rope_parameters"] = {{"rope_type", "mrope"}};
   expect_refused(config, "rope_type", "unsupported-config");
+  config["rope_parameters"] = {{"partial_rotary_factor", 0.5}};
+  expect_refused(config, "partial_rotary_factor", "unsupported-config");
+  config["rope_parameters"] = {{"full_attention", {{"rope_type", "default"}}}};
+  expect_refused(config, "full_attention", "unsupported-config");
 }
 
 TEST(ModelArchitectures, ByName) {
   EXPECT_EQ(find_architecture(good_config())->name, "LlamaForCausalLM");
   EXPECT_EQ(find_architecture({{"model_type", "llama"}})->name, "LlamaForCausalLM");
   for (const Json& other :
-       {Json::object(), Json::array(), Json{{"architectures", {"MistralForCausalLM"}}}, Json{{"architectures", {7}}},
+       {Json::object(), Json::array(), Json{{"architectures", {"MambaForCausalLM"}}}, Json{{"architectures", {7}}},
         Json{{"architectures", "LlamaForCausalLM"}}, Json{{"model_type", 7}}})
     EXPECT_EQ(find_architecture(other), nullptr) << other.dump();
 }

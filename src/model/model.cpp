@@ -10,37 +10,15 @@
 #include "kernels/attention.hpp"
 #include "kernels/elementwise.hpp"
 #include "kernels/matmul.hpp"
+#include "model/feed_forward.hpp"
 #include "model/kv_cache.hpp"
-#include "model/weights.hpp"
+#include "model/layer.hpp"
 
 namespace bitwright {
 namespace {
 
 constexpr size_t kChunk = 256;     // tokens at a time: bounds the memory for activations
 constexpr size_t kRowsATask = 16;  // of loops over single tokens
-
-struct Layer {
-  std::vector<float> attention_norm, feed_forward_norm;
-  PackedMatrix q, k, v, o, gate, up, down;
-};
-
-Layer load_layer(const Checkpoint& checkpoint, const ModelConfig& c, int64_t index) {
-  const std::string prefix = fmt::format("model.layers.{}.", index);
-  const int64_t q_width = c.heads * c.head_size, kv_width = c.kv_heads * c.head_size;
-  const auto matrix = [&](const char* name, int64_t rows, int64_t columns) {
-    refuse_tensor(checkpoint, prefix + name + ".bias");
-    return load_matrix(checkpoint, prefix + name + ".weight", rows, columns);
-  };
-  return {.attention_norm = load_vector(checkpoint, prefix + "input_layernorm.weight", c.hidden),
-          .feed_forward_norm = load_vector(checkpoint, prefix + "post_attention_layernorm.weight", c.hidden),
-          .q = matrix("self_attn.q_proj", q_width, c.hidden),
-          .k = matrix("self_attn.k_proj", kv_width, c.hidden),
-          .v = matrix("self_attn.v_proj", kv_width, c.hidden),
-          .o = matrix("self_attn.o_proj", c.hidden, q_width),
-          .gate = matrix("mlp.gate_proj", c.feed_forward, c.hidden),
-          .up = matrix("mlp.up_proj", c.feed_forward, c.hidden),
-          .down = matrix("mlp.down_proj", c.hidden, c.feed_forward)};
-}
 
 ModelConfig configure(const Checkpoint& checkpoint) {
   const Architecture* const architecture = find_architecture(checkpoint.config());
@@ -59,99 +37,131 @@ struct Activations {
   Activations(const ModelConfig& c, size_t tokens)
       : x(tokens * static_cast<size_t>(c.hidden)),
         normed(x.size()),
+        branch(x.size()),
         q(tokens * static_cast<size_t>(c.heads * c.head_size)),
         k(tokens * static_cast<size_t>(c.kv_heads * c.head_size)),
         v(k.size()),
-        attended(q.size()),
-        gate(tokens * static_cast<size_t>(c.feed_forward)),
-        up(gate.size()) {}
-  std::vector<float> x, normed, q, k, v, attended, gate, up;
+        attended(q.size()) {}
+  std::vector<float> x, normed, branch, q, k, v, attended;
 };
 
 }  // namespace
 
 struct Model::Impl {
-  explicit Impl(const Checkpoint& checkpoint)
-      : config(configure(checkpoint)),
-        embedding(checkpoint, "model.embed_tokens.weight", config.vocabulary, config.hidden),
-        norm(load_vector(checkpoint, "model.norm.weight", config.hidden)) {
-    for (int64_t i = 0; i < config.layers; ++i) layers.push_back(load_layer(checkpoint, config, i));
-    if (!config.tied_head) own_head = load_matrix(checkpoint, "lm_head.weight", config.vocabulary, config.hidden);
-    head = own_head ? &*own_head : &embedding.packed();
-  }
+  explicit Impl(const Checkpoint& checkpoint);
   Impl(const Impl&) = delete;  // `head` points into it
   Impl& operator=(const Impl&) = delete;
 
   ModelConfig config;
   RowSource embedding;
-  std::vector<float> norm;
+  std::optional<RowSource> positions;
+  Norm norm;
   std::vector<Layer> layers;
   std::optional<PackedMatrix> own_head;
-  const PackedMatrix* head;
+  const PackedMatrix* head = nullptr;
 
   size_t width() const { return static_cast<size_t>(config.hidden); }
+  void embed(std::span<const int32_t> tokens, size_t first, Activations& a) const;
   void run_layers(std::span<const int32_t> tokens, KvCache::Impl& cache, Activations& a) const;
+  void run_layer(const Layer& layer, LayerCache& layer_cache, KvCache::Impl& cache, size_t tokens,
+                 Activations& a) const;
   void attention(const Layer& layer, LayerCache& layer_cache, KvCache::Impl& cache, size_t tokens,
                  Activations& a) const;
-  void feed_forward(const Layer& layer, size_t tokens, Activations& a) const;
-
-  /// normed[i] = the norm of x[i], for `tokens` rows of each.
-  void normalise(const float* x, size_t tokens, const std::vector<float>& weight, float* normed) const {
-    parallel_ranges(tokens, kRowsATask, [&](size_t begin, size_t end) {
-      for (size_t i = begin; i < end; ++i)
-        rms_norm(std::span(x + i * width(), width()), weight, config.norm_epsilon, normed + i * width());
-    });
-  }
+  void normalise(const float* x, size_t rows, const Norm& with, float* normed) const;
 };
 
-void Model::Impl::attention(const Layer& layer, LayerCache& layer_cache, KvCache::Impl& cache, size_t tokens,
-                            Activations& a) const {
-  normalise(a.x.data(), tokens, layer.attention_norm, a.normed.data());
-  multiply(a.normed.data(), tokens, layer.q, a.q.data());
-  multiply(a.normed.data(), tokens, layer.k, a.k.data());
-  multiply(a.normed.data(), tokens, layer.v, a.v.data());
-  const auto first = static_cast<size_t>(cache.length);
-  const size_t head_size = layer_cache.head_size();
-  parallel_ranges(tokens, kRowsATask, [&](size_t begin, size_t end) {
-    for (size_t i = begin; i < end; ++i) {
-      const std::span cosine = std::span(cache.cosine).subspan((first + i) * cache.half, cache.half);
-      const float* const sine = cache.sine.data() + (first + i) * cache.half;
-      float* const q = a.q.data() + i * layer.q.rows;
-      float* const k = a.k.data() + i * layer.k.rows;
-      for (size_t at = 0; at < layer.q.rows; at += head_size) rotate_halves(q + at, cosine, sine);
-      for (size_t at = 0; at < layer.k.rows; at += head_size) rotate_halves(k + at, cosine, sine);
-      layer_cache.store(first + i, k, a.v.data() + i * layer.v.rows);
-    }
-  });
-  attend(a.q.data(), tokens, first, static_cast<size_t>(config.heads), layer_cache, a.attended.data());
-  multiply(a.attended.data(), tokens, layer.o, a.normed.data());
-  add(a.x, a.normed.data());
+Model::Impl::Impl(const Checkpoint& checkpoint) : config(configure(checkpoint)) {
+  const TensorPlaces& places = config.places;
+  WeightReader reader(checkpoint, places);
+  embedding = reader.rows(places.embedding + ".weight", config.vocabulary, config.hidden);
+  if (!places.positions.empty())
+    positions = reader.rows(places.positions + ".weight", config.most_positions, config.hidden);
+  norm = load_norm(reader, config, "", places.final_norm, config.hidden);
+  for (int64_t i = 0; i < config.layers; ++i) layers.push_back(load_layer(reader, config, i));
+  own_head = reader.head(config.vocabulary, config.hidden);
+  if (!own_head && !config.tied_head)
+    throw Error({.code = "missing-tensor",
+                 .what = "cannot load the model",
+                 .where = checkpoint.path().string(),
+                 .why = fmt::format("there is no tensor '{}.weight'", places.head),
+                 .fix = "if it is the embedding matrix, config.json must say tie_word_embeddings"});
+  reader.refuse_unread();
+  head = own_head ? &*own_head : &embedding.packed();
 }
 
-void Model::Impl::feed_forward(const Layer& layer, size_t tokens, Activations& a) const {
-  normalise(a.x.data(), tokens, layer.feed_forward_norm, a.normed.data());
-  multiply(a.normed.data(), tokens, layer.gate, a.gate.data());
-  multiply(a.normed.data(), tokens, layer.up, a.up.data());
-  const size_t columns = layer.gate.rows;
-  parallel_ranges(tokens, kRowsATask, [&](size_t begin, size_t end) {
-    active_kernel_level().silu_multiply(a.gate.data() + begin * columns, a.up.data() + begin * columns,
-                                        (end - begin) * columns);
+/// normed[i] = the norm of row i of x; rows have as many numbers as the norm.
+void Model::Impl::normalise(const float* x, size_t rows, const Norm& with, float* normed) const {
+  const size_t size = with.weight.size();
+  parallel_ranges(rows, kRowsATask, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      const std::span row(x + i * size, size);
+      if (config.norm == NormKind::rms)
+        rms_norm(row, with.weight, config.norm_epsilon, normed + i * size);
+      else
+        layer_norm(row, with.weight, with.bias, config.norm_epsilon, normed + i * size);
+    }
   });
-  multiply(a.gate.data(), tokens, layer.down, a.normed.data());
-  add(a.x, a.normed.data());
+}
+
+/// a.branch = what attention adds to a.x, from a.normed.
+void Model::Impl::attention(const Layer& layer, LayerCache& layer_cache, KvCache::Impl& cache, size_t tokens,
+                            Activations& a) const {
+  apply(layer.q, a.normed.data(), tokens, a.q.data());
+  apply(layer.k, a.normed.data(), tokens, a.k.data());
+  apply(layer.v, a.normed.data(), tokens, a.v.data());
+  const auto first = static_cast<size_t>(cache.length), heads = static_cast<size_t>(config.heads);
+  const size_t head_size = layer_cache.head_size(), q_width = layer.q.weight.rows, kv_width = layer.k.weight.rows;
+  if (!layer.q_norm.empty()) normalise(a.q.data(), tokens * heads, layer.q_norm, a.q.data());
+  if (!layer.k_norm.empty()) normalise(a.k.data(), tokens * layer_cache.kv_heads(), layer.k_norm, a.k.data());
+  parallel_ranges(tokens, kRowsATask, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) {
+      if (!cache.rotations.empty()) {
+        const Rotation& rotation = cache.rotations[layer.kind.rope];
+        rotation.turn(first + i, a.q.data() + i * q_width, q_width, head_size);
+        rotation.turn(first + i, a.k.data() + i * kv_width, kv_width, head_size);
+      }
+      layer_cache.store(first + i, a.k.data() + i * kv_width, a.v.data() + i * kv_width);
+    }
+  });
+  attend(
+      a.q.data(), tokens, first, heads, layer_cache,
+      {.scale = config.attention_scale, .cap = config.attention_cap, .window = static_cast<size_t>(layer.kind.window)},
+      a.attended.data());
+  apply(layer.o, a.attended.data(), tokens, a.branch.data());
+}
+
+void Model::Impl::run_layer(const Layer& layer, LayerCache& layer_cache, KvCache::Impl& cache, size_t tokens,
+                            Activations& a) const {
+  const auto finish = [&](const Norm& post) {
+    if (!post.empty()) normalise(a.branch.data(), tokens, post, a.branch.data());
+  };
+  normalise(a.x.data(), tokens, layer.attention_norm, a.normed.data());
+  attention(layer, layer_cache, cache, tokens, a);
+  finish(layer.post_attention_norm);
+  if (config.parallel) normalise(a.x.data(), tokens, layer.feed_forward_norm, a.normed.data());
+  add(a.x, a.branch.data());
+  if (!config.parallel) normalise(a.x.data(), tokens, layer.feed_forward_norm, a.normed.data());
+  run_feed_forward(layer, config, a.normed.data(), tokens, a.branch.data());
+  finish(layer.post_feed_forward_norm);
+  add(a.x, a.branch.data());
+}
+
+void Model::Impl::embed(std::span<const int32_t> tokens, size_t first, Activations& a) const {
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    BW_ASSERT(tokens[i] >= 0 && tokens[i] < config.vocabulary);
+    embedding.read(static_cast<size_t>(tokens[i]), std::span(a.x).subspan(i * width(), width()));
+    if (positions) positions->read(first + i, std::span(a.normed).subspan(i * width(), width()));
+  }
+  if (config.embedding_scale != 1) scale(a.x, config.embedding_scale);
+  if (positions) add(a.x, a.normed.data());
 }
 
 /// a.x = what leaves the last layer, one row a token; the cache has them all then.
 void Model::Impl::run_layers(std::span<const int32_t> tokens, KvCache::Impl& cache, Activations& a) const {
-  cache.prepare_positions(cache.length + static_cast<int64_t>(tokens.size()));
-  for (size_t i = 0; i < tokens.size(); ++i) {
-    BW_ASSERT(tokens[i] >= 0 && tokens[i] < config.vocabulary);
-    embedding.read(static_cast<size_t>(tokens[i]), std::span(a.x).subspan(i * width(), width()));
-  }
-  for (size_t i = 0; i < layers.size(); ++i) {
-    attention(layers[i], cache.layers[i], cache, tokens.size(), a);
-    feed_forward(layers[i], tokens.size(), a);
-  }
+  const auto first = static_cast<size_t>(cache.length);
+  for (Rotation& rotation : cache.rotations) rotation.prepare(first + tokens.size());
+  embed(tokens, first, a);
+  for (size_t i = 0; i < layers.size(); ++i) run_layer(layers[i], cache.layers[i], cache, tokens.size(), a);
   cache.length += static_cast<int64_t>(tokens.size());
 }
 
@@ -181,7 +191,9 @@ std::vector<float> Model::forward(std::span<const int32_t> tokens, KvCache& cach
     if (which == Logits::last && begin + chunk.size() < tokens.size()) continue;
     const size_t rows = which == Logits::all ? chunk.size() : 1;
     impl_->normalise(a.x.data() + (chunk.size() - rows) * width, rows, impl_->norm, a.normed.data());
-    multiply(a.normed.data(), rows, *impl_->head, logits.data() + (which == Logits::all ? begin : 0) * vocabulary);
+    float* const out = logits.data() + (which == Logits::all ? begin : 0) * vocabulary;
+    multiply(a.normed.data(), rows, *impl_->head, out);
+    if (impl_->config.logit_cap > 0) active_kernel_level().soft_cap(out, rows * vocabulary, 1, impl_->config.logit_cap);
   }
   return logits;
 }

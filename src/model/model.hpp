@@ -9,28 +9,25 @@
 #include <vector>
 
 #include "checkpoint/checkpoint.hpp"
+#include "model/model_config.hpp"
 
 namespace bitwright {
-
-/// The dimensions of a decoder-only transformer, from config.json.
-struct ModelConfig {
-  int64_t layers, hidden, heads, kv_heads, head_size, feed_forward, vocabulary, context;
-  float norm_epsilon, rope_theta;
-  bool tied_head;  ///< the output matrix is the embedding matrix
-};
 
 /// One family of models the runtime can run: a row of a table (architectures.def).
 struct Architecture {
   std::string_view name;        ///< config.json's `architectures[0]`
   std::string_view model_type;  ///< config.json's `model_type`
-  /// Throws Error{"bad-config"} naming the key that is missing, of the wrong type, out of range or not supported.
+  /// What config.json says, and where the tensors lie. Throws Error{"bad-config"} naming the key that is missing, of
+  /// the wrong type or out of range, {"unsupported-config"} naming one that would change the result in a way not
+  /// computed.
   ModelConfig (*configure)(const Json& config, const std::string& where);
 };
 std::span<const Architecture* const> all_architectures();
 /// Null where config.json names none that is known.
 const Architecture* find_architecture(const Json& config);
 
-/// Keys and values of one sequence, f32, for up to `capacity` tokens.
+/// Keys and values of one sequence, f32, for up to `capacity` tokens. Where a model's rotary positions depend on the
+/// sequence's length, the capacity counts as it. Throws Error{"context-full"} where the model has fewer positions.
 class KvCache {
  public:
   KvCache(const ModelConfig& config, int64_t capacity);
@@ -51,7 +48,7 @@ class KvCache {
 class Model {
  public:
   /// Keeps a reference to `checkpoint`. Throws Error{"unknown-architecture"}, {"bad-config"}, {"missing-tensor"},
-  /// {"wrong-shape"} naming the tensor and both shapes.
+  /// {"wrong-shape"}, {"unsupported-tensor"} naming the tensor.
   explicit Model(const Checkpoint& checkpoint);
   ~Model();
   Model(Model&&) noexcept;

@@ -209,9 +209,9 @@ std::string refusal(Change change) {
 
 TEST(Model, Refusals) {
   const auto starts = [](const std::string& text, const char* code) { return text.starts_with(code); };
-  EXPECT_PRED2(starts, refusal([](Json& c, Tensors&) { c["architectures"] = {"GPT2LMHeadModel"}; }),
+  EXPECT_PRED2(starts, refusal([](Json& c, Tensors&) { c["architectures"] = {"MambaForCausalLM"}; }),
                "unknown-architecture:");
-  EXPECT_PRED2(starts, refusal([](Json& c, Tensors&) { c["mlp_bias"] = true; }), "unsupported-config:");
+  EXPECT_PRED2(starts, refusal([](Json& c, Tensors&) { c["sliding_window"] = 8; }), "unsupported-config:");
   EXPECT_PRED2(starts, refusal([](Json&, Tensors& t) { t.erase("model.norm.weight"); }), "missing-tensor:");
   EXPECT_PRED2(starts, refusal([](Json&, Tensors& t) { t.erase("model.layers.1.mlp.up_proj.weight"); }),
                "missing-tensor:");

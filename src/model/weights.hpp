@@ -1,37 +1,79 @@
 #pragma once
 
+#include <memory>
 #include <optional>
+#include <set>
 #include <span>
 #include <string>
 #include <vector>
 
 #include "checkpoint/checkpoint.hpp"
 #include "kernels/packed_matrix.hpp"
+#include "model/model_config.hpp"
 
 namespace bitwright {
 
-/// The tensor called `name`. Throws Error{"missing-tensor"}, {"wrong-shape"} naming it and both shapes.
-const TensorEntry& require_tensor(const Checkpoint& checkpoint, const std::string& name, const Shape& shape);
-/// Throws Error{"unsupported-tensor"} if a tensor of that name is there: to leave it out would change the result.
-void refuse_tensor(const Checkpoint& checkpoint, const std::string& name);
-
-PackedMatrix load_matrix(const Checkpoint& checkpoint, const std::string& name, int64_t rows, int64_t columns);
-std::vector<float> load_vector(const Checkpoint& checkpoint, const std::string& name, int64_t size);
+/// y = W x + b.
+struct Linear {
+  PackedMatrix weight;
+  std::vector<float> bias{};  ///< empty: none
+};
 
 /// A matrix from which single rows are read. Plain floats stay in the mapped file.
 class RowSource {
  public:
-  RowSource(const Checkpoint& checkpoint, const std::string& name, int64_t rows, int64_t columns);
   /// out: one row.
   void read(size_t row, std::span<float> out) const;
   /// The whole matrix for products: what is packed already where it is quantized.
   const PackedMatrix& packed();
 
  private:
+  friend class WeightReader;
   DType dtype_ = DType::f32;
-  std::span<const std::byte> bytes_;  ///< of plain floats
-  size_t rows_, columns_;
-  std::optional<PackedMatrix> packed_;
+  std::span<const std::byte> bytes_{};  ///< of plain floats
+  size_t rows_ = 0, columns_ = 0;
+  std::optional<PackedMatrix> packed_{};
+};
+
+/// The tensors of one model by the names that its architecture gives them, whatever prefix the checkpoint has before
+/// them. Floats of 16 and 32 bits are packed as they are stored, quantized tensors stay quantized; only what neither
+/// kernels nor schemes can express (f64, quantized matrices that are stored transposed, groups across the rows of a
+/// fused matrix) becomes f32. Everything throws Error{"missing-tensor"}, {"wrong-shape"} naming the tensor and both
+/// shapes, or {"unsupported-tensor"}.
+class WeightReader {
+ public:
+  WeightReader(const Checkpoint& checkpoint, const TensorPlaces& places);
+
+  /// NAME.weight (and NAME.bias), `rows` x `columns` of it, below the prefix.
+  Linear linear(const std::string& base, const MatrixPlace& place, int64_t rows, int64_t columns);
+  /// Matrix `index` of a tensor [count, stored rows, columns]: `rows` of it from `first` on.
+  PackedMatrix of_stack(const std::string& name, int64_t index, const Shape& shape, int64_t first, int64_t rows);
+  std::vector<float> vector(const std::string& name, int64_t size);
+  RowSource rows(const std::string& name, int64_t rows, int64_t columns);
+  /// The output matrix, if one is stored; its prefix may be another one.
+  std::optional<PackedMatrix> head(int64_t rows, int64_t columns);
+
+  bool has(const std::string& name) const { return checkpoint_.find(prefix_ + name) != nullptr; }
+  /// Throws Error{"unsupported-tensor"} if the checkpoint holds a tensor that was not read and that cannot be left out
+  /// without changing the result.
+  void refuse_unread() const;
+
+ private:
+  struct Cut;
+  const TensorEntry& require(const std::string& full_name, const Shape& shape);
+  PackedMatrix pack(const TensorEntry& entry, const Cut& cut);
+  PackedMatrix pack_plain(const TensorEntry& entry, const Cut& cut) const;
+  static PackedMatrix pack_floats(const std::vector<float>& all, const Cut& cut);
+  PackedMatrix pack_quantized(const TensorEntry& entry, const Cut& cut);
+  std::shared_ptr<const QuantizedTensor> read(const TensorEntry& entry);
+
+  const Checkpoint& checkpoint_;
+  const TensorPlaces& places_;
+  std::string prefix_;
+  std::set<const TensorEntry*> read_{};
+  // The quantized tensor read last: several matrices may be cut from it.
+  const TensorEntry* last_entry_ = nullptr;
+  std::shared_ptr<const QuantizedTensor> last_{};
 };
 
 }  // namespace bitwright

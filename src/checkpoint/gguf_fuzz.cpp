@@ -1,0 +1,19 @@
+#include <cstddef>
+#include <cstdint>
+#include <nlohmann/json.hpp>
+#include <span>
+
+#include "base/error.hpp"
+#include "checkpoint/gguf.hpp"
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  uint64_t sum = 0;  // every byte is read, so that one outside the file is seen
+  try {
+    const bitwright::GgufContents contents = bitwright::parse_gguf(std::as_bytes(std::span(data, size)), "fuzz");
+    for (const bitwright::StoredArray& array : contents.arrays)
+      for (const std::byte b : array.data) sum += std::to_integer<uint64_t>(b);
+    for (const bitwright::GgufEntry& entry : contents.metadata) sum += to_json(entry).size();
+  } catch (const bitwright::Error&) {
+  }
+  return sum == UINT64_MAX ? 1 : 0;
+}

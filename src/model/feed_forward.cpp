@@ -1,0 +1,93 @@
+#include "model/feed_forward.hpp"
+
+#include <algorithm>
+
+#include "base/threads.hpp"
+#include "kernels/elementwise.hpp"
+#include "kernels/matmul.hpp"
+
+namespace bitwright {
+namespace {
+
+constexpr size_t kRowsATask = 16;  // of loops over single tokens
+
+void run(const FeedForward& f, Activation activation, const float* x, size_t tokens, float* out) {
+  const size_t width = f.up.weight.rows;
+  std::vector<float> up(tokens * width), gate(f.gate ? up.size() : 0);
+  apply(f.up, x, tokens, up.data());
+  if (f.gate) apply(*f.gate, x, tokens, gate.data());
+  std::vector<float>& inner = f.gate ? gate : up;
+  parallel_ranges(tokens, kRowsATask, [&](size_t begin, size_t end) {
+    active_kernel_level().activate(activation, inner.data() + begin * width,
+                                   f.gate ? up.data() + begin * width : nullptr, (end - begin) * width);
+  });
+  apply(f.down, inner.data(), tokens, out);
+}
+
+struct Assignment {
+  size_t token;
+  float weight;
+};
+
+/// For each expert the tokens that use it, in order. scores: [tokens, experts], overwritten.
+/// A token's weights are the softmax of its scores, or of those of the experts it uses.
+std::vector<std::vector<Assignment>> assign(std::vector<float>& scores, size_t tokens, size_t experts, size_t used,
+                                            bool normalise) {
+  std::vector<std::vector<Assignment>> assigned(experts);
+  std::vector<size_t> best;
+  for (size_t t = 0; t < tokens; ++t) {
+    float* const terms = scores.data() + t * experts;
+    const float reciprocal = active_kernel_level().softmax_terms(terms, experts, 1);
+    best.clear();
+    float sum = 0;
+    while (best.size() < used) {  // the first of equals; a NaN is never above another
+      size_t top = experts;
+      for (size_t e = 0; e < experts; ++e)
+        if (std::ranges::find(best, e) == best.end() && (top == experts || terms[e] > terms[top])) top = e;
+      best.push_back(top);
+      sum += terms[top];
+    }
+    for (const size_t e : best) assigned[e].push_back({t, normalise ? terms[e] / sum : terms[e] * reciprocal});
+  }
+  return assigned;
+}
+
+/// A token's sum runs over its experts by number, whatever tokens it is computed with.
+void run(const Experts& experts, const ModelConfig& c, const float* x, size_t tokens, float* out) {
+  const auto width = static_cast<size_t>(c.hidden), count = experts.experts.size();
+  std::vector<float> scores(tokens * count);
+  apply(experts.router, x, tokens, scores.data());
+  const auto assigned = assign(scores, tokens, count, static_cast<size_t>(c.experts_used), c.normalise_experts);
+  std::fill_n(out, tokens * width, 0.0f);
+  std::vector<float> in, result;
+  for (size_t e = 0; e < count; ++e) {
+    const std::vector<Assignment>& users = assigned[e];
+    if (users.empty()) continue;
+    in.resize(users.size() * width);
+    result.resize(in.size());
+    for (size_t i = 0; i < users.size(); ++i) std::copy_n(x + users[i].token * width, width, in.data() + i * width);
+    run(experts.experts[e], c.activation, in.data(), users.size(), result.data());
+    for (size_t i = 0; i < users.size(); ++i) {
+      float* const y = out + users[i].token * width;
+      for (size_t k = 0; k < width; ++k) y[k] += result[i * width + k] * users[i].weight;
+    }
+  }
+}
+
+}  // namespace
+
+void apply(const Linear& linear, const float* x, size_t tokens, float* y) {
+  multiply(x, tokens, linear.weight, y);
+  const size_t width = linear.bias.size();
+  if (width == 0) return;
+  parallel_ranges(tokens, kRowsATask, [&](size_t begin, size_t end) {
+    for (size_t i = begin; i < end; ++i) add({y + i * width, width}, linear.bias.data());
+  });
+}
+
+void run_feed_forward(const Layer& layer, const ModelConfig& config, const float* x, size_t tokens, float* out) {
+  if (const auto* experts = std::get_if<Experts>(&layer.feed_forward)) return run(*experts, config, x, tokens, out);
+  run(std::get<FeedForward>(layer.feed_forward), config.activation, x, tokens, out);
+}
+
+}  // namespace bitwright

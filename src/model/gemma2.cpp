@@ -1,0 +1,23 @@
+// Gemma 2 (arXiv:2408.00118): norms before and after each part, a window in every other layer, soft caps on attention
+// scores and logits. Keys and defaults as in Hugging Face transformers, models/gemma2.
+#include "model/architectures.hpp"
+#include "model/gemma.hpp"
+
+namespace bitwright::architectures {
+namespace {
+
+ModelConfig configure(const Json& json, const std::string& where) {
+  const ConfigReader config(json, where);
+  ModelConfig c = read_gemma(config, {.kv_heads_default = 4, .context_default = 8192});
+  set_rope(c, config, {});
+  c.attention_cap = read_cap(config, "attn_logit_softcapping", 50);
+  c.logit_cap = read_cap(config, "final_logit_softcapping", 30);
+  set_windows(c, config, read_window(config, 4096), [](int64_t layer) { return layer % 2 == 0; });
+  return c;
+}
+
+}  // namespace
+
+const Architecture gemma2 = {.name = "Gemma2ForCausalLM", .model_type = "gemma2", .configure = configure};
+
+}  // namespace bitwright::architectures

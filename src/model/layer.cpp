@@ -1,0 +1,91 @@
+#include "model/layer.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+namespace bitwright {
+namespace {
+
+FeedForward load_feed_forward(WeightReader& reader, const ModelConfig& c, const std::string& base) {
+  const TensorPlaces& places = c.places;
+  FeedForward f;
+  if (!places.gate.name.empty()) f.gate = reader.linear(base, places.gate, c.feed_forward, c.hidden);
+  f.up = reader.linear(base, places.up, c.feed_forward, c.hidden);
+  f.down = reader.linear(base, places.down, c.hidden, c.feed_forward);
+  return f;
+}
+
+/// One expert's matrices, each a module of its own.
+FeedForward load_expert(WeightReader& reader, const ModelConfig& c, const std::string& base,
+                        const TensorPlaces::Experts& places, int64_t expert) {
+  const auto matrix = [&](const std::string& pattern, int64_t rows, int64_t columns) {
+    return reader.linear(base, {.name = fmt::format(fmt::runtime(pattern), expert)}, rows, columns);
+  };
+  return {.gate = matrix(places.gate, c.expert_feed_forward, c.hidden),
+          .up = matrix(places.up, c.expert_feed_forward, c.hidden),
+          .down = matrix(places.down, c.hidden, c.expert_feed_forward)};
+}
+
+/// One expert's matrices, cut from those of all.
+FeedForward cut_expert(WeightReader& reader, const ModelConfig& c, const std::string& base,
+                       const TensorPlaces::Experts& places, int64_t expert) {
+  const int64_t width = c.expert_feed_forward;
+  const Shape gate_up = {c.experts, 2 * width, c.hidden}, down = {c.experts, c.hidden, width};
+  return {.gate = Linear{reader.of_stack(base + places.all_gate_up, expert, gate_up, 0, width)},
+          .up = {reader.of_stack(base + places.all_gate_up, expert, gate_up, width, width)},
+          .down = {reader.of_stack(base + places.all_down, expert, down, 0, c.hidden)}};
+}
+
+Experts load_experts(WeightReader& reader, const ModelConfig& c, const std::string& base) {
+  // As the checkpoint names them; if as none of the known ways, the first one's error says what is missing.
+  const auto found = std::ranges::find_if(c.places.experts, [&](const TensorPlaces::Experts& places) {
+    const std::string first =
+        places.all_gate_up.empty() ? fmt::format(fmt::runtime(places.gate), 0) + ".weight" : places.all_gate_up;
+    return reader.has(base + first);
+  });
+  const TensorPlaces::Experts& places = found == c.places.experts.end() ? c.places.experts.front() : *found;
+  Experts e = {.router = reader.linear(base, {.name = places.router}, c.experts, c.hidden), .experts = {}};
+  std::vector<FeedForward>& experts = e.experts;
+  const auto load = places.all_gate_up.empty() ? load_expert : cut_expert;
+  for (int64_t i = 0; i < c.experts; ++i) experts.push_back(load(reader, c, base, places, i));
+  return e;
+}
+
+}  // namespace
+
+Norm load_norm(WeightReader& reader, const ModelConfig& config, const std::string& base, const std::string& name,
+               int64_t size) {
+  if (name.empty()) return {};
+  Norm norm = {.weight = reader.vector(base + name + ".weight", size)};
+  for (float& w : norm.weight) w += config.norm_offset;
+  if (config.norm == NormKind::layer) norm.bias = reader.vector(base + name + ".bias", size);
+  return norm;
+}
+
+Layer load_layer(WeightReader& reader, const ModelConfig& c, int64_t index) {
+  const TensorPlaces& places = c.places;
+  const std::string base = fmt::format("{}.{}.", places.layers, index);
+  const int64_t q_width = c.heads * c.head_size, kv_width = c.kv_heads * c.head_size;
+  const auto norm = [&](const std::string& name, int64_t size) { return load_norm(reader, c, base, name, size); };
+  const LayerKind& kind = c.kinds[static_cast<size_t>(index)];
+  Layer layer = {.kind = kind,
+                 .attention_norm = norm(places.attention_norm, c.hidden),
+                 .post_attention_norm = norm(places.post_attention_norm, c.hidden),
+                 .feed_forward_norm = norm(places.feed_forward_norm, c.hidden),
+                 .post_feed_forward_norm = norm(places.post_feed_forward_norm, c.hidden),
+                 .q_norm = norm(places.q_norm, c.head_size),
+                 .k_norm = norm(places.k_norm, c.head_size),
+                 .q = reader.linear(base, places.q, q_width, c.hidden),
+                 .k = reader.linear(base, places.k, kv_width, c.hidden),
+                 .v = reader.linear(base, places.v, kv_width, c.hidden),
+                 .o = reader.linear(base, places.o, c.hidden, q_width),
+                 .feed_forward = {}};
+  if (kind.experts)
+    layer.feed_forward = load_experts(reader, c, base);
+  else
+    layer.feed_forward = load_feed_forward(reader, c, base);
+  return layer;
+}
+
+}  // namespace bitwright

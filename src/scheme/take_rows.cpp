@@ -1,0 +1,96 @@
+#include "scheme/take_rows.hpp"
+
+#include <algorithm>
+
+#include "base/error.hpp"
+
+namespace bitwright {
+namespace {
+
+/// Neighbours in a row that share one parameter, everywhere; or nothing.
+std::optional<int64_t> run_in_row(const Grouping& grouping, int64_t columns) {
+  switch (grouping.kind) {
+    case Grouping::Kind::tensor:
+      return columns;
+    case Grouping::Kind::axis:
+      if (grouping.axis != -1) return std::nullopt;
+      return grouping.size == 0 ? columns : std::min(grouping.size, columns);
+    case Grouping::Kind::flat:
+      if (grouping.interleaved || (columns % grouping.size != 0 && grouping.size % columns != 0)) return std::nullopt;
+      return std::min(grouping.size, columns);
+    case Grouping::Kind::block:
+      return std::min(grouping.block_columns, columns);
+    case Grouping::Kind::index:
+      return std::nullopt;
+  }
+  return std::nullopt;
+}
+
+/// A parameter of the rows taken, as plain f32.
+struct TakenParameter {
+  Parameter parameter;
+  std::shared_ptr<const QuantizedTensor> stored;
+};
+
+TakenParameter plain_parameter(const Parameter& old, const Grouping& grouping, int64_t rows,
+                               const std::vector<float>& values) {
+  Parameter parameter = bitwright::parameter(grouping, plain(DType::f32));
+  parameter.divides = old.divides;
+  const auto bytes = std::as_bytes(std::span(values));
+  const Shape shape = {rows, rows == 0 ? 0 : static_cast<int64_t>(values.size()) / rows};
+  QuantizedTensor stored = {.scheme = plain(DType::f32), .shape = shape, .codes = {bytes.begin(), bytes.end()}};
+  return {std::move(parameter), std::make_shared<const QuantizedTensor>(std::move(stored))};
+}
+
+std::optional<TakenParameter> take(const Parameter& parameter, const QuantizedTensor& stored, const Shape& shape,
+                                   std::span<const int64_t> rows) {
+  const int64_t columns = shape.back();
+  const std::vector<float> all = decode(stored);
+  const auto count = static_cast<int64_t>(rows.size());
+  std::vector<float> values;
+  if (parameter.grouping.kind == Grouping::Kind::index) {  // one line of groups a row, whatever the indices
+    const int64_t groups = parameter_shape(parameter.grouping, shape).back();
+    for (const int64_t row : rows)
+      values.insert(values.end(), all.begin() + row * groups, all.begin() + (row + 1) * groups);
+    return plain_parameter(parameter, parameter.grouping, count, values);
+  }
+  const std::optional<int64_t> run = run_in_row(parameter.grouping, columns);
+  if (!run) return std::nullopt;
+  const GroupMap map(parameter.grouping, shape);
+  for (const int64_t row : rows)
+    for (int64_t k = 0; k < columns; k += *run)
+      values.push_back(all[static_cast<size_t>(map.group_of(row * columns + k))]);
+  return plain_parameter(parameter, Grouping::along(*run), count, values);
+}
+
+}  // namespace
+
+std::optional<QuantizedTensor> take_rows(const QuantizedTensor& tensor, std::span<const int64_t> rows) {
+  BW_ASSERT(tensor.shape.size() >= 2 && tensor.shape.back() > 0);
+  if (tensor.scheme.element->kind == ElementKind::block_code) return std::nullopt;
+  const int64_t columns = tensor.shape.back(), stored_rows = element_count(tensor.shape) / columns;
+  QuantizedTensor out = {.scheme = tensor.scheme,
+                         .shape = {static_cast<int64_t>(rows.size()), columns},
+                         .group_index = tensor.group_index};
+  const auto take_parameter = [&](std::optional<Parameter>& parameter, const auto& from, auto& to) {
+    if (!parameter) return true;
+    std::optional<TakenParameter> taken = take(*parameter, *from, tensor.shape, rows);
+    if (!taken) return false;
+    parameter = std::move(taken->parameter);
+    to = std::move(taken->stored);
+    return true;
+  };
+  if (!take_parameter(out.scheme.scale, tensor.scale, out.scale) ||
+      !take_parameter(out.scheme.offset, tensor.offset, out.offset))
+    return std::nullopt;
+  const auto row_bytes = columns * static_cast<int64_t>(tensor.scheme.element->code_bytes());
+  out.codes.reserve(rows.size() * static_cast<size_t>(row_bytes));
+  for (const int64_t row : rows) {
+    BW_ASSERT(row >= 0 && row < stored_rows);
+    out.codes.insert(out.codes.end(), tensor.codes.begin() + row * row_bytes,
+                     tensor.codes.begin() + (row + 1) * row_bytes);
+  }
+  return out;
+}
+
+}  // namespace bitwright
