@@ -54,20 +54,28 @@ std::map<std::string, std::string> read_weight_map(const fs::path& index) {
   return shards;
 }
 
-/// "model-00002-of-00005.safetensors" without an index: all five must be there.
-void check_shard_series(const fs::path& directory, const std::vector<fs::path>& files) {
-  for (const fs::path& file : files) {
-    const std::string name = file.filename().string();
-    const size_t of = name.find("-of-");
-    if (of == std::string::npos || of < 5) continue;
-    int total = 0;
-    if (std::sscanf(name.c_str() + of + 4, "%5d", &total) != 1 || total <= 0) continue;
-    for (int i = 1; i <= total; ++i) {
-      const std::string wanted = fmt::format("{}{:05}{}", name.substr(0, of - 5), i, name.substr(of));
-      if (!fs::exists(directory / wanted))
-        fail("missing-shard", directory, fmt::format("shard '{}' is missing", wanted));
-    }
+/// "model-00002-of-00005.safetensors": its stem, what follows the number, and how many there are.
+struct SeriesName {
+  std::string stem, tail;
+  int total = 0;
+};
+std::optional<SeriesName> series_name(const std::string& name) {
+  const size_t of = name.find("-of-");
+  int total = 0;
+  if (of == std::string::npos || of < 5 || std::sscanf(name.c_str() + of + 4, "%5d", &total) != 1 || total <= 0)
+    return std::nullopt;
+  return SeriesName{.stem = name.substr(0, of - 5), .tail = name.substr(of), .total = total};
+}
+
+/// Of a series without an index, all must be there.
+std::vector<fs::path> files_of_series(const fs::path& directory, const SeriesName& series) {
+  std::vector<fs::path> files;
+  for (int i = 1; i <= series.total; ++i) {
+    const std::string name = fmt::format("{}{:05}{}", series.stem, i, series.tail);
+    if (!fs::exists(directory / name)) fail("missing-shard", directory, fmt::format("shard '{}' is missing", name));
+    files.push_back(directory / name);
   }
+  return files;
 }
 
 /// The index of a model in shards: "model.safetensors.index.json".
@@ -87,16 +95,23 @@ std::vector<fs::path> files_of_index(const fs::path& directory, const fs::path& 
   return files;
 }
 
+/// Without an index or a file of the usual name: a series of the usual name, else the only series or file there is.
 std::vector<fs::path> files_with_suffix(const fs::path& directory, const WeightFormat& format) {
+  const std::string usual_stem = fs::path(format.usual_name).stem().string() + "-";
   std::vector<fs::path> files;
-  for (const fs::directory_entry& entry : fs::directory_iterator(directory))
-    if (entry.path().extension() == format.suffix) files.push_back(entry.path());
-  std::sort(files.begin(), files.end());
-  if (files.size() > 1 && files[0].filename().string().find("-of-") == std::string::npos)
+  std::map<std::string, SeriesName> series;
+  for (const fs::directory_entry& entry : fs::directory_iterator(directory)) {
+    if (!format.may_be(entry.path()) || entry.is_directory()) continue;
+    files.push_back(entry.path());
+    if (auto name = series_name(entry.path().filename().string())) series[name->stem + name->tail] = *name;
+  }
+  for (const auto& [key, one] : series)
+    if (one.stem == usual_stem) return files_of_series(directory, one);
+  if (series.size() == 1) return files_of_series(directory, series.begin()->second);
+  if (files.size() > 1)
     fail("no-index", directory,
          fmt::format("{} {} files, none named {} and no index", files.size(), format.suffix, format.usual_name),
          "name the one you mean");
-  check_shard_series(directory, files);
   return files;
 }
 
@@ -109,8 +124,8 @@ struct WeightFiles {
 WeightFiles find_weight_files(const fs::path& directory) {
   for (const WeightFormat* format : all_weight_formats()) {
     const fs::path index = index_of(directory, *format), only = directory / format->usual_name;
+    if (fs::exists(only)) return {.files = {only}};  // before an index, as the transformers library does
     if (fs::exists(index)) return {.files = files_of_index(directory, index), .index = index};
-    if (fs::exists(only)) return {.files = {only}};
     if (std::vector<fs::path> files = files_with_suffix(directory, *format); !files.empty())
       return {.files = std::move(files)};
   }
@@ -179,8 +194,11 @@ struct Checkpoint::Impl {
   void map_arrays() {
     mapped.reserve(files.size());
     for (const fs::path& file : files) mapped.emplace_back(file);
+    const auto shard_of = index.empty() ? std::map<std::string, std::string>() : read_weight_map(index);
     for (size_t f = 0; f < files.size(); ++f)
       for (const StoredArray& array : mapped[f].arrays()) {
+        const auto listed = shard_of.find(array.name);
+        if (listed != shard_of.end() && files[f].filename() != listed->second) continue;  // a copy; the index decides
         if (!arrays.emplace(array.name, &array).second)
           fail("bad-safetensors", files[f], fmt::format("tensor '{}' is in another shard too", printable(array.name)));
         specs[array.name] = {array.name, array.dtype, array.shape};
@@ -239,6 +257,7 @@ struct Checkpoint::Impl {
     std::set<const StoredTensor*> done;
     for (const WeightFile& file : mapped)
       for (const StoredArray& array : file.arrays()) {
+        if (arrays.at(array.name) != &array) continue;  // a copy
         const auto found = owner.find(array.name);
         if (found == owner.end()) {
           add_plain(array);
@@ -279,6 +298,7 @@ const fs::path& Checkpoint::path() const { return impl_->path; }
 const Json& Checkpoint::config() const { return impl_->config; }
 const Json& Checkpoint::quantization_metadata() const { return impl_->metadata; }
 const Container* Checkpoint::container() const { return impl_->container; }
+const WeightFormat& Checkpoint::format() const { return impl_->mapped.front().format(); }
 std::span<const TensorEntry> Checkpoint::tensors() const { return impl_->tensors; }
 
 uint64_t Checkpoint::weight_bytes() const {

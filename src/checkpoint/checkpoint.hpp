@@ -16,6 +16,7 @@
 namespace bitwright {
 
 struct Container;
+struct WeightFormat;
 
 /// A tensor as the model knows it; quantized ones stand here once, whatever arrays store them.
 struct TensorEntry {
@@ -32,7 +33,8 @@ struct TensorEntry {
 /// in them is checked. Weights are read when asked for. Immutable; may be shared between threads.
 class Checkpoint {
  public:
-  /// A directory (config.json, *.safetensors with or without an index) or one .safetensors file.
+  /// A directory (config.json; weights in one file or several, with or without an index; the links of a Hugging Face
+  /// cache) or one file of weights, with config.json beside it or not.
   /// Throws Error naming the file and what is wrong with it.
   explicit Checkpoint(const std::filesystem::path& path);
   ~Checkpoint();
@@ -46,6 +48,7 @@ class Checkpoint {
 
   const Json& config() const;                 ///< an empty object if there is no config.json
   const Json& quantization_metadata() const;  ///< likewise for quantization_metadata.json
+  const WeightFormat& format() const;         ///< of its files of weights
   const Container* container() const;         ///< how it is quantized; null for plain models
 
   std::span<const TensorEntry> tensors() const;  ///< in file order

@@ -5,6 +5,7 @@
 
 #include "base/progress.hpp"
 #include "checkpoint/checkpoint.hpp"
+#include "checkpoint/weight_file.hpp"
 #include "cli/command.hpp"
 #include "container/container.hpp"
 
@@ -62,7 +63,7 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>&) {
   const bool named = architectures != config.end() && architectures->is_array() && !architectures->empty() &&
                      architectures->front().is_string();
   OrderedJson result = {
-      {"format", "safetensors"},
+      {"format", model.format().name},
       {"architecture", named ? OrderedJson(architectures->front().get<std::string>()) : OrderedJson()},
       {"parameters", elements},
       {"bytes", model.weight_bytes()},
