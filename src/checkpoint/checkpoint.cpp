@@ -56,25 +56,29 @@ std::map<std::string, std::string> read_weight_map(const fs::path& index) {
   return shards;
 }
 
-/// All files of the series that "model-00002-of-00005.safetensors" belongs to; nothing where the name is none of one.
-std::vector<fs::path> series_of(const fs::path& file) {
-  const std::string name = file.filename().string();
-  const size_t of = name.find("-of-");
-  if (of == std::string::npos || of < 5) return {};
+/// "model-00002-of-00005.safetensors": its stem, what follows the number, and how many there are.
+struct SeriesName {
+  std::string stem, tail;
   int total = 0;
-  if (std::sscanf(name.c_str() + of + 4, "%5d", &total) != 1 || total <= 0) return {};
-  std::vector<fs::path> files;
-  for (int i = 1; i <= total; ++i)
-    files.push_back(file.parent_path() / fmt::format("{}{:05}{}", name.substr(0, of - 5), i, name.substr(of)));
-  return files;
+};
+std::optional<SeriesName> series_name(const std::string& name) {
+  const size_t of = name.find("-of-");
+  int total = 0;
+  if (of == std::string::npos || of < 5 || std::sscanf(name.c_str() + of + 4, "%5d", &total) != 1 || total <= 0)
+    return std::nullopt;
+  return SeriesName{.stem = name.substr(0, of - 5), .tail = name.substr(of), .total = total};
 }
 
-/// Without an index all files of a series must be there.
-void check_shard_series(const fs::path& directory, const std::vector<fs::path>& files) {
-  for (const fs::path& file : files)
-    for (const fs::path& wanted : series_of(file))
-      if (!fs::exists(wanted))
-        fail("missing-shard", directory, fmt::format("shard '{}' is missing", printable(wanted.filename().string())));
+/// Of a series without an index, all must be there.
+std::vector<fs::path> files_of_series(const fs::path& directory, const SeriesName& series) {
+  std::vector<fs::path> files;
+  for (int i = 1; i <= series.total; ++i) {
+    const std::string name = fmt::format("{}{:05}{}", series.stem, i, series.tail);
+    if (!fs::exists(directory / name))
+      fail("missing-shard", directory, fmt::format("shard '{}' is missing", printable(name)));
+    files.push_back(directory / name);
+  }
+  return files;
 }
 
 /// The index of a model in shards: "model.safetensors.index.json".
@@ -94,16 +98,23 @@ std::vector<fs::path> files_of_index(const fs::path& directory, const fs::path& 
   return files;
 }
 
+/// Without an index or a file of the usual name: a series of the usual name, else the only series or file there is.
 std::vector<fs::path> files_with_suffix(const fs::path& directory, const WeightFormat& format) {
+  const std::string usual_stem = fs::path(format.usual_name).stem().string() + "-";
   std::vector<fs::path> files;
-  for (const fs::directory_entry& entry : fs::directory_iterator(directory))
-    if (entry.path().extension() == format.suffix) files.push_back(entry.path());
-  std::sort(files.begin(), files.end());
-  if (files.size() > 1 && files[0].filename().string().find("-of-") == std::string::npos)
+  std::map<std::string, SeriesName> series;
+  for (const fs::directory_entry& entry : fs::directory_iterator(directory)) {
+    if (!format.may_be(entry.path()) || entry.is_directory()) continue;
+    files.push_back(entry.path());
+    if (auto name = series_name(entry.path().filename().string())) series[name->stem + name->tail] = *name;
+  }
+  for (const auto& [key, one] : series)
+    if (one.stem == usual_stem) return files_of_series(directory, one);
+  if (series.size() == 1) return files_of_series(directory, series.begin()->second);
+  if (files.size() > 1)
     fail("no-index", directory,
          fmt::format("{} {} files, none named {} and no index", files.size(), format.suffix, format.usual_name),
          "name the one you mean");
-  check_shard_series(directory, files);
   return files;
 }
 
@@ -116,8 +127,8 @@ struct WeightFiles {
 WeightFiles find_weight_files(const fs::path& directory) {
   for (const WeightFormat* format : all_weight_formats()) {
     const fs::path index = index_of(directory, *format), only = directory / format->usual_name;
+    if (fs::exists(only)) return {.files = {only}};  // before an index, as the transformers library does
     if (fs::exists(index)) return {.files = files_of_index(directory, index), .index = index};
-    if (fs::exists(only)) return {.files = {only}};
     if (std::vector<fs::path> files = files_with_suffix(directory, *format); !files.empty())
       return {.files = std::move(files)};
   }
@@ -204,12 +215,11 @@ struct Checkpoint::Impl {
     const Json* const says = mapped.front().facts();
     const Json count = says == nullptr ? Json() : says->value("split.count", Json());
     if (files.size() != 1 || !count.is_number_unsigned() || count.get<uint64_t>() <= 1) return;
-    std::vector<fs::path> parts = series_of(files[0]);
-    if (parts.size() != count.get<uint64_t>())
+    const std::optional<SeriesName> series = series_name(files[0].filename().string());
+    if (!series || static_cast<uint64_t>(series->total) != count.get<uint64_t>())
       fail("missing-shard", path, fmt::format("it is one of {} parts, its name does not say which", count.dump()),
            "give it the name it had, NAME-00001-of-00003.gguf");
-    check_shard_series(directory, parts);
-    files = std::move(parts);
+    files = files_of_series(directory, *series);
     mapped.clear();
     for (const fs::path& file : files) mapped.emplace_back(file);
   }
@@ -225,8 +235,11 @@ struct Checkpoint::Impl {
   void map_arrays() {
     for (const fs::path& file : files) mapped.emplace_back(file);
     find_other_parts();
+    const auto shard_of = index.empty() ? std::map<std::string, std::string>() : read_weight_map(index);
     for (size_t f = 0; f < files.size(); ++f)
       for (const StoredArray& array : mapped[f].arrays()) {
+        const auto listed = shard_of.find(array.name);
+        if (listed != shard_of.end() && files[f].filename() != listed->second) continue;  // a copy; the index decides
         if (!arrays.emplace(array.name, &array).second)
           fail("bad-weights", files[f], fmt::format("tensor '{}' is in another shard too", printable(array.name)));
         specs[array.name] = {array.name, array.dtype, array.shape, array.block};

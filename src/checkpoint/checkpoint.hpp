@@ -55,7 +55,8 @@ using Translator = std::function<Translation(const CheckpointView& stored)>;
 /// in them is checked. Weights are read when asked for. Immutable; may be shared between threads.
 class Checkpoint {
  public:
-  /// A directory (config.json, *.safetensors with or without an index), or one file of weights of a known kind.
+  /// A directory (config.json; weights in one file or several, with or without an index; the links of a Hugging Face
+  /// cache) or one file of weights of a known kind, with config.json beside it or not.
   /// Throws Error naming the file and what is wrong with it.
   /// translate: applied where the file has facts of its own (GGUF); null leaves everything as it is stored.
   explicit Checkpoint(const std::filesystem::path& path, const Translator& translate = nullptr);

@@ -172,6 +172,153 @@ TEST_F(Shards, WhatIsMissingIsNamed) {
   EXPECT_EQ(code_of_open(dir.path()), "missing-shard");
 }
 
+/// A file of one tensor each, named and sized as asked.
+std::string one_tensor(const std::string& name, const std::string& dtype, const std::string& shape, size_t bytes) {
+  return safetensors(R"({")" + name + R"(":{"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":[0,)" +
+                         std::to_string(bytes) + "]}}",
+                     std::string(bytes, '\0'));
+}
+
+std::vector<std::string> names_of(const std::filesystem::path& path) {
+  const Checkpoint checkpoint(path);
+  std::vector<std::string> names;
+  for (const TensorEntry& entry : checkpoint.tensors()) names.push_back(entry.name);
+  return names;
+}
+using Names = std::vector<std::string>;
+
+// models--ORG--NAME/{blobs,snapshots/COMMIT}: every file of a snapshot is a relative link to a blob named by digest.
+TEST_F(Shards, HuggingFaceCache) {
+  const TemporaryDirectory cache;
+  const auto blobs = cache / "blobs", snapshot = cache / "snapshots/abc";
+  std::filesystem::create_directories(blobs);
+  std::filesystem::create_directories(snapshot);
+  int digest = 0;
+  for (const auto& file : test::files_in(dir.path())) {
+    const std::string blob = "d1ge57" + std::to_string(digest++);
+    std::filesystem::rename(file, blobs / blob);
+    std::filesystem::create_symlink("../../blobs/" + blob, snapshot / file.filename());
+  }
+  EXPECT_EQ(names_of(snapshot), (Names{"a", "b"}));
+  EXPECT_EQ(code_of_open(snapshot), "none");
+  std::filesystem::remove(blobs / "d1ge570");  // config.json
+  EXPECT_EQ(code_of_open(snapshot), "no-config");
+}
+
+TEST_F(Shards, ABrokenLinkIsAMissingShard) {
+  std::filesystem::remove(dir / "model-00001-of-00002.safetensors");
+  std::filesystem::create_symlink("../gone", dir / "model-00001-of-00002.safetensors");
+  EXPECT_EQ(code_of_open(dir.path()), "missing-shard");
+  std::filesystem::remove(dir / "model.safetensors.index.json");
+  EXPECT_EQ(code_of_open(dir.path()), "missing-shard");
+}
+
+TEST_F(Shards, TheIndexDecidesBetweenCopies) {
+  const std::string both = R"({"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},)"
+                           R"("b":{"dtype":"F32","shape":[1],"data_offsets":[4,8]},)"
+                           R"("more":{"dtype":"F32","shape":[1],"data_offsets":[8,12]}})";
+  write_file(dir / "model-00002-of-00002.safetensors", safetensors(both, std::string(12, '\1')));
+  EXPECT_EQ(names_of(dir.path()), (Names{"a", "b", "more"})) << "a shard may hold more than the index lists";
+  const Checkpoint checkpoint(dir.path());
+  EXPECT_EQ(checkpoint.read_f32(*checkpoint.find("a")), std::vector<float>{0}) << "of the first shard";
+  std::filesystem::remove(dir / "model.safetensors.index.json");
+  EXPECT_EQ(code_of_open(dir.path()), "bad-safetensors") << "nothing says which";
+}
+
+TEST_F(Shards, TheUsualNamesComeFirst) {
+  write_file(dir / "consolidated.safetensors", one_tensor("layers.0.attention.wq.weight", "F32", "[1]", 4));
+  EXPECT_EQ(names_of(dir.path()), (Names{"a", "b"}));
+  std::filesystem::remove(dir / "model.safetensors.index.json");
+  EXPECT_EQ(names_of(dir.path()), (Names{"a", "b"})) << "a whole series without its index";
+  write_file(dir / "consolidated-00001-of-00001.safetensors", one_tensor("c", "F32", "[1]", 4));
+  EXPECT_EQ(names_of(dir.path()), (Names{"a", "b"}));
+  std::filesystem::remove(dir / "model-00001-of-00002.safetensors");
+  EXPECT_EQ(code_of_open(dir.path()), "missing-shard");
+  std::filesystem::remove(dir / "model-00002-of-00002.safetensors");
+  EXPECT_EQ(names_of(dir.path()), Names{"c"}) << "the only series";
+  std::filesystem::remove(dir / "consolidated-00001-of-00001.safetensors");
+  EXPECT_EQ(names_of(dir.path()), Names{"layers.0.attention.wq.weight"}) << "the only file";
+  write_file(dir / "other.safetensors", one_tensor("d", "F32", "[1]", 4));
+  EXPECT_EQ(code_of_open(dir.path()), "no-index");
+  write_file(dir / "model.safetensors", one_tensor("e", "F32", "[1]", 4));
+  EXPECT_EQ(names_of(dir.path()), Names{"e"});
+}
+
+class TorchModel : public ::testing::Test {
+ protected:
+  void SetUp() override { write_file(dir / "config.json", "{}"); }
+  void copy(const std::string& fixture, const std::string& name) {
+    std::filesystem::copy_file("tests/golden/torch/" + fixture, dir / name);
+  }
+  const TemporaryDirectory dir;
+};
+
+TEST_F(TorchModel, TheRestOfATrainingRunIsNotRead) {
+  copy("views.pt", "pytorch_model.bin");
+  copy("module.pt", "training_args.bin");
+  copy("module.pt", "optimizer.pt");
+  EXPECT_EQ(Checkpoint(dir.path()).tensors().size(), 20u);
+  EXPECT_EQ(code_of_open(dir.path()), "none");
+  EXPECT_EQ(code_of_open(dir / "training_args.bin"), "unsafe-pickle");
+  write_file(dir / "model.safetensors", one_tensor("e", "F32", "[1]", 4));
+  EXPECT_EQ(names_of(dir.path()), Names{"e"}) << "safetensors is preferred";
+}
+
+TEST_F(TorchModel, Shards) {
+  copy("views.pt", "pytorch_model-00001-of-00002.bin");
+  copy("training.pt", "pytorch_model-00002-of-00002.bin");
+  copy("module.pt", "training_args.bin");
+  EXPECT_EQ(Checkpoint(dir.path()).tensors().size(), 24u);
+  const Json map = {{"plain", "pytorch_model-00001-of-00002.bin"}, {"0.bias", "pytorch_model-00002-of-00002.bin"}};
+  write_file(dir / "pytorch_model.bin.index.json", Json({{"weight_map", map}}).dump());
+  EXPECT_EQ(Checkpoint(dir.path()).tensors().size(), 24u);
+  std::filesystem::remove(dir / "pytorch_model-00002-of-00002.bin");
+  EXPECT_EQ(code_of_open(dir.path()), "missing-shard");
+}
+
+TEST_F(TorchModel, AnyOnlyFile) {
+  copy("training.pt", "checkpoint.pth");
+  EXPECT_EQ(Checkpoint(dir.path()).tensors().size(), 4u);
+}
+
+TEST(Checkpoint, ASingleFileTakesTheConfigurationBesideIt) {
+  const TemporaryDirectory dir;
+  write_file(dir / "weights.safetensors", one_tensor("a", "F32", "[1]", 4));
+  EXPECT_TRUE(Checkpoint(dir / "weights.safetensors").config().empty());
+  write_file(dir / "config.json", R"({"model_type":"llama"})");
+  EXPECT_EQ(Checkpoint(dir / "weights.safetensors").config()["model_type"], "llama");
+  std::filesystem::rename(dir / "weights.safetensors", dir / "weights");
+  EXPECT_EQ(names_of(dir / "weights"), Names{"a"}) << "told by its contents";
+}
+
+TEST(Checkpoint, TensorsOfEveryKind) {
+  const std::vector<std::tuple<std::string, std::string, size_t, size_t>> kinds = {
+      {"F64", "[2,3]", 48, 6},
+      {"F8_E4M3", "[4]", 4, 4},
+      {"F8_E5M2", "[4]", 4, 4},
+      {"F8_E8M0", "[4]", 4, 4},
+      {"F32", "[0,7]", 0, 0},
+      {"BF16", "[]", 2, 1},
+      {"F16", "[2,1,2,1,2]", 16, 8},
+      {"I64", "[3]", 24, 3},
+      {"U8", "[3]", 3, 3},
+      {"BOOL", "[2,2]", 4, 4},
+      {"F32", "[1,2,1,2,1,2,1,2]", 64, 16}};
+  for (const auto& [dtype, shape, bytes, count] : kinds) {
+    const TemporaryDirectory dir;
+    write_file(dir / "x.safetensors", one_tensor("t", dtype, shape, bytes));
+    const Checkpoint checkpoint(dir / "x.safetensors");
+    const TensorEntry& entry = checkpoint.tensors().front();
+    EXPECT_EQ(info(entry.dtype).safetensors, dtype);
+    EXPECT_EQ(Json(entry.shape).dump(), shape);
+    EXPECT_FALSE(entry.quantized());
+    const std::vector<float> values = checkpoint.read_f32(entry);
+    EXPECT_EQ(values.size(), count) << dtype << shape;
+    EXPECT_EQ(values, std::vector<float>(count, dtype == "F8_E8M0" ? 0x1p-127F : 0.0F));
+    EXPECT_EQ(entry.scheme.element == nullptr ? bytes : checkpoint.read(entry).codes.size(), bytes);
+  }
+}
+
 TEST(Checkpoint, WhatIsNoModelIsRefused) {
   const TemporaryDirectory dir;
   EXPECT_EQ(code_of_open(dir / "none"), "cannot-open");

@@ -23,7 +23,7 @@ const WeightFormat& format_of(std::span<const std::byte> file, const std::filesy
     if (format->detect(file.first(std::min(kStart, file.size())))) return *format;
   std::string known;
   for (const WeightFormat* format : all_weight_formats()) {
-    if (path.extension() == format->suffix) return *format;
+    if (format->may_be(path)) return *format;
     known += (known.empty() ? "" : ", ") + std::string(format->name);
   }
   throw Error({.code = "unknown-format",
@@ -34,6 +34,11 @@ const WeightFormat& format_of(std::span<const std::byte> file, const std::filesy
 }
 
 }  // namespace
+
+bool WeightFormat::may_be(const std::filesystem::path& path) const {
+  const std::string extension = path.extension().string();
+  return extension == suffix || std::ranges::find(other_suffixes, extension) != other_suffixes.end();
+}
 
 std::span<const WeightFormat* const> all_weight_formats() {
 #define WEIGHT_FORMAT(name) &name##_format,

@@ -32,8 +32,9 @@ struct WeightContents {
 
 /// One kind of weight file: a row of a table (weight_formats.def, the preferred first).
 struct WeightFormat {
-  std::string_view name;        ///< "safetensors"
-  std::string_view suffix;      ///< ".safetensors"
+  std::string_view name;    ///< "safetensors"
+  std::string_view suffix;  ///< ".safetensors"
+  std::vector<std::string_view> other_suffixes{};
   std::string_view usual_name;  ///< of a model's only file: "model.safetensors"; ".index.json" after it names the index
   std::string_view source;      ///< the specification followed
   /// Does a file that begins with these bytes (at most 64) belong to it?
@@ -41,6 +42,9 @@ struct WeightFormat {
   /// Every length, offset, count and name is checked; data is not read. Throws Error naming `where`, the tensor and the
   /// numbers. Arrays point into `file`.
   WeightContents (*parse)(std::span<const std::byte> file, const std::string& where);
+
+  /// Does the file's name end as those of this kind do?
+  bool may_be(const std::filesystem::path& path) const;
 };
 std::span<const WeightFormat* const> all_weight_formats();
 

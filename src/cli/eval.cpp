@@ -3,6 +3,7 @@
 #include "base/mapped_file.hpp"
 #include "cli/command.hpp"
 #include "evaluate/evaluate.hpp"
+#include "evaluate/task.hpp"
 #include "model/open_model.hpp"
 #include "quantize/model_files.hpp"
 
@@ -20,16 +21,21 @@ Protocol::Bos bos_rule(const Arguments& arguments, const Tokenizer& tokenizer) {
   return rule == "document" ? Protocol::Bos::document : rule == "window" ? Protocol::Bos::window : Protocol::Bos::none;
 }
 
+int64_t context_for(const Arguments& arguments, int64_t usual, int64_t limit) {
+  const int64_t context = arguments.integer("--context").value_or(std::min(usual, limit));
+  if (context > limit)
+    throw Error({.code = "bad-value",
+                 .what = "bad command line",
+                 .why = fmt::format("--context {} is more than the model's {}", context, limit),
+                 .fix = fmt::format("use at most {}", limit),
+                 .status = ExitStatus::usage});
+  return context;
+}
+
 Protocol protocol_for(const Arguments& arguments, int64_t limit, const Tokenizer& tokenizer) {
   constexpr int64_t kContext = 512;
   Protocol p;
-  p.context = arguments.integer("--context").value_or(std::min(kContext, limit));
-  if (p.context > limit)
-    throw Error({.code = "bad-value",
-                 .what = "bad command line",
-                 .why = fmt::format("--context {} is more than the model's {}", p.context, limit),
-                 .fix = fmt::format("use at most {}", limit),
-                 .status = ExitStatus::usage});
+  p.context = context_for(arguments, kContext, limit);
   p.stride = arguments.integer("--stride").value_or(p.context);
   if (p.stride > p.context)
     throw Error({.code = "bad-value",
@@ -43,28 +49,82 @@ Protocol protocol_for(const Arguments& arguments, int64_t limit, const Tokenizer
   return p;
 }
 
-OrderedJson run(const Arguments& arguments, std::vector<Warning>&) {
-  const MappedFile text(*arguments.text("--text"));
-  const Checkpoint checkpoint = open_model(arguments.model);
-  checkpoint.verify_digests();
-  const Tokenizer tokenizer(model_directory(checkpoint));
-  const Model model(checkpoint);
-  std::optional<Checkpoint> reference_checkpoint;
-  std::optional<Model> reference;
-  if (const auto path = arguments.text("--reference")) {
-    reference_checkpoint.emplace(open_model(*path));
-    reference_checkpoint->verify_digests();
-    reference.emplace(*reference_checkpoint);
+/// What is compared, and the reference if one was named.
+struct Models {
+  explicit Models(const Arguments& arguments) : checkpoint(open_model(arguments.model)) {
+    checkpoint.verify_digests();
+    tokenizer.emplace(model_directory(checkpoint));
+    model.emplace(checkpoint);
+    if (const auto path = arguments.text("--reference")) {
+      reference_checkpoint.emplace(open_model(*path));
+      reference_checkpoint->verify_digests();
+      reference.emplace(*reference_checkpoint);
+    }
   }
-  const int64_t limit =
-      std::min(model.config().context, reference ? reference->config().context : model.config().context);
-  const Protocol protocol = protocol_for(arguments, limit, tokenizer);
+  int64_t context() const {
+    const int64_t own = model->config().context;
+    return reference ? std::min(own, reference->config().context) : own;
+  }
+  const Model* reference_or_null() const { return reference ? &*reference : nullptr; }
+
+  Checkpoint checkpoint;
+  std::optional<Checkpoint> reference_checkpoint;
+  std::optional<Tokenizer> tokenizer;
+  std::optional<Model> model, reference;
+};
+
+double per_second(int64_t tokens, double seconds) { return seconds > 0 ? static_cast<double>(tokens) / seconds : 0; }
+
+/// Options that belong to the other kind of evaluation would be ignored unseen.
+void refuse_options(const Arguments& arguments, std::initializer_list<const char*> options, const std::string& why) {
+  for (const char* option : options)
+    if (arguments.values.contains(option))
+      throw Error({.code = "bad-value",
+                   .what = "bad command line",
+                   .why = fmt::format("{} {}", option, why),
+                   .fix = fmt::format("leave {} out", option),
+                   .status = ExitStatus::usage});
+}
+
+OrderedJson run_task(const Arguments& arguments, const Task& task) {
+  refuse_options(arguments, {"--stride", "--split", "--max-windows"}, "is for perplexity, not for --task");
+  const MappedFile text(*arguments.text("--text"));
+  const std::vector<Example> examples = read_examples(task, text.text(), arguments.integer("--limit").value_or(0));
+  const Models models(arguments);
+  const int64_t context = context_for(arguments, models.context(), models.context());
+  const Protocol::Bos bos = bos_rule(arguments, *models.tokenizer);
+  const auto first = bos == Protocol::Bos::none ? std::nullopt : models.tokenizer->bos_id();
+  const TaskQuality q =
+      evaluate_task(task, examples, *models.model, models.reference_or_null(), *models.tokenizer, first, context);
+  const auto figures = [&](const TaskFigures& f) {
+    return OrderedJson{{"accuracy", f.accuracy}, {"stderr", f.standard_error}, {task.second_name, f.second}};
+  };
+  OrderedJson result = {{"task", task.name}, {"examples", q.examples}};
+  result.update(figures(q.figures));
+  result["tokens_per_second"] = per_second(q.tokens, q.seconds);
+  if (q.reference) {
+    result["reference"] = figures(*q.reference);
+    result["reference"]["agreement"] = *q.agreement;
+  }
+  result["protocol"] = {{"text_sha256", sha256(text.text())},
+                        {"source", task.source},
+                        {"context", context},
+                        {"bos", first ? "document" : "none"}};
+  return result;
+}
+
+OrderedJson run_perplexity(const Arguments& arguments) {
+  refuse_options(arguments, {"--limit"}, "is for --task");
+  const MappedFile text(*arguments.text("--text"));
+  const Models models(arguments);
+  const Tokenizer& tokenizer = *models.tokenizer;
+  const Protocol protocol = protocol_for(arguments, models.context(), tokenizer);
   const std::vector<int32_t> tokens = token_stream(tokenizer, text.text(), protocol);
-  const Quality q = evaluate(model, reference ? &*reference : nullptr, tokens, protocol, tokenizer.bos_id());
+  const Quality q = evaluate(*models.model, models.reference_or_null(), tokens, protocol, tokenizer.bos_id());
   OrderedJson result = {{"tokens", q.tokens},
                         {"nll", q.nll},
                         {"perplexity", q.perplexity},
-                        {"tokens_per_second", q.seconds > 0 ? static_cast<double>(q.tokens) / q.seconds : 0}};
+                        {"tokens_per_second", per_second(q.tokens, q.seconds)}};
   if (q.reference)
     result["reference"] = {{"perplexity", q.reference->reference_perplexity},
                            {"kl_mean", q.reference->kl_mean},
@@ -75,7 +135,26 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>&) {
   return result;
 }
 
+OrderedJson run(const Arguments& arguments, std::vector<Warning>&) {
+  const auto task = arguments.text("--task");
+  return task ? run_task(arguments, *find_task(*task)) : run_perplexity(arguments);
+}
+
+void print_task(const OrderedJson& result) {
+  const std::string second(find_task(result["task"].get<std::string>())->second_name);
+  const auto figures = [&](const OrderedJson& f) {
+    return fmt::format("accuracy {:.4f} ± {:.4f}, {} {:.5g}", f["accuracy"].get<double>(), f["stderr"].get<double>(),
+                       second, f[second].get<double>());
+  };
+  fmt::print("{}: {} on {} examples; {:.0f} tokens/s\n", result["task"].get<std::string>(), figures(result),
+             result["examples"].get<int64_t>(), result["tokens_per_second"].get<double>());
+  if (result.contains("reference"))
+    fmt::print("reference: {}; the same answer to {:.2f} %\n", figures(result["reference"]),
+               100 * result["reference"]["agreement"].get<double>());
+}
+
 void print(const OrderedJson& result) {
+  if (result.contains("task")) return print_task(result);
   fmt::print("perplexity {:.5f} (nll {:.6f}) on {} tokens, {} windows of {}; {:.0f} tokens/s\n",
              result["perplexity"].get<double>(), result["nll"].get<double>(), result["tokens"].get<int64_t>(),
              result["protocol"]["windows"].get<int64_t>(), result["protocol"]["context"].get<int64_t>(),
@@ -87,16 +166,33 @@ void print(const OrderedJson& result) {
              r["kl_max"].get<double>(), 100 * r["top1_agreement"].get<double>());
 }
 
+std::vector<std::string> task_names() {
+  std::vector<std::string> names;
+  for (const Task* task : all_tasks()) names.emplace_back(task->name);
+  return names;
+}
+
 }  // namespace
 
 extern const Command eval_command;
 const Command eval_command = {.name = "eval",
-                              .summary = "perplexity, and divergence from a reference",
+                              .summary = "perplexity, divergence from a reference, accuracy in tasks",
                               .options = {{.name = "--text",
                                            .type = Option::Type::text,
                                            .value_name = "FILE",
                                            .help = "plain text, or JSONL with a \"text\" a line",
                                            .required = true},
+                                          {.name = "--task",
+                                           .type = Option::Type::text,
+                                           .value_name = "NAME",
+                                           .help = "right answers to the questions in a JSONL text",
+                                           .values = task_names()},
+                                          {.name = "--limit",
+                                           .type = Option::Type::integer,
+                                           .value_name = "N",
+                                           .help = "only the first N questions",
+                                           .least = 1,
+                                           .most = 1 << 30},
                                           {.name = "--reference",
                                            .type = Option::Type::text,
                                            .value_name = "MODEL",

@@ -32,12 +32,8 @@ void check(const Model& model, const Model* reference, const std::vector<int32_t
     fail("vocabulary-mismatch",
          fmt::format("the model has {} tokens, the reference {}", vocabulary, reference->config().vocabulary),
          "compare models of one family");
-  const auto fits = [&](int32_t token) { return token >= 0 && token < vocabulary; };
-  const auto other = std::find_if_not(tokens.begin(), tokens.end(), fits);
-  if (other != tokens.end() || !fits(bos.value_or(0)))
-    fail("vocabulary-mismatch",
-         fmt::format("the text has token {}, the model {} tokens", other != tokens.end() ? *other : *bos, vocabulary),
-         "use the tokenizer that belongs to the model");
+  check_tokens(tokens, model);
+  if (bos) check_tokens(std::span(&*bos, 1), model);
 }
 
 struct Positions {
@@ -59,9 +55,47 @@ Positions positions(const Window& window, const std::vector<int32_t>& tokens, co
   return out;
 }
 
-std::vector<float> logits_of(const Model& model, const std::vector<int32_t>& inputs, KvCache& cache) {
-  cache.clear();
-  return model.forward(inputs, cache);
+/// So many that the logits take 2 MiB, or as many as it takes to use the model's matrices well.
+size_t positions_at_once(int64_t vocabulary) {
+  constexpr size_t kLogits = size_t{1} << 19, kLeast = 64;
+  return std::max(kLeast, kLogits / static_cast<size_t>(vocabulary));
+}
+
+struct Caches {
+  KvCache model;
+  std::optional<KvCache> reference;
+};
+
+/// Appends the scores of the window's positions from `first` on; returns the seconds that the model took. Logits are
+/// made for a part of the positions at a time, and for none before `first`.
+double score_window(const Model& model, const Model* reference, const Positions& text, size_t first, Caches& caches,
+                    std::vector<Score>& scores) {
+  const auto vocabulary = static_cast<size_t>(model.config().vocabulary);
+  const size_t most = positions_at_once(model.config().vocabulary);
+  double seconds = 0;
+  caches.model.clear();
+  if (reference != nullptr) caches.reference->clear();
+  for (size_t begin = 0, end = 0; begin < text.inputs.size(); begin = end) {
+    end = begin < first ? first : std::min(text.inputs.size(), begin + most);
+    const std::span inputs = std::span(text.inputs).subspan(begin, end - begin);
+    const auto which = begin < first ? Model::Logits::last : Model::Logits::all;
+    const auto start = std::chrono::steady_clock::now();
+    const std::vector<float> logits = model.forward(inputs, caches.model, which);
+    seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    std::vector<float> reference_logits;
+    if (reference != nullptr) reference_logits = reference->forward(inputs, *caches.reference, which);
+    if (begin < first) continue;
+
+    const size_t done = scores.size();
+    scores.resize(done + inputs.size());
+    parallel_for(inputs.size(), [&](size_t i) {
+      const auto row = [&](const std::vector<float>& all) {
+        return all.empty() ? std::span<const float>() : std::span(all).subspan(i * vocabulary, vocabulary);
+      };
+      scores[done + i] = score(row(logits), row(reference_logits), text.targets[begin + i]);
+    });
+  }
+  return seconds;
 }
 
 void check_finite(const Score& score, size_t window, int64_t position) {
@@ -82,30 +116,16 @@ Quality evaluate(const Model& model, const Model* reference, const std::vector<i
     fail("text-too-short", fmt::format("{} tokens do not fill a window of {}", tokens.size(), protocol.context),
          "give a longer text or a smaller --context");
 
-  KvCache cache(model.config(), protocol.context);
-  std::optional<KvCache> reference_cache;
-  if (reference != nullptr) reference_cache.emplace(reference->config(), protocol.context);
-  const auto vocabulary = static_cast<size_t>(model.config().vocabulary);
+  Caches caches = {.model = KvCache(model.config(), protocol.context), .reference = std::nullopt};
+  if (reference != nullptr) caches.reference.emplace(reference->config(), protocol.context);
   std::vector<Score> scores;
   double seconds = 0;
   Progress progress("evaluating", windows.size());
   for (size_t w = 0; w < windows.size(); ++w) {
     throw_if_interrupted();
     const Positions text = positions(windows[w], tokens, protocol, bos);
-    const auto start = std::chrono::steady_clock::now();
-    const std::vector<float> logits = logits_of(model, text.inputs, cache);
-    seconds += std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-    std::vector<float> reference_logits;
-    if (reference != nullptr) reference_logits = logits_of(*reference, text.inputs, *reference_cache);
-
-    const auto first = static_cast<size_t>(windows[w].first_scored), done = scores.size();
-    scores.resize(done + text.inputs.size() - first);
-    parallel_for(text.inputs.size() - first, [&](size_t i) {
-      const auto row = [&](const std::vector<float>& all) {
-        return all.empty() ? std::span<const float>() : std::span(all).subspan((first + i) * vocabulary, vocabulary);
-      };
-      scores[done + i] = score(row(logits), row(reference_logits), text.targets[first + i]);
-    });
+    const size_t done = scores.size();
+    seconds += score_window(model, reference, text, static_cast<size_t>(windows[w].first_scored), caches, scores);
     for (size_t i = done; i < scores.size(); ++i)
       check_finite(scores[i], w, windows[w].first_scored + static_cast<int64_t>(i - done));
     progress.advance(1);

@@ -11,6 +11,7 @@
 #include "base/error.hpp"
 #include "base/threads.hpp"
 #include "evaluate/score.hpp"
+#include "evaluate/white_space.hpp"
 #include "tests/support.hpp"
 
 namespace bitwright {
@@ -64,6 +65,20 @@ TEST(Evaluate, StreamOfDocuments) {
   p.split = "";
   EXPECT_EQ(token_stream(tokenizer(), " One day.\nThe end. ", p), joined({" One day.\nThe end. "}, true));
   EXPECT_EQ(token_stream(tokenizer(), "", p), Ids{});
+}
+
+TEST(Evaluate, StripsWhiteSpaceAsPythonDoes) {
+  for (const std::string space : {" ", "\n", "\t\v\f\r", "\x1c\x1f", "\u0085", "\u00a0", "\u1680", "\u2000\u200a",
+                                  "\u2028\u2029", "\u202f", "\u205f", "\u3000 \u3000"}) {
+    EXPECT_EQ(stripped(space + "a b" + space), "a b");
+    EXPECT_EQ(right_stripped(space + "a" + space), space + "a");
+    EXPECT_EQ(stripped(space), "");
+  }
+  for (const std::string text : {"", "\u200b", "\ufeff", "\u180e", "\u00e0", "a\x80", "\xa0", "\xc2", "\u0400"})
+    EXPECT_EQ(stripped(text), text);
+  Protocol p;
+  p.split = "--";
+  EXPECT_EQ(token_stream(tokenizer(), "\u3000One day.\u00a0--\u2003", p), joined({"One day."}, false));
 }
 
 TEST(Evaluate, StreamOfJsonLines) {
@@ -140,6 +155,8 @@ TEST(Evaluate, AgreesOnTheLowestOfEqualLogits) {
   EXPECT_TRUE(score(Floats{2, 2, 0}, Floats{3, 3, 3}, 0).same_top);
   EXPECT_FALSE(score(Floats{1, 1, 0}, Floats{0, 5, 5}, 0).same_top);
   EXPECT_TRUE(score(Floats{-3, -2, -2}, Floats{0, 1, 0.5}, 0).same_top);
+  EXPECT_TRUE(score(Floats{1, 2, 2}, {}, 1).greedy);
+  EXPECT_FALSE(score(Floats{1, 2, 2}, {}, 2).greedy);
 }
 
 TEST(Evaluate, EqualLogitsDoNotDiverge) {
@@ -234,6 +251,14 @@ TEST(Evaluate, ReadsWindowsAsTheProtocolSays) {
   Ids inputs = at(0, 31);
   inputs.insert(inputs.begin(), 0);
   EXPECT_NEAR(evaluate(model, nullptr, tokens, p, 0).nll, naive_nll(model, inputs, at(0, 32), 0), 1e-6);
+}
+
+TEST(Evaluate, APartOfAWindowAtATimeGivesTheSame) {
+  const Model& model = example().model;
+  const Ids tokens = example_tokens(Protocol::Bos::none);
+  const Protocol p = {.context = 200, .stride = 200, .max_windows = 1};  // logits of 128 positions at once
+  const Ids inputs(tokens.begin(), tokens.begin() + 200), targets(tokens.begin() + 1, tokens.begin() + 201);
+  EXPECT_NEAR(evaluate(model, nullptr, tokens, p, {}).nll, naive_nll(model, inputs, targets, 0), 1e-6);
 }
 
 TEST(Evaluate, TheSameModelDoesNotDiverge) {

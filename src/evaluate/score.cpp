@@ -1,5 +1,7 @@
 #include "evaluate/score.hpp"
 
+#include <fmt/format.h>
+
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -41,7 +43,7 @@ Score score(std::span<const float> logits, std::span<const float> reference, int
   if (!all_finite(logits)) return {.nll = kNaN};
   const size_t best = top(logits);
   const double largest = logits[best], log_sum = log_sum_of(logits, largest);
-  Score out = {.nll = nll(logits, largest, log_sum, target)};
+  Score out = {.nll = nll(logits, largest, log_sum, target), .greedy = best == static_cast<size_t>(target)};
   if (reference.empty()) return out;
 
   BW_ASSERT(reference.size() == logits.size());
@@ -60,6 +62,16 @@ Score score(std::span<const float> logits, std::span<const float> reference, int
   out.divergence = std::max(0.0, weighted / sum + (log_sum - reference_log_sum));
   out.same_top = best == reference_best;
   return out;
+}
+
+void check_tokens(std::span<const int32_t> tokens, const Model& model) {
+  const int64_t vocabulary = model.config().vocabulary;
+  const auto other = std::ranges::find_if_not(tokens, [&](int32_t token) { return token >= 0 && token < vocabulary; });
+  if (other != tokens.end())
+    throw Error({.code = "vocabulary-mismatch",
+                 .what = "cannot evaluate",
+                 .why = fmt::format("the text has token {}, the model {} tokens", *other, vocabulary),
+                 .fix = "use the tokenizer that belongs to the model"});
 }
 
 Divergence summarize(std::span<const Score> scores) {

@@ -15,9 +15,13 @@ struct Score {
   double reference_nll = 0;  ///< likewise of the reference
   double divergence = 0;     ///< KL(reference || model); exactly 0 for equal logits
   bool same_top = false;     ///< the same most likely token, the lowest id on a tie
+  bool greedy = false;       ///< the target is the most likely token, likewise
 };
 /// `reference`: as many logits, or none. Needs 0 <= target < logits.size().
 Score score(std::span<const float> logits, std::span<const float> reference, int32_t target);
+
+/// Throws Error{"vocabulary-mismatch"} where a token is none of the model's.
+void check_tokens(std::span<const int32_t> tokens, const Model& model);
 
 /// Of `scores` that have a reference, added up in their order. Not empty.
 Divergence summarize(std::span<const Score> scores);

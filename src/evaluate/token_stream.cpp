@@ -4,17 +4,12 @@
 
 #include "base/error.hpp"
 #include "evaluate/evaluate.hpp"
+#include "evaluate/white_space.hpp"
 
 extern "C" const char bitwright_bundled_text[], bitwright_bundled_text_end[];  // bundled_text.S
 
 namespace bitwright {
 namespace {
-
-std::string_view stripped(std::string_view text) {
-  constexpr std::string_view kWhiteSpace = " \t\n\v\f\r";
-  const size_t begin = text.find_first_not_of(kWhiteSpace);
-  return begin == text.npos ? "" : text.substr(begin, text.find_last_not_of(kWhiteSpace) - begin + 1);
-}
 
 /// Calls `each` with the parts of `text` between separators; with all of it where the separator is empty.
 template <class Each>

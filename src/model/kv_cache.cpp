@@ -48,5 +48,9 @@ KvCache::KvCache(KvCache&&) noexcept = default;
 int64_t KvCache::length() const { return impl_->length; }
 int64_t KvCache::capacity() const { return impl_->capacity; }
 void KvCache::clear() { impl_->length = 0; }
+void KvCache::truncate(int64_t length) {
+  BW_ASSERT(length >= 0 && length <= impl_->length);
+  impl_->length = length;
+}
 
 }  // namespace bitwright

@@ -39,6 +39,8 @@ class KvCache {
   int64_t length() const;
   int64_t capacity() const;
   void clear();  ///< length becomes 0
+  /// Forgets what comes after the first `length` tokens, so that others may follow them. Needs length <= length().
+  void truncate(int64_t length);
 
  private:
   friend class Model;
