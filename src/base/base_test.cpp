@@ -16,6 +16,7 @@
 #include "base/output.hpp"
 #include "base/progress.hpp"
 #include "base/threads.hpp"
+#include "base/utf8.hpp"
 #include "tests/support.hpp"
 
 namespace bitwright {

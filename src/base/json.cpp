@@ -104,13 +104,4 @@ OrderedJson parse_ordered_json(std::string_view text, const std::string& where) 
   return parse<OrderedJson>(text, where);
 }
 
-bool is_utf8(std::string_view text) {
-  try {
-    static_cast<void>(Json(text).dump());
-    return true;
-  } catch (const Json::type_error&) {
-    return false;
-  }
-}
-
 }  // namespace bitwright

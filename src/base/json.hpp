@@ -14,7 +14,4 @@ using OrderedJson = nlohmann::ordered_json;  ///< for writing: members in the or
 Json parse_json(std::string_view text, const std::string& where);
 OrderedJson parse_ordered_json(std::string_view text, const std::string& where);
 
-/// May `text` stand in a JSON document?
-bool is_utf8(std::string_view text);
-
 }  // namespace bitwright

@@ -16,6 +16,7 @@
 #include "base/nearest.hpp"
 #include "base/progress.hpp"
 #include "base/threads.hpp"
+#include "base/utf8.hpp"
 #include "cli/command.hpp"
 #include "recipe/config.hpp"
 

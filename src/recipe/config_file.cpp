@@ -7,6 +7,7 @@
 
 #include "base/error.hpp"
 #include "base/mapped_file.hpp"
+#include "base/utf8.hpp"
 #include "recipe/config.hpp"
 
 namespace bitwright {

@@ -1,14 +1,12 @@
 #pragma once
 
-#include <array>
 #include <cstdint>
 #include <span>
-#include <string>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
-#include "tokenizer/tokenizer_file.hpp"
+#include "tokenizer/pipeline.hpp"
+#include "tokenizer/trie.hpp"
 
 namespace bitwright {
 
@@ -28,11 +26,11 @@ class AddedTokens {
   std::vector<Stretch> split(std::string_view text, bool special) const;
 
  private:
-  /// The token at the start of `text`, or null.
-  const AddedToken* find(std::string_view text, bool special) const;
+  /// The token at `at`, or null.
+  const AddedToken* find(std::string_view text, size_t at, bool special) const;
 
-  std::unordered_map<std::string, AddedToken> tokens_;
-  std::array<std::vector<size_t>, 256> lengths_;  ///< by first byte: the lengths there are, longest first
+  std::vector<AddedToken> tokens_;
+  Trie trie_;  ///< of tokens_
 };
 
 }  // namespace bitwright

@@ -1,6 +1,11 @@
 #include "tokenizer/byte_level.hpp"
 
+#include <fmt/format.h>
+
 #include <array>
+#include <charconv>
+
+#include "tokenizer/unicode.hpp"
 
 namespace bitwright {
 namespace {
@@ -19,42 +24,44 @@ constexpr std::array<int, kAlphabetEnd> byte_of_code_point() {
   return table;
 }
 
+constexpr std::array<char32_t, 256> code_point_of_byte() {
+  const std::array<int, kAlphabetEnd> bytes = byte_of_code_point();
+  std::array<char32_t, 256> table = {};
+  for (size_t c = 0; c < kAlphabetEnd; ++c)
+    if (bytes[c] >= 0) table.at(static_cast<size_t>(bytes[c])) = static_cast<char32_t>(c);
+  return table;
+}
+
 constexpr std::array<int, kAlphabetEnd> kByteOf = byte_of_code_point();
 
 }  // namespace
 
 std::optional<std::string> bytes_of_token(std::string_view token) {
   std::string bytes;
-  for (size_t i = 0, length = 0; i < token.size(); i += length) {
-    length = utf8_character(token.substr(i));
-    if (length != 1 && length != 2) return std::nullopt;
-    const auto first = static_cast<unsigned char>(token[i]);
-    const size_t code_point =
-        length == 1 ? first : (first & 0x1fu) << 6 | (static_cast<unsigned char>(token[i + 1]) & 0x3fu);
-    if (code_point >= kAlphabetEnd || kByteOf[code_point] < 0) return std::nullopt;
-    bytes += static_cast<char>(kByteOf[code_point]);
+  for (size_t i = 0; i < token.size();) {
+    const Character c = first_character(token.substr(i));
+    if (c.code_point >= kAlphabetEnd || kByteOf[c.code_point] < 0) return std::nullopt;
+    bytes += static_cast<char>(kByteOf[c.code_point]);
+    i += c.length;
   }
   return bytes;
 }
 
-size_t utf8_character(std::string_view text) {
-  const auto between = [&](size_t i, unsigned char low, unsigned char high) {
-    const auto byte = i < text.size() ? static_cast<unsigned char>(text[i]) : 0;
-    return byte >= low && byte <= high;
-  };
-  if (text.empty()) return 0;
-  const auto first = static_cast<unsigned char>(text[0]);
-  if (first < 0x80) return 1;
-  if (first >= 0xc2 && first <= 0xdf) return between(1, 0x80, 0xbf) ? 2 : 0;
-  if (first >= 0xe0 && first <= 0xef) {  // no overlong forms, no surrogates
-    const bool second = between(1, first == 0xe0 ? 0xa0 : 0x80, first == 0xed ? 0x9f : 0xbf);
-    return second && between(2, 0x80, 0xbf) ? 3 : 0;
-  }
-  if (first >= 0xf0 && first <= 0xf4) {  // no overlong forms, nothing past U+10FFFF
-    const bool second = between(1, first == 0xf0 ? 0x90 : 0x80, first == 0xf4 ? 0x8f : 0xbf);
-    return second && between(2, 0x80, 0xbf) && between(3, 0x80, 0xbf) ? 4 : 0;
-  }
-  return 0;
+std::string in_byte_alphabet(std::string_view bytes) {
+  static constexpr std::array<char32_t, 256> kCodePointOf = code_point_of_byte();
+  std::string text;
+  for (const char c : bytes) append_character(text, kCodePointOf[static_cast<unsigned char>(c)]);
+  return text;
 }
+
+std::optional<unsigned char> byte_of_token(std::string_view token) {
+  if (token.size() != 6 || !token.starts_with("<0x") || token[5] != '>') return std::nullopt;
+  unsigned value = 0;
+  const auto [end, error] = std::from_chars(token.data() + 3, token.data() + 5, value, 16);
+  if (error != std::errc{} || end != token.data() + 5) return std::nullopt;
+  return static_cast<unsigned char>(value);
+}
+
+std::string byte_token(unsigned char byte) { return fmt::format("<0x{:02X}>", byte); }
 
 }  // namespace bitwright

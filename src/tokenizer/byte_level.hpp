@@ -1,6 +1,5 @@
 #pragma once
 
-#include <cstddef>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -11,8 +10,11 @@ namespace bitwright {
 /// character; the printable ones of Latin-1 stand for themselves, the other 68 are U+0100, U+0101, ... in their order.
 /// Nothing where `token` has another character.
 std::optional<std::string> bytes_of_token(std::string_view token);
+/// The inverse.
+std::string in_byte_alphabet(std::string_view bytes);
 
-/// Bytes of the UTF-8 character that `text` begins with; 0 where it begins with none (Unicode 15, table 3-7).
-size_t utf8_character(std::string_view text);
+/// The byte that SentencePiece's byte tokens, <0x00> to <0xFF>, stand for.
+std::optional<unsigned char> byte_of_token(std::string_view token);
+std::string byte_token(unsigned char byte);
 
 }  // namespace bitwright

@@ -3,80 +3,108 @@
 #include <fmt/format.h>
 
 #include <limits>
-#include <unordered_map>
 #include <utility>
 
 #include "base/error.hpp"
 #include "base/mapped_file.hpp"
+#include "base/utf8.hpp"
 #include "tokenizer/added_tokens.hpp"
-#include "tokenizer/bpe.hpp"
-#include "tokenizer/byte_level.hpp"
-#include "tokenizer/split_pattern.hpp"
-#include "tokenizer/tokenizer_file.hpp"
+#include "tokenizer/formats.hpp"
+#include "tokenizer/pipeline.hpp"
+#include "tokenizer/unicode.hpp"
 
 namespace bitwright {
+namespace {
 
-/// Encoding goes: added tokens, the prefix space, valid UTF-8 apart from other bytes, pieces, merges.
+[[noreturn]] void fail(const std::filesystem::path& path, const std::string& why) {
+  throw Error({.code = "no-tokenizer",
+               .what = "cannot read tokenizer",
+               .where = path.string(),
+               .why = why,
+               .fix = "docs/tokenizers.md lists the files that are read"});
+}
+
+TokenizerPipeline read_path(const std::filesystem::path& path) {
+  std::error_code unreadable;
+  if (std::filesystem::is_directory(path, unreadable)) {
+    for (const TokenizerFormat* format : tokenizer_formats())
+      if (const auto file = format->find(path)) return format->read(*file);
+    fail(path, "the directory holds no tokenizer");
+  }
+  const MappedFile file(path);
+  for (const TokenizerFormat* format : tokenizer_formats())
+    if (format->recognises(file.text())) return format->read(path);
+  fail(path, "the file is no tokenizer of a known kind");
+}
+
+}  // namespace
+
 struct Tokenizer::Impl {
-  explicit Impl(TokenizerFile read)
-      : file(std::move(read)),
-        verbatim(file.added, false),
-        normalized(file.added, true),
-        pattern(kGpt2Pattern),
-        bpe(file) {}
+  explicit Impl(TokenizerPipeline read) : pipeline(std::move(read)), verbatim(pipeline.added, false), normalized(pipeline.added, true) {}
 
-  void encode_pieces(std::string_view text, std::vector<int32_t>& ids) const;
-  void encode_stretch(std::string_view text, std::vector<int32_t>& ids) const;
+  /// What is being encoded.
+  struct Work {
+    std::vector<int32_t> ids;
+    PieceCache cache;
+    bool stray_bytes;
+    bool begins_text = true;  ///< nothing has been encoded yet
+  };
+  void encode_stretch(std::string_view text, bool special, Work& work) const;
+  void encode_normalized(std::string_view text, Work& work) const;
 
-  TokenizerFile file;
+  TokenizerPipeline pipeline;
   AddedTokens verbatim, normalized;
-  SplitPattern pattern;
-  Bpe bpe;
 };
 
-/// text: UTF-8.
-void Tokenizer::Impl::encode_pieces(std::string_view text, std::vector<int32_t>& ids) const {
-  std::unordered_map<std::string_view, std::pair<size_t, size_t>> known;  // where in `ids` the piece stands already
-  for (const std::string_view piece : pattern.split(text)) {
-    const auto [it, is_new] = known.try_emplace(piece, ids.size(), ids.size());
-    auto& [begin, end] = it->second;
-    if (is_new) {
-      bpe.encode(piece, ids);
-      end = ids.size();
+/// text: between added tokens, escaped.
+void Tokenizer::Impl::encode_stretch(std::string_view text, bool special, Work& work) const {
+  std::string changed;
+  for (const TextNormalizer& step : pipeline.normalizers) text = changed = step(text);
+  for (const Stretch& stretch : normalized.split(text, special)) {
+    if (stretch.id >= 0) {
+      work.ids.push_back(stretch.id);
     } else {
-      for (size_t i = begin; i < end; ++i) ids.push_back(ids[i]);
+      encode_normalized(stretch.text, work);
+    }
+    work.begins_text = false;
+  }
+}
+
+void Tokenizer::Impl::encode_normalized(std::string_view text, Work& work) const {
+  Pieces pieces;
+  pieces.add(text);
+  for (const PreTokenizer& step : pipeline.pre_tokenizers) {
+    Pieces next;
+    next.owned = pieces.owned;
+    next.texts.reserve(pieces.texts.size());
+    bool first = work.begins_text;
+    for (const std::string_view piece : pieces.texts) step(piece, std::exchange(first, false), next);
+    pieces = std::move(next);
+  }
+  for (const std::string_view piece : pieces.texts) {
+    if (pipeline.byte_pieces && work.stray_bytes) {
+      pipeline.model->encode(unescape_stray_bytes(piece), work.cache, work.ids);
+    } else {
+      pipeline.model->encode(piece, work.cache, work.ids);
     }
   }
 }
 
-void Tokenizer::Impl::encode_stretch(std::string_view text, std::vector<int32_t>& ids) const {
-  std::string prefixed;
-  if (file.adds_prefix_space && !text.starts_with(' ')) text = prefixed.append(" ").append(text);
-  while (!text.empty()) {
-    size_t valid = 0;
-    while (const size_t length = utf8_character(text.substr(valid))) valid += length;
-    encode_pieces(text.substr(0, valid), ids);
-    text.remove_prefix(valid);
-    size_t other = 0;
-    while (other < text.size() && utf8_character(text.substr(other)) == 0) ++other;
-    bpe.encode_bytes(text.substr(0, other), ids);
-    text.remove_prefix(other);
-  }
-}
-
-Tokenizer::Tokenizer(std::unique_ptr<Impl> impl) : impl_(std::move(impl)) {}
-Tokenizer::Tokenizer(const std::filesystem::path& directory) {
-  const MappedFile tokenizer(directory / "tokenizer.json");
-  const std::filesystem::path config = directory / "tokenizer_config.json";
-  std::error_code unreadable;  // then the directory is, and the line above has said so
-  const std::string settings = std::filesystem::exists(config, unreadable) ? read_text_file(config) : "";
-  impl_ = std::make_unique<Impl>(read_tokenizer_file(tokenizer.text(), settings, directory.string()));
-}
+Tokenizer::Tokenizer(TokenizerPipeline pipeline) : impl_(std::make_unique<Impl>(std::move(pipeline))) {}
+Tokenizer::Tokenizer(const std::filesystem::path& path) : Tokenizer(read_path(path)) {}
 Tokenizer Tokenizer::from_json(std::string_view tokenizer, std::string_view config, const std::string& directory) {
-  return Tokenizer(std::make_unique<Impl>(read_tokenizer_file(tokenizer, config, directory)));
+  TokenizerPipeline pipeline = read_tokenizer_json(tokenizer, directory + "/tokenizer.json");
+  if (!config.empty()) apply_tokenizer_config(config, directory + "/tokenizer_config.json", pipeline);
+  return Tokenizer(std::move(pipeline));
 }
 Tokenizer::~Tokenizer() = default;
 Tokenizer::Tokenizer(Tokenizer&&) noexcept = default;
+
+bool Tokenizer::exists_in(const std::filesystem::path& directory) {
+  for (const TokenizerFormat* format : tokenizer_formats())
+    if (format->find(directory)) return true;
+  return false;
+}
 
 std::vector<int32_t> Tokenizer::encode(std::string_view text, bool special) const {
   if (text.size() > std::numeric_limits<int32_t>::max() - size_t{1})
@@ -84,26 +112,23 @@ std::vector<int32_t> Tokenizer::encode(std::string_view text, bool special) cons
                  .what = "cannot encode text",
                  .why = fmt::format("{} bytes are more than {}", text.size(), std::numeric_limits<int32_t>::max() - 1),
                  .fix = "give it in parts"});
-  std::vector<int32_t> ids;
-  for (const Stretch& outer : impl_->verbatim.split(text, special)) {
-    if (outer.id >= 0) {
-      ids.push_back(outer.id);
-      continue;
+  Impl::Work work = {.ids = {}, .cache = {}, .stray_bytes = !is_utf8(text)};
+  const std::string escaped = work.stray_bytes ? escape_stray_bytes(text) : "";
+  for (const Stretch& stretch : impl_->verbatim.split(work.stray_bytes ? escaped : text, special)) {
+    if (stretch.id >= 0) {
+      work.ids.push_back(stretch.id);
+    } else {
+      impl_->encode_stretch(stretch.text, special, work);
     }
-    for (const Stretch& inner : impl_->normalized.split(outer.text, special)) {
-      if (inner.id >= 0) {
-        ids.push_back(inner.id);
-      } else {
-        impl_->encode_stretch(inner.text, ids);
-      }
-    }
+    work.begins_text = false;
   }
-  return ids;
+  return std::move(work.ids);
 }
 
 std::string Tokenizer::decode(std::span<const int32_t> ids, bool skip_special) const {
-  const std::vector<Token>& tokens = impl_->file.tokens;
-  std::string text;
+  const std::vector<Token>& tokens = impl_->pipeline.tokens;
+  std::vector<std::string> texts;
+  std::string all;
   for (const int32_t id : ids) {
     const auto at = static_cast<size_t>(id);
     if (id < 0 || at >= tokens.size() || !tokens[at].known)
@@ -112,14 +137,22 @@ std::string Tokenizer::decode(std::span<const int32_t> ids, bool skip_special) c
            .what = "cannot decode tokens",
            .why = fmt::format("{} is not a token of this tokenizer, whose largest is {}", id, tokens.size() - 1),
            .fix = "use the tokenizer that made them"});
-    if (!skip_special || !tokens[at].special) text += tokens[at].bytes;
+    if (skip_special && tokens[at].special) continue;
+    if (impl_->pipeline.decoders.empty()) {
+      all += tokens[at].text;
+    } else {
+      texts.push_back(tokens[at].text);
+    }
   }
-  return text;
+  if (texts.empty()) return all;
+  for (const TokenDecoder& step : impl_->pipeline.decoders) step(texts);
+  for (const std::string& text : texts) all += text;
+  return all;
 }
 
-size_t Tokenizer::vocabulary_size() const { return impl_->file.tokens.size(); }
-std::optional<int32_t> Tokenizer::bos_id() const { return impl_->file.bos; }
-std::optional<int32_t> Tokenizer::eos_id() const { return impl_->file.eos; }
-bool Tokenizer::adds_bos() const { return impl_->file.adds_bos; }
+size_t Tokenizer::vocabulary_size() const { return impl_->pipeline.tokens.size(); }
+std::optional<int32_t> Tokenizer::bos_id() const { return impl_->pipeline.bos; }
+std::optional<int32_t> Tokenizer::eos_id() const { return impl_->pipeline.eos; }
+bool Tokenizer::adds_bos() const { return impl_->pipeline.adds_bos; }
 
 }  // namespace bitwright

@@ -1,0 +1,121 @@
+#include "tokenizer/vocabulary.hpp"
+
+#include <fmt/format.h>
+
+#include <nlohmann/json.hpp>
+#include <unordered_set>
+
+#include "tokenizer/byte_level.hpp"
+#include "tokenizer/unicode.hpp"
+
+namespace bitwright {
+
+Token& add_token(const std::string& file, TokenizerPipeline& out, int32_t id, std::string text, std::string_view name) {
+  const auto at = static_cast<size_t>(id);
+  if (at >= out.tokens.size()) out.tokens.resize(at + 1);
+  if (out.tokens[at].known) bad_tokenizer(file, fmt::format("id {} of {} is that of another token too", id, shown_token(name)));
+  out.tokens[at] = {.text = std::move(text), .known = true};
+  return out.tokens[at];
+}
+
+TokenIds add_vocabulary(const JsonPart& part, TokenizerPipeline& out) {
+  if (!part.json.is_object()) part.bad("not an object");
+  TokenIds ids;
+  ids.reserve(part.json.size());
+  out.tokens.reserve(part.json.size());
+  for (const auto& [text, value] : part.json.items()) {
+    const int32_t id = part.id(value, text);
+    add_token(part.file, out, id, text, text);
+    ids.emplace(text, id);
+  }
+  return ids;
+}
+
+std::optional<std::pair<std::string_view, std::string_view>> split_merge(std::string_view line) {
+  const size_t space = line.find(' ');
+  if (space == line.npos || line.find(' ', space + 1) != line.npos) return std::nullopt;
+  return std::pair(line.substr(0, space), line.substr(space + 1));
+}
+
+BpeRules bpe_rules(const TokenIds& ids, const MergeList& merges, const BpeSettings& settings, const std::string& where) {
+  BpeRules rules;
+  rules.byte_pieces = settings.byte_pieces;
+  rules.unknown = settings.unknown;
+  rules.fuse_unknown = settings.fuse_unknown;
+  rules.prefix = settings.prefix;
+  rules.suffix = settings.suffix;
+  const bool affixes = !settings.prefix.empty() || !settings.suffix.empty();
+  if (affixes && settings.byte_pieces) unsupported_tokenizer(where, "an affix of byte-level tokens");
+  if (affixes) rules.affixed = ids;
+  if (settings.byte_fallback) rules.bytes = byte_token_ids(ids);
+  for (const auto& [text, id] : ids) {
+    const std::optional<std::string> bytes = settings.byte_pieces ? bytes_of_token(text) : text;
+    if (!bytes || bytes->empty()) continue;
+    if (settings.byte_pieces && bytes->size() == 1) rules.bytes[static_cast<unsigned char>(bytes->front())] = id;
+    const Character first = first_character(text);
+    if (!settings.byte_pieces && first.length == text.size()) rules.characters.emplace(first.code_point, id);
+    if (settings.ignore_merges) rules.whole.emplace(*bytes, id);
+  }
+  std::unordered_set<uint64_t> seen;
+  seen.reserve(merges.size());
+  rules.merges.reserve(merges.size());
+  rules.seams.reserve(merges.size());
+  bool knows_seams = true;
+  for (size_t i = 0; i < merges.size(); ++i) {
+    const auto& [left, right] = merges[i];
+    const auto id = [&](std::string text) {
+      const auto it = ids.find(text);
+      if (it == ids.end()) bad_tokenizer(where, fmt::format("merge {}: {} is not in the vocabulary", i, shown_token(text)));
+      return it->second;
+    };
+    const std::string_view rest = right.substr(right.starts_with(settings.prefix) ? settings.prefix.size() : 0);
+    const int32_t a = id(std::string(left)), b = id(std::string(right));
+    if (!seen.insert(static_cast<uint64_t>(a) << 32 | static_cast<uint64_t>(b)).second)
+      bad_tokenizer(where, fmt::format("merge {} of {} and {} appears twice", i, shown_token(left), shown_token(right)));
+    rules.merges.push_back({a, b, id(std::string(left).append(rest)), static_cast<uint32_t>(i)});
+    // Tokens that stand for something else than their text may be joined wherever they are.
+    knows_seams &= !(settings.byte_fallback && (byte_of_token(left) || byte_of_token(right)));
+    knows_seams &= a != settings.unknown && b != settings.unknown && !left.empty() && !right.empty();
+    if (settings.byte_pieces) {
+      const auto left_bytes = bytes_of_token(left), right_bytes = bytes_of_token(right);
+      knows_seams &= left_bytes && right_bytes;
+      if (knows_seams) rules.seams.push_back(seam_of(*left_bytes, *right_bytes, true));
+    } else if (knows_seams) {
+      rules.seams.push_back(seam_of(left, right, false));
+    }
+  }
+  return rules;
+}
+
+std::array<int32_t, 256> no_byte_ids() {
+  std::array<int32_t, 256> ids;
+  ids.fill(-1);
+  return ids;
+}
+
+std::array<int32_t, 256> byte_token_ids(const TokenIds& ids) {
+  std::array<int32_t, 256> found = no_byte_ids();
+  for (size_t byte = 0; byte < found.size(); ++byte)
+    if (const auto it = ids.find(byte_token(static_cast<unsigned char>(byte))); it != ids.end()) found.at(byte) = it->second;
+  return found;
+}
+
+std::optional<std::string> from_base64(std::string_view text) {
+  static constexpr std::string_view kDigits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+  while (text.ends_with('=')) text.remove_suffix(1);
+  std::string bytes;
+  uint32_t bits = 0;
+  int count = 0;
+  for (const char c : text) {
+    const size_t digit = kDigits.find(c);
+    if (digit == kDigits.npos) return std::nullopt;
+    bits = bits << 6 | static_cast<uint32_t>(digit);
+    count += 6;
+    if (count < 8) continue;
+    count -= 8;
+    bytes += static_cast<char>(bits >> count & 0xff);
+  }
+  return text.size() % 4 == 1 ? std::nullopt : std::optional(std::move(bytes));
+}
+
+}  // namespace bitwright
