@@ -122,7 +122,13 @@ class Converter {
         out.add(own("rope.dimension_count"),
                 static_cast<uint32_t>(config_[share].get<double>() * static_cast<double>(head_size())));
     const Json scaling = config_.value("rope_scaling", Json());
-    if (scaling.is_object() && scaling.value("type", scaling.value("rope_type", "")) == "linear") {
+    const std::string type = scaling.is_object() ? scaling.value("type", scaling.value("rope_type", "")) : "";
+    if (type == "longrope") {
+      const double original = config_["original_max_position_embeddings"], whole = config_["max_position_embeddings"];
+      out.add(own("rope.scaling.attn_factor"),
+              static_cast<float>(std::sqrt(1 + std::log(whole / original) / std::log(original))));
+    }
+    if (type == "linear") {
       out.add(own("rope.scaling.type"), "linear");
       out.add(own("rope.scaling.factor"), scaling["factor"].get<float>());
     }

@@ -38,11 +38,13 @@ Sampling sampling_from(const Arguments& arguments) {
           .seed = static_cast<uint64_t>(arguments.integer("--seed").value_or(0))};
 }
 
-/// Tokens are shown as they come: decoding is concatenation.
-void show(const Tokenizer& tokenizer, const std::vector<int32_t>& tokens) {
+/// Shows what `tokens` add to the text of which `shown` bytes are out already: decoding is no concatenation, so all of
+/// it is decoded each time, which costs little beside the model.
+void show(const Tokenizer& tokenizer, const std::vector<int32_t>& tokens, size_t& shown) {
   const std::string text = tokenizer.decode(tokens);
-  std::fwrite(text.data(), 1, text.size(), stdout);
+  if (text.size() > shown) std::fwrite(text.data() + shown, 1, text.size() - shown, stdout);
   std::fflush(stdout);
+  shown = std::max(shown, text.size());
 }
 
 /// Tokenizers may have added tokens that the model has no embedding for.
@@ -79,7 +81,8 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
   KvCache cache(model.config(), prompt + wanted);
   Sampler sampler(sampling_from(arguments));
   check_vocabulary(tokens, model.config().vocabulary);
-  if (!arguments.json) show(tokenizer, tokens);
+  size_t shown = 0;
+  if (!arguments.json) show(tokenizer, tokens, shown);
   std::vector<int32_t> step = tokens;
   for (int64_t i = 0; i < wanted; ++i) {
     throw_if_interrupted();
@@ -96,7 +99,7 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
     if (next == tokenizer.eos_id() || std::ranges::find(ends, next) != ends.end()) break;
     tokens.push_back(next);
     step = {next};
-    if (!arguments.json) show(tokenizer, step);
+    if (!arguments.json) show(tokenizer, tokens, shown);
   }
   return {{"text", tokenizer.decode(tokens)}, {"tokens", tokens}};
 }

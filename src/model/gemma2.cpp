@@ -23,10 +23,11 @@ ModelConfig configure(const Json& json, const std::string& where) {
 constexpr auto kGgufKeys = std::to_array<GgufKey>({
     {"attn_logit_softcapping", "attn_logit_softcapping"},
     {"final_logit_softcapping", "final_logit_softcapping"},
+    {"attention.sliding_window", "sliding_window"},
 });
 
 void complete_gguf(const GgufFacts& facts, Json& config) {
-  set_gguf_window(facts, config);
+  set_gguf_rope(facts, config);
   complete_gguf_gemma(facts, config, 46);
 }
 

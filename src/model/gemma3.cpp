@@ -46,7 +46,8 @@ ModelConfig configure_language_model(const Json& json, const std::string& where)
 
 void complete_gguf(const GgufFacts& facts, Json& config) {
   set_gguf_window(facts, config);
-  set_gguf_rope_scaling(facts, config);
+  set_gguf_rope(facts, config);
+  config["sliding_window_pattern"] = facts.integer("attention.sliding_window_pattern", 1, 1 << 20, 6);
   config["rope_local_base_freq"] = facts.number("rope.freq_base_swa", 10000);
   complete_gguf_gemma(facts, config, 62);
 }

@@ -92,15 +92,37 @@ Json GgufFacts::numbers(const std::string& tensor) const {
   return values;
 }
 
-void set_gguf_rope_scaling(const GgufFacts& facts, Json& config) {
+namespace {
+
+constexpr int64_t kMost = int64_t{1} << 40;
+
+/// Elements of a head that turn, where not all do.
+void set_partial_rotation(const GgufFacts& facts, Json& config) {
+  const int64_t heads = facts.integer("attention.head_count", 1, kMost, 1);
+  const int64_t plain = facts.integer("embedding_length", 1, kMost, 1) / heads;
+  const int64_t size = facts.integer("attention.key_length", 1, kMost, plain);
+  const int64_t turning = facts.integer("rope.dimension_count", 2, kMost, size);
+  if (turning != size)
+    config["partial_rotary_factor"] = static_cast<double>(turning) / static_cast<double>(std::max<int64_t>(size, 1));
+}
+
+}  // namespace
+
+void set_gguf_rope(const GgufFacts& facts, Json& config) {
+  set_partial_rotation(facts, config);
   const Json* const type = facts.own("rope.scaling.type");
   const double factor = facts.number("rope.scaling.factor", 0);
   if (type == nullptr || *type == "none" || factor == 0) return;
   if (!type->is_string() || !is_utf8(type->get_ref<const std::string&>()))
     facts.fail("key 'rope.scaling.type' is no text");
   Json& scaling = config["rope_scaling"] = {{"rope_type", *type}, {"factor", factor}};
-  if (const int64_t original = facts.integer("rope.scaling.original_context_length", 1, int64_t{1} << 40, 0))
+  if (const int64_t original = facts.integer("rope.scaling.original_context_length", 1, kMost, 0))
     scaling["original_max_position_embeddings"] = original;
+  for (const auto& [key, name] :
+       {std::pair("rope.scaling.yarn_beta_fast", "beta_fast"), std::pair("rope.scaling.yarn_beta_slow", "beta_slow")})
+    if (facts.own(key) != nullptr) scaling[name] = facts.number(key, 0);
+  for (const char* key : {"rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"})
+    if (facts.number(key, 1) != 1) facts.fail(fmt::format("key '{}' is not 1, which is not supported", key));
 }
 
 namespace {

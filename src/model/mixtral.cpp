@@ -50,7 +50,7 @@ const GgufMapping kGguf = {.architecture = "llama",
                            .own_keys = kGgufKeys,
                            .tensors = kGgufTensors,
                            .shared_tensors = kGgufLlamaTensors,
-                           .complete = set_gguf_rope_scaling};
+                           .complete = set_gguf_rope};
 
 }  // namespace
 

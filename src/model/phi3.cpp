@@ -31,11 +31,7 @@ constexpr auto kGgufTensors = std::to_array<GgufTensor>({
 
 void complete_gguf(const GgufFacts& facts, Json& config) {
   set_gguf_window(facts, config);
-  const int64_t turning = facts.integer("rope.dimension_count", 2, 1 << 20, 0);
-  const int64_t heads = facts.integer("attention.head_count", 1, 1 << 20, 1);
-  const int64_t size = facts.integer("embedding_length", 1, 1 << 20, 1) / heads;
-  if (turning != 0 && turning < size)
-    config["partial_rotary_factor"] = static_cast<double>(turning) / static_cast<double>(size);
+  set_gguf_rope(facts, config);
   const Json longer = facts.numbers("rope_factors_long.weight"), shorter = facts.numbers("rope_factors_short.weight");
   if (longer.is_null() || shorter.is_null()) return;
   config["rope_scaling"] = {{"rope_type", "longrope"}, {"long_factor", longer}, {"short_factor", shorter}};

@@ -20,7 +20,7 @@ ModelConfig configure(const Json& json, const std::string& where) {
 }
 
 const GgufMapping kGguf = {
-    .architecture = "qwen2", .keys = kGgufLlamaKeys, .tensors = kGgufLlamaTensors, .complete = set_gguf_rope_scaling};
+    .architecture = "qwen2", .keys = kGgufLlamaKeys, .tensors = kGgufLlamaTensors, .complete = set_gguf_rope};
 
 }  // namespace
 

@@ -29,7 +29,7 @@ constexpr auto kGgufTensors = std::to_array<GgufTensor>({
 
 void complete_gguf(const GgufFacts& facts, Json& config) {
   config["attention_bias"] = facts.has_tensor("blk.0.attn_q.bias");
-  set_gguf_rope_scaling(facts, config);
+  set_gguf_rope(facts, config);
 }
 
 const GgufMapping kGguf = {.architecture = "qwen3",

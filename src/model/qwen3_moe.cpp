@@ -58,7 +58,7 @@ constexpr auto kGgufTensors = std::to_array<GgufTensor>({
 
 void complete_gguf(const GgufFacts& facts, Json& config) {
   config["norm_topk_prob"] = true;  // llama.cpp always does
-  set_gguf_rope_scaling(facts, config);
+  set_gguf_rope(facts, config);
 }
 
 const GgufMapping kGguf = {.architecture = "qwen3moe",

@@ -19,7 +19,7 @@ namespace fs = std::filesystem;
 
 /// Belongs to a model by its name, wherever it lies.
 bool is_known_file(const std::string& name) {
-  constexpr std::array<std::string_view, 10> kNames = {"tokenizer.json",
+  constexpr std::array<std::string_view, 11> kNames = {"tokenizer.json",
                                                        "tokenizer_config.json",
                                                        "generation_config.json",
                                                        "special_tokens_map.json",
@@ -28,6 +28,7 @@ bool is_known_file(const std::string& name) {
                                                        "merges.txt",
                                                        "vocab.txt",
                                                        "tokenizer.model",
+                                                       "tokenizer.bin",
                                                        "chat_template.jinja"};
   return std::ranges::find(kNames, name) != kNames.end();
 }

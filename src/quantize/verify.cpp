@@ -87,8 +87,8 @@ void verify_tensors(const Checkpoint& source, const Checkpoint& written, const s
 }
 
 std::optional<Judgement> judge(const Checkpoint& source, const Checkpoint& written, std::string& reason) {
-  if (!std::filesystem::exists(model_directory(source) / "tokenizer.json")) {
-    reason = "the model has no tokenizer.json";
+  if (!Tokenizer::exists_in(model_directory(source))) {
+    reason = "the model has no tokenizer";
     return std::nullopt;
   }
   try {

@@ -32,14 +32,14 @@ void clean_up(std::string& text) {
 
 }  // namespace
 
-Decoder from_byte_alphabet() {
+TokenDecoder from_byte_alphabet() {
   return [](std::vector<std::string>& texts) {
     for (std::string& text : texts)
       if (auto bytes = bytes_of_token(text)) text = std::move(*bytes);
   };
 }
 
-Decoder replace_in_tokens(Pattern pattern, std::string content) {
+TokenDecoder replace_in_tokens(Pattern pattern, std::string content) {
   const auto shared = std::make_shared<const Pattern>(std::move(pattern));
   return [shared, content = std::move(content)](std::vector<std::string>& texts) {
     for (std::string& text : texts) {
@@ -56,20 +56,20 @@ Decoder replace_in_tokens(Pattern pattern, std::string content) {
   };
 }
 
-Decoder replace_in_tokens(std::string text, std::string content) {
+TokenDecoder replace_in_tokens(std::string text, std::string content) {
   return [from = std::move(text), to = std::move(content)](std::vector<std::string>& texts) {
     for (std::string& text_of_token : texts) replace_all(text_of_token, from, to);
   };
 }
 
-Decoder byte_fallback() {
+TokenDecoder byte_fallback() {
   return [](std::vector<std::string>& texts) {
     for (std::string& text : texts)
       if (const auto byte = byte_of_token(text)) text.assign(1, static_cast<char>(*byte));
   };
 }
 
-Decoder fuse() {
+TokenDecoder fuse() {
   return [](std::vector<std::string>& texts) {
     std::string all;
     for (const std::string& text : texts) all += text;
@@ -77,7 +77,7 @@ Decoder fuse() {
   };
 }
 
-Decoder strip_tokens(std::string content, size_t start, size_t stop) {
+TokenDecoder strip_tokens(std::string content, size_t start, size_t stop) {
   return [content = std::move(content), start, stop](std::vector<std::string>& texts) {
     for (std::string& text : texts) {
       std::string_view rest = text;
@@ -88,7 +88,7 @@ Decoder strip_tokens(std::string content, size_t start, size_t stop) {
   };
 }
 
-Decoder word_piece(std::string prefix, bool cleanup) {
+TokenDecoder word_piece(std::string prefix, bool cleanup) {
   return [prefix = std::move(prefix), cleanup](std::vector<std::string>& texts) {
     for (size_t i = 0; i < texts.size(); ++i) {
       if (i > 0) texts[i] = texts[i].starts_with(prefix) ? texts[i].substr(prefix.size()) : " " + texts[i];
@@ -97,13 +97,13 @@ Decoder word_piece(std::string prefix, bool cleanup) {
   };
 }
 
-Decoder end_of_word(std::string suffix) {
+TokenDecoder end_of_word(std::string suffix) {
   return [suffix = std::move(suffix)](std::vector<std::string>& texts) {
     for (size_t i = 0; i < texts.size(); ++i) replace_all(texts[i], suffix, i + 1 == texts.size() ? "" : " ");
   };
 }
 
-Decoder metaspace(std::string replacement, bool prepends) {
+TokenDecoder metaspace(std::string replacement, bool prepends) {
   return [replacement = std::move(replacement), prepends](std::vector<std::string>& texts) {
     for (size_t i = 0; i < texts.size(); ++i) {
       std::string_view rest = texts[i];
@@ -116,7 +116,7 @@ Decoder metaspace(std::string replacement, bool prepends) {
   };
 }
 
-Decoder ctc(std::string pad, std::string delimiter, bool cleanup) {
+TokenDecoder ctc(std::string pad, std::string delimiter, bool cleanup) {
   return [pad = std::move(pad), delimiter = std::move(delimiter), cleanup](std::vector<std::string>& texts) {
     texts.erase(std::unique(texts.begin(), texts.end()), texts.end());
     for (std::string& text : texts) {
@@ -129,7 +129,7 @@ Decoder ctc(std::string pad, std::string delimiter, bool cleanup) {
   };
 }
 
-Decoder join_with_spaces() {
+TokenDecoder join_with_spaces() {
   return [](std::vector<std::string>& texts) {
     for (size_t i = 1; i < texts.size(); ++i) texts[i].insert(0, " ");
   };

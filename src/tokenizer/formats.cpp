@@ -27,7 +27,7 @@ std::optional<int32_t> named_token(const JsonPart& config, const char* key, cons
 
 std::span<const TokenizerFormat* const> tokenizer_formats() {
   static constexpr std::array kFormats = {
-#define TOKENIZER_FORMAT(name) &name##_format,
+#define TOKENIZER_FORMAT(name) &name##_tokenizer,
 #include "tokenizer/formats.def"
   };
   return kFormats;

@@ -21,7 +21,7 @@ struct TokenizerFormat {
   TokenizerPipeline (*read)(const std::filesystem::path& file);
 };
 
-#define TOKENIZER_FORMAT(name) extern const TokenizerFormat name##_format;
+#define TOKENIZER_FORMAT(name) extern const TokenizerFormat name##_tokenizer;
 #include "tokenizer/formats.def"
 
 /// In the order of trust: where a directory has several, the first counts.

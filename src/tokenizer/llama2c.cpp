@@ -78,8 +78,8 @@ TokenizerPipeline read_llama2c(std::string_view bytes, const std::string& file) 
   return pipeline_of(std::move(vocabulary), file);
 }
 
-extern const TokenizerFormat llama2c_format;
-const TokenizerFormat llama2c_format = {
+extern const TokenizerFormat llama2c_tokenizer;
+const TokenizerFormat llama2c_tokenizer = {
     .name = "llama2.c tokenizer.bin",
     .source = "karpathy/llama2.c 350e04fe, tokenizer.py and run.c",
     .find = [](const std::filesystem::path& directory) { return file_in(directory, "tokenizer.bin"); },

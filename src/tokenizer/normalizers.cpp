@@ -49,11 +49,11 @@ bool nmt_makes_space(char32_t c) {
 
 }  // namespace
 
-Normalizer to_normal_form(NormalForm form) {
+TextNormalizer to_normal_form(NormalForm form) {
   return [form](std::string_view text) { return normal_form(text, form); };
 }
 
-Normalizer to_lower_case() {
+TextNormalizer to_lower_case() {
   return [](std::string_view text) {
     std::string out;
     for_characters(text, [&](char32_t c, std::string_view) { append_lower(out, c); });
@@ -61,7 +61,7 @@ Normalizer to_lower_case() {
   };
 }
 
-Normalizer strip_space(bool left, bool right) {
+TextNormalizer strip_space(bool left, bool right) {
   return [left, right](std::string_view text) {
     size_t begin = text.size(), end = 0, at = 0;
     for_characters(text, [&](char32_t c, std::string_view bytes) {
@@ -75,7 +75,7 @@ Normalizer strip_space(bool left, bool right) {
   };
 }
 
-Normalizer strip_accents() {
+TextNormalizer strip_accents() {
   return [](std::string_view text) {
     std::string out;
     for_characters(text, [&](char32_t c, std::string_view bytes) {
@@ -85,7 +85,7 @@ Normalizer strip_accents() {
   };
 }
 
-Normalizer replace_text(Pattern pattern, std::string content) {
+TextNormalizer replace_text(Pattern pattern, std::string content) {
   const auto shared = std::make_shared<const Pattern>(std::move(pattern));
   return [shared, content = std::move(content)](std::string_view text) {
     std::string out;
@@ -99,17 +99,17 @@ Normalizer replace_text(Pattern pattern, std::string content) {
   };
 }
 
-Normalizer prepend_text(std::string prefix) {
+TextNormalizer prepend_text(std::string prefix) {
   return [prefix = std::move(prefix)](std::string_view text) {
     return text.empty() ? std::string() : prefix + std::string(text);
   };
 }
 
-Normalizer text_to_byte_alphabet() {
+TextNormalizer text_to_byte_alphabet() {
   return [](std::string_view text) { return in_byte_alphabet(unescape_stray_bytes(text)); };
 }
 
-Normalizer nmt() {
+TextNormalizer nmt() {
   return [](std::string_view text) {
     std::string out;
     for_characters(text, [&](char32_t c, std::string_view bytes) {
@@ -119,7 +119,7 @@ Normalizer nmt() {
   };
 }
 
-Normalizer bert(const BertNormalization& options) {
+TextNormalizer bert(const BertNormalization& options) {
   return [options](std::string_view text) {
     std::string out = cleaned_for_bert(text, options.handle_chinese_chars, options.clean_text);
     if (options.strip_accents) {
@@ -133,7 +133,7 @@ Normalizer bert(const BertNormalization& options) {
   };
 }
 
-Normalizer precompiled(Charsmap map) {
+TextNormalizer precompiled(Charsmap map) {
   const auto shared = std::make_shared<const Charsmap>(std::move(map));
   return [shared](std::string_view text) {
     constexpr size_t kLongestGrapheme = 5;
@@ -155,7 +155,7 @@ Normalizer precompiled(Charsmap map) {
   };
 }
 
-Normalizer sentencepiece(SentencePieceNormalization options) {
+TextNormalizer sentencepiece(SentencePieceNormalization options) {
   Trie user_defined;
   for (const std::string& text : options.user_defined) user_defined.add(text, 0);
   const auto shared = std::make_shared<const std::pair<SentencePieceNormalization, Trie>>(std::move(options),

@@ -16,9 +16,9 @@ namespace bitwright {
 constexpr size_t kMaxVocabulary = size_t{1} << 22;  ///< 16 times the largest in use; bounds what a hostile id allocates
 
 /// Changes escaped text (unicode.hpp) before it is cut into pieces.
-using Normalizer = std::function<std::string(std::string_view text)>;
+using TextNormalizer = std::function<std::string(std::string_view text)>;
 /// Changes the texts of tokens, which are bytes, before they are joined.
-using Decoder = std::function<void(std::vector<std::string>& texts)>;
+using TokenDecoder = std::function<void(std::vector<std::string>& texts)>;
 
 struct Token {
   std::string text{};  ///< what the decoders get
@@ -42,11 +42,11 @@ struct AddedToken {
 struct TokenizerPipeline {
   std::vector<Token> tokens;  ///< by id
   std::vector<AddedToken> added;
-  std::vector<Normalizer> normalizers;
+  std::vector<TextNormalizer> normalizers;
   std::vector<PreTokenizer> pre_tokenizers;
   bool byte_pieces = false;  ///< the model gets bytes, where it otherwise gets escaped text
   std::unique_ptr<Model> model;
-  std::vector<Decoder> decoders;
+  std::vector<TokenDecoder> decoders;
   std::optional<int32_t> bos, eos;
   bool adds_bos = false;
 };

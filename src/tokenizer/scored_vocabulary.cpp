@@ -22,6 +22,7 @@ struct Special {
 
 Special special_pieces(const ScoredVocabulary& vocabulary) {
   Special out;
+  out.unknown = vocabulary.unknown;
   for (size_t id = 0; id < vocabulary.pieces.size(); ++id) {
     const ScoredPiece& piece = vocabulary.pieces[id];
     if (piece.type == PieceType::unknown && !out.unknown) out.unknown = static_cast<int32_t>(id);
@@ -54,9 +55,19 @@ std::unique_ptr<Model> bpe_of(const ScoredVocabulary& vocabulary, const Special&
 
 std::unique_ptr<Model> unigram_of(const ScoredVocabulary& vocabulary, const Special& special) {
   UnigramRules rules = {.pieces = {}, .unknown = special.unknown, .bytes = special.bytes};
-  for (size_t id = 0; id < vocabulary.pieces.size(); ++id) {
-    const ScoredPiece& piece = vocabulary.pieces[id];
-    if (piece.type == PieceType::normal) rules.pieces.push_back({piece.text, piece.score, static_cast<int32_t>(id)});
+  double best = 0;
+  for (const ScoredPiece& piece : vocabulary.pieces) {
+    if (piece.type != PieceType::normal) continue;
+    const bool first = rules.pieces.empty();
+    const auto id = static_cast<int32_t>(&piece - vocabulary.pieces.data());
+    rules.worst_score = first ? piece.score : std::min<double>(rules.worst_score, piece.score);
+    best = first ? piece.score : std::max<double>(best, piece.score);
+    rules.pieces.push_back({piece.text, piece.score, id});
+  }
+  for (const ScoredPiece& piece : vocabulary.pieces) {
+    if (piece.type != PieceType::user_defined || vocabulary.user_defined_verbatim) continue;
+    const double score = static_cast<double>(piece.text.size()) * best - 0.1;  // unigram_model.cc, EncodeOptimized
+    rules.pieces.push_back({piece.text, score, static_cast<int32_t>(&piece - vocabulary.pieces.data())});
   }
   return std::make_unique<Unigram>(std::move(rules));
 }
@@ -77,10 +88,11 @@ TokenizerPipeline pipeline_of(ScoredVocabulary vocabulary, const std::string& fi
     const bool special = piece.type == PieceType::control || piece.type == PieceType::unknown;
     add_token(file, out, id, piece.text, piece.text).special = special;
     const bool user_defined = piece.type == PieceType::user_defined;
-    // The user's own pieces stand in normalized text: they are written with U+2581.
-    if (special || user_defined)
-      out.added.push_back({.id = id, .text = piece.text, .special = special, .normalized = user_defined});
-    if (user_defined) vocabulary.normalization.user_defined.push_back(piece.text);
+    const bool in_normalized = user_defined && !vocabulary.user_defined_verbatim;
+    const bool in_model = in_normalized && vocabulary.unigram;  // where it competes with the others
+    if (special || (user_defined && !in_model))
+      out.added.push_back({.id = id, .text = piece.text, .special = special, .normalized = in_normalized});
+    if (in_normalized) vocabulary.normalization.user_defined.push_back(piece.text);
   }
   const Special special = special_pieces(vocabulary);
   out.model = vocabulary.unigram ? unigram_of(vocabulary, special) : bpe_of(vocabulary, special);

@@ -144,8 +144,8 @@ TokenizerPipeline read_sentencepiece(std::string_view bytes, const std::string& 
   return pipeline_of(std::move(vocabulary), file);
 }
 
-extern const TokenizerFormat sentencepiece_format;
-const TokenizerFormat sentencepiece_format = {.name = "SentencePiece model",
+extern const TokenizerFormat sentencepiece_tokenizer;
+const TokenizerFormat sentencepiece_tokenizer = {.name = "SentencePiece model",
                                               .source = "google/sentencepiece v0.2.0, sentencepiece_model.proto",
                                               .find = find,
                                               .recognises = is_model,

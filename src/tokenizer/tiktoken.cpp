@@ -151,8 +151,8 @@ TokenizerPipeline read_tiktoken(std::string_view text, const std::string& file) 
   return out;
 }
 
-extern const TokenizerFormat tiktoken_format;
-const TokenizerFormat tiktoken_format = {.name = "tiktoken",
+extern const TokenizerFormat tiktoken_tokenizer;
+const TokenizerFormat tiktoken_tokenizer = {.name = "tiktoken",
                                          .source = "openai/tiktoken, openai_public.py; meta-llama/llama-models a9c89c47, "
                                                    "llama3/tokenizer.py; Qwen/Qwen-7B, tokenization_qwen.py",
                                          .find = find,

@@ -59,7 +59,7 @@ struct Tokenizer::Impl {
 /// text: between added tokens, escaped.
 void Tokenizer::Impl::encode_stretch(std::string_view text, bool special, Work& work) const {
   std::string changed;
-  for (const Normalizer& step : pipeline.normalizers) text = changed = step(text);
+  for (const TextNormalizer& step : pipeline.normalizers) text = changed = step(text);
   for (const Stretch& stretch : normalized.split(text, special)) {
     if (stretch.id >= 0) {
       work.ids.push_back(stretch.id);
@@ -145,7 +145,7 @@ std::string Tokenizer::decode(std::span<const int32_t> ids, bool skip_special) c
     }
   }
   if (texts.empty()) return all;
-  for (const Decoder& step : impl_->pipeline.decoders) step(texts);
+  for (const TokenDecoder& step : impl_->pipeline.decoders) step(texts);
   for (const std::string& text : texts) all += text;
   return all;
 }

@@ -61,16 +61,16 @@ std::string decoded_base64(const JsonPart& part, const std::string& text) {
 // ---- normalizers
 
 template <NormalForm kForm>
-void read_form(const JsonPart&, std::vector<Normalizer>& out) {
+void read_form(const JsonPart&, std::vector<TextNormalizer>& out) {
   out.push_back(to_normal_form(kForm));
 }
 
-void read_replace(const JsonPart& part, std::vector<Normalizer>& out) {
+void read_replace(const JsonPart& part, std::vector<TextNormalizer>& out) {
   const bool empty = part.child("pattern").json == Json{{"String", ""}};
   if (!empty) out.push_back(replace_text(read_pattern(part), part.text("content")));
 }
 
-void read_bert_normalizer(const JsonPart& part, std::vector<Normalizer>& out) {
+void read_bert_normalizer(const JsonPart& part, std::vector<TextNormalizer>& out) {
   const bool lowercase = part.flag("lowercase", true);
   out.push_back(bert({.clean_text = part.flag("clean_text", true),
                       .handle_chinese_chars = part.flag("handle_chinese_chars", true),
@@ -78,7 +78,7 @@ void read_bert_normalizer(const JsonPart& part, std::vector<Normalizer>& out) {
                       .lowercase = lowercase}));
 }
 
-void read_precompiled(const JsonPart& part, std::vector<Normalizer>& out) {
+void read_precompiled(const JsonPart& part, std::vector<TextNormalizer>& out) {
   const std::string blob = decoded_base64(part, part.text("precompiled_charsmap", ""));
   if (blob.empty()) return;
   std::optional<Charsmap> map = Charsmap::read(blob);
@@ -86,7 +86,7 @@ void read_precompiled(const JsonPart& part, std::vector<Normalizer>& out) {
   out.push_back(precompiled(std::move(*map)));
 }
 
-constexpr std::array<Kind<Normalizer>, 13> kNormalizers = {{
+constexpr std::array<Kind<TextNormalizer>, 13> kNormalizers = {{
     {"NFC", read_form<NormalForm::c>},
     {"NFD", read_form<NormalForm::d>},
     {"NFKC", read_form<NormalForm::kc>},
@@ -199,7 +199,7 @@ constexpr std::array<Kind<PreStep>, 9> kPreTokenizers = {{
 // ---- decoders
 
 struct DecodeStep {
-  Decoder run;
+  TokenDecoder run;
   bool from_alphabet = false;
 };
 
@@ -291,7 +291,9 @@ std::unique_ptr<Model> read_unigram(const JsonPart& model, TokenizerPipeline& ou
     if (!sound) vocabulary.bad(fmt::format("entry {} is not a text and a number", rules.pieces.size()));
     const auto id = vocabulary.id(rules.pieces.size(), "the last");
     const auto& text = piece[0].get_ref<const std::string&>();
-    rules.pieces.push_back({text, piece[1].get<double>(), id});
+    const auto score = piece[1].get<double>();
+    rules.worst_score = rules.pieces.empty() ? score : std::min(rules.worst_score, score);
+    rules.pieces.push_back({text, score, id});
     add_token(vocabulary.file, out, id, text, text);
     ids.emplace(text, id);
   }
@@ -369,8 +371,8 @@ void read_decoders(const JsonPart& root, TokenizerPipeline& out) {
   }
 }
 
-std::string normalized(std::string text, const std::vector<Normalizer>& normalizers) {
-  for (const Normalizer& step : normalizers) text = step(text);
+std::string normalized(std::string text, const std::vector<TextNormalizer>& normalizers) {
+  for (const TextNormalizer& step : normalizers) text = step(text);
   return text;
 }
 
@@ -469,8 +471,8 @@ TokenizerPipeline read_tokenizer_json(std::string_view text, const std::string& 
   return out;
 }
 
-extern const TokenizerFormat tokenizer_json_format;
-const TokenizerFormat tokenizer_json_format = {
+extern const TokenizerFormat tokenizer_json_tokenizer;
+const TokenizerFormat tokenizer_json_tokenizer = {
     .name = "tokenizer.json",
     .source = "huggingface/tokenizers 3ba8ad00",
     .find = [](const std::filesystem::path& directory) { return file_in(directory, "tokenizer.json"); },

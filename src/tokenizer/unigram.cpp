@@ -21,12 +21,8 @@ constexpr uint32_t kUnreached = UINT32_MAX;
 }  // namespace
 
 Unigram::Unigram(UnigramRules rules) : rules_(std::move(rules)) {
-  double worst = 0;
-  for (size_t i = 0; i < rules_.pieces.size(); ++i) {
-    trie_.add(rules_.pieces[i].text, static_cast<int32_t>(i));
-    worst = i == 0 ? rules_.pieces[i].score : std::min(worst, rules_.pieces[i].score);
-  }
-  unknown_score_ = worst - kUnknownPenalty;
+  for (size_t i = 0; i < rules_.pieces.size(); ++i) trie_.add(rules_.pieces[i].text, static_cast<int32_t>(i));
+  unknown_score_ = rules_.worst_score - kUnknownPenalty;
 }
 
 void Unigram::encode(std::string_view piece, PieceCache& cache, std::vector<int32_t>& ids) const {

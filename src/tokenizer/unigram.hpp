@@ -16,12 +16,13 @@ struct UnigramRules {
     int32_t id;
   };
   std::vector<Piece> pieces;
+  double worst_score = 0;  ///< that an unknown character is measured by
   std::optional<int32_t> unknown;
   std::array<int32_t, 256> bytes;  ///< ids for the bytes of unknown characters; -1 in all: none
 };
 
 /// The segmentation with the greatest sum of scores (Kudo 2018, by Viterbi's algorithm); a character that is no piece
-/// costs 10 more than the worst one. Sums are doubles, as in Hugging Face tokenizers.
+/// costs 10 more than the worst score. Sums are doubles, as in Hugging Face tokenizers.
 class Unigram : public Model {
  public:
   explicit Unigram(UnigramRules rules);

@@ -140,8 +140,8 @@ TokenizerPipeline read(const std::filesystem::path& path) {
 
 }  // namespace
 
-extern const TokenizerFormat vocabulary_and_merges_format;
-const TokenizerFormat vocabulary_and_merges_format = {
+extern const TokenizerFormat vocabulary_and_merges_tokenizer;
+const TokenizerFormat vocabulary_and_merges_tokenizer = {
     .name = "vocab.json and merges.txt",
     .source = "openai/gpt-2, encoder.py; huggingface/transformers, tokenization_gpt2.py, tokenization_qwen2.py",
     .find = find,
