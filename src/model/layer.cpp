@@ -16,25 +16,37 @@ FeedForward load_feed_forward(WeightReader& reader, const ModelConfig& c, const 
   return f;
 }
 
-/// One expert's matrices, each a module of its own.
-FeedForward load_expert(WeightReader& reader, const ModelConfig& c, const std::string& base,
-                        const TensorPlaces::Experts& places, int64_t expert) {
-  const auto matrix = [&](const std::string& pattern, int64_t rows, int64_t columns) {
-    return reader.linear(base, {.name = fmt::format(fmt::runtime(pattern), expert)}, rows, columns);
-  };
-  return {.gate = matrix(places.gate, c.expert_feed_forward, c.hidden),
-          .up = matrix(places.up, c.expert_feed_forward, c.hidden),
-          .down = matrix(places.down, c.hidden, c.expert_feed_forward)};
+/// Each expert's matrices are modules of their own.
+std::vector<FeedForward> load_modules(WeightReader& reader, const ModelConfig& c, const std::string& base,
+                                      const TensorPlaces::Experts& places) {
+  std::vector<FeedForward> experts(static_cast<size_t>(c.experts));
+  for (size_t i = 0; i < experts.size(); ++i) {
+    const auto matrix = [&](const std::string& pattern, int64_t rows, int64_t columns) {
+      return reader.linear(base, {.name = fmt::format(fmt::runtime(pattern), i)}, rows, columns);
+    };
+    experts[i].gate = matrix(places.gate, c.expert_feed_forward, c.hidden);
+    experts[i].up = matrix(places.up, c.expert_feed_forward, c.hidden);
+    experts[i].down = matrix(places.down, c.hidden, c.expert_feed_forward);
+  }
+  return experts;
 }
 
-/// One expert's matrices, cut from those of all.
-FeedForward cut_expert(WeightReader& reader, const ModelConfig& c, const std::string& base,
-                       const TensorPlaces::Experts& places, int64_t expert) {
+/// One tensor after the other, for the reader keeps what it unpacked last.
+std::vector<FeedForward> cut_stacks(WeightReader& reader, const ModelConfig& c, const std::string& base,
+                                    const TensorPlaces::Experts& places) {
   const int64_t width = c.expert_feed_forward;
-  const Shape gate_up = {c.experts, 2 * width, c.hidden}, down = {c.experts, c.hidden, width};
-  return {.gate = Linear{reader.of_stack(base + places.all_gate_up, expert, gate_up, 0, width)},
-          .up = {reader.of_stack(base + places.all_gate_up, expert, gate_up, width, width)},
-          .down = {reader.of_stack(base + places.all_down, expert, down, 0, c.hidden)}};
+  std::vector<FeedForward> experts(static_cast<size_t>(c.experts));
+  const auto cut = [&](const std::string& name, size_t expert, int64_t stored, int64_t columns, int64_t first,
+                       int64_t rows) {
+    const Shape shape = {c.experts, stored, columns};
+    return Linear{reader.of_stack(base + name, static_cast<int64_t>(expert), shape, first, rows)};
+  };
+  for (size_t i = 0; i < experts.size(); ++i) {
+    experts[i].gate = cut(places.all_gate_up, i, 2 * width, c.hidden, 0, width);
+    experts[i].up = cut(places.all_gate_up, i, 2 * width, c.hidden, width, width);
+  }
+  for (size_t i = 0; i < experts.size(); ++i) experts[i].down = cut(places.all_down, i, c.hidden, width, 0, c.hidden);
+  return experts;
 }
 
 Experts load_experts(WeightReader& reader, const ModelConfig& c, const std::string& base) {
@@ -45,11 +57,9 @@ Experts load_experts(WeightReader& reader, const ModelConfig& c, const std::stri
     return reader.has(base + first);
   });
   const TensorPlaces::Experts& places = found == c.places.experts.end() ? c.places.experts.front() : *found;
-  Experts e = {.router = reader.linear(base, {.name = places.router}, c.experts, c.hidden), .experts = {}};
-  std::vector<FeedForward>& experts = e.experts;
-  const auto load = places.all_gate_up.empty() ? load_expert : cut_expert;
-  for (int64_t i = 0; i < c.experts; ++i) experts.push_back(load(reader, c, base, places, i));
-  return e;
+  const auto load = places.all_gate_up.empty() ? load_modules : cut_stacks;
+  return {.router = reader.linear(base, {.name = places.router}, c.experts, c.hidden),
+          .experts = load(reader, c, base, places)};
 }
 
 }  // namespace

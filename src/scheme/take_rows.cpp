@@ -42,25 +42,28 @@ TakenParameter plain_parameter(const Parameter& old, const Grouping& grouping, i
   return {std::move(parameter), std::make_shared<const QuantizedTensor>(std::move(stored))};
 }
 
+/// Only the groups of the rows taken are decoded: a stack of experts is cut many times.
 std::optional<TakenParameter> take(const Parameter& parameter, const QuantizedTensor& stored, const Shape& shape,
                                    std::span<const int64_t> rows) {
-  const int64_t columns = shape.back();
-  const std::vector<float> all = decode(stored);
-  const auto count = static_cast<int64_t>(rows.size());
-  std::vector<float> values;
-  if (parameter.grouping.kind == Grouping::Kind::index) {  // one line of groups a row, whatever the indices
-    const int64_t groups = parameter_shape(parameter.grouping, shape).back();
-    for (const int64_t row : rows)
-      values.insert(values.end(), all.begin() + row * groups, all.begin() + (row + 1) * groups);
-    return plain_parameter(parameter, parameter.grouping, count, values);
-  }
-  const std::optional<int64_t> run = run_in_row(parameter.grouping, columns);
+  const int64_t columns = shape.back(), stored_rows = element_count(shape) / columns;
+  const bool indexed = parameter.grouping.kind == Grouping::Kind::index;  // a line of groups a row, in any order
+  const std::optional<int64_t> run =
+      indexed ? std::optional(parameter.grouping.size) : run_in_row(parameter.grouping, columns);
   if (!run) return std::nullopt;
-  const GroupMap map(parameter.grouping, shape);
-  for (const int64_t row : rows)
-    for (int64_t k = 0; k < columns; k += *run)
-      values.push_back(all[static_cast<size_t>(map.group_of(row * columns + k))]);
-  return plain_parameter(parameter, Grouping::along(*run), count, values);
+  const int64_t groups = (columns + *run - 1) / *run;
+  const Decoder decoder(stored);
+  const std::optional<GroupMap> map = indexed ? std::nullopt : std::optional<GroupMap>({parameter.grouping, shape});
+  std::vector<float> values(rows.size() * static_cast<size_t>(groups));
+  for (size_t i = 0; i < rows.size(); ++i) {
+    BW_ASSERT(rows[i] >= 0 && rows[i] < stored_rows);
+    const auto group_of = [&](int64_t k) { return map ? map->group_of(rows[i] * columns + k) : rows[i] * groups; };
+    // A row's groups are numbered one after another, in every grouping that gets here.
+    decoder.decode(group_of(0),
+                   std::span(values).subspan(i * static_cast<size_t>(groups), static_cast<size_t>(groups)));
+    BW_ASSERT(indexed || group_of(columns - 1) == group_of(0) + groups - 1);
+  }
+  const Grouping grouping = indexed ? parameter.grouping : Grouping::along(*run);
+  return plain_parameter(parameter, grouping, static_cast<int64_t>(rows.size()), values);
 }
 
 }  // namespace
