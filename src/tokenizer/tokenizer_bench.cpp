@@ -8,7 +8,8 @@
 #include "base/mapped_file.hpp"
 #include "tokenizer/tokenizer.hpp"
 
-/// tokenizer_bench TEXT TOKENIZER...   the text's ids, one thread: seconds to load, MB/s to encode and decode (best of 3)
+/// tokenizer_bench TEXT TOKENIZER...   the text's ids, one thread: seconds to load, MB/s to encode and decode (best of
+/// 3)
 int main(int argc, char** argv) {
   using Clock = std::chrono::steady_clock;
   const auto seconds_since = [](Clock::time_point start) {
