@@ -83,6 +83,10 @@ struct PreTokenization {
 
 constexpr std::string_view kDigit = R"(\p{N})", kThreeDigits = "[0-9][0-9][0-9]";
 constexpr std::string_view kDeepseekIdeographs = "[一-龥ࠀ-一가-퟿]+";
+constexpr std::string_view kDeepseekLetters =
+    R"(\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ)"
+    R"(\x{1f5f}-\x{1f7d}ᾀ-ᾴᾶ-ᾼ\x{1fbe}ῂ-ῄῆ-ῌ\x{1fd0}-\x{1fd3}\x{1fd6}-\x{1fdb}ῠ-\x{1fec}ῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\x{2126})"
+    R"(ℨ\x{212a}-\x{212d}ℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+)";
 constexpr std::string_view kPoro = R"( ?[^(\s|.,!?…。，、।۔،)]+)";
 
 /// Names and expressions as llama.cpp's src/llama-vocab.cpp (00ad355e) has them.
@@ -106,12 +110,8 @@ const std::vector<PreTokenization>& pre_tokenizations() {
        .splits = {kDigit, kGpt2Split}},
       {.names = {"falcon"}, .splits = {R"([\p{P}\$\+<=>\^~\|`]+)", kGpt2Split, kThreeDigits}},
       {.names = {"deepseek-llm"},
-       .splits =
-           {R"([\r\n])",
-            R"(\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ)"
-            R"(\x{1f5f}-\x{1f7d}ᾀ-ᾴᾶ-ᾼ\x{1fbe}ῂ-ῄῆ-ῌ\x{1fd0}-\x{1fd3}\x{1fd6}-\x{1fdb}ῠ-\x{1fec}ῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\x{2126})"
-            R"(ℨ\x{212a}-\x{212d}ℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+)",
-            "\\s?[!-/:-~！-／：-～‘-‟　-。]+", R"(\s+$)", kDeepseekIdeographs, R"(\p{N}+)"}},
+       .splits = {R"([\r\n])", kDeepseekLetters, "\\s?[!-/:-~！-／：-～‘-‟　-。]+", R"(\s+$)", kDeepseekIdeographs,
+                  R"(\p{N}+)"}},
       {.names = {"deepseek-coder"},
        .splits = {R"([\r\n])", R"(\s?\p{L}+)", R"(\s?\p{P}+)", kDeepseekIdeographs, kDigit}},
       {.names = {"deepseek-v3", "hunyuan-dense", "joyai-llm"},

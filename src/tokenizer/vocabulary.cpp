@@ -2,8 +2,9 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <nlohmann/json.hpp>
-#include <unordered_set>
+#include <span>
 
 #include "tokenizer/byte_level.hpp"
 #include "tokenizer/unicode.hpp"
@@ -38,6 +39,25 @@ std::optional<std::pair<std::string_view, std::string_view>> split_merge(std::st
   return std::pair(line.substr(0, space), line.substr(space + 1));
 }
 
+namespace {
+
+/// Each pair must stand once.
+void check_pairs(std::span<const Merge> read, const MergeList& merges, const std::string& where) {
+  std::vector<std::pair<uint64_t, uint32_t>> pairs;
+  pairs.reserve(read.size());
+  for (const Merge& merge : read)
+    pairs.emplace_back(static_cast<uint64_t>(merge.left) << 32 | static_cast<uint64_t>(merge.right), merge.rank);
+  std::sort(pairs.begin(), pairs.end());
+  for (size_t i = 1; i < pairs.size(); ++i) {
+    if (pairs[i].first != pairs[i - 1].first) continue;
+    const auto& [left, right] = merges[pairs[i].second];
+    bad_tokenizer(where, fmt::format("merge {} of {} and {} appears twice", pairs[i].second, shown_token(left),
+                                     shown_token(right)));
+  }
+}
+
+}  // namespace
+
 BpeRules bpe_rules(const TokenIds& ids, const MergeList& merges, const BpeSettings& settings,
                    const std::string& where) {
   BpeRules rules;
@@ -59,8 +79,6 @@ BpeRules bpe_rules(const TokenIds& ids, const MergeList& merges, const BpeSettin
     if (!settings.ignore_merges) continue;
     if (const auto piece = settings.byte_pieces ? bytes_of_token(text) : text) rules.whole.emplace(*piece, id);
   }
-  std::unordered_set<uint64_t> seen;
-  seen.reserve(merges.size());
   rules.merges.reserve(merges.size());
   rules.seams.reserve(merges.size());
   bool knows_seams = true;
@@ -75,9 +93,6 @@ BpeRules bpe_rules(const TokenIds& ids, const MergeList& merges, const BpeSettin
     };
     const std::string_view rest = right.substr(right.starts_with(settings.prefix) ? settings.prefix.size() : 0);
     const int32_t a = id(left), b = id(right);
-    if (!seen.insert(static_cast<uint64_t>(a) << 32 | static_cast<uint64_t>(b)).second)
-      bad_tokenizer(where,
-                    fmt::format("merge {} of {} and {} appears twice", i, shown_token(left), shown_token(right)));
     merged.assign(left).append(rest);
     rules.merges.push_back({a, b, id(merged), static_cast<uint32_t>(i)});
     // Tokens that stand for something else than their text may be joined wherever they are.
@@ -93,6 +108,7 @@ BpeRules bpe_rules(const TokenIds& ids, const MergeList& merges, const BpeSettin
     rules.seams.push_back(seam);
   }
   if (!knows_seams) rules.seams.clear();
+  check_pairs(rules.merges, merges, where);
   return rules;
 }
 
