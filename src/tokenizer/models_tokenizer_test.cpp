@@ -236,7 +236,7 @@ TEST(ModelsTokenizer, LinesMayEndInCrLf) {
   EXPECT_FALSE(Tokenizer(qwen).adds_bos());
 }
 
-/// Where there are byte tokens and no normalizer, any bytes come back.
+/// Where there are tokens for all bytes (Falcon and MPT lack some) and no normalizer, any bytes come back.
 TEST(ModelsTokenizer, RoundTripsAnyBytes) {
   std::string text = test::mixed_text();
   for (size_t i = 0; i < text.size(); i += 333) text[i] = static_cast<char>(i / 333 * 37);
@@ -244,7 +244,7 @@ TEST(ModelsTokenizer, RoundTripsAnyBytes) {
   for (const char* file :
        {"models/tinystories4M/hf", "tokenizers/gpt2", "tokenizers/minimind", "tokenizers/llama3",
         "tokenizers/tiktoken/cl100k_base.tiktoken", "tokenizers/llama2/tokenizer.model", "models/stories260K/hf",
-        "tokenizers/mistral/tokenizer.model.v1", "tokenizers/llama.cpp_vocabs/ggml-vocab-mpt.gguf"}) {
+        "tokenizers/mistral/tokenizer.model.v1", "tokenizers/llama.cpp_vocabs/ggml-vocab-gpt-2.gguf"}) {
     if (!std::filesystem::exists(data() / file)) continue;
     const Tokenizer tokenizer(data() / file);
     // SentencePiece cannot tell U+2581 from a space.
