@@ -210,6 +210,7 @@ struct Checkpoint::Impl {
            "give it the name it had, NAME-00001-of-00003.gguf");
     check_shard_series(directory, parts);
     files = std::move(parts);
+    path = files[0];
     mapped.clear();
     for (const fs::path& file : files) mapped.emplace_back(file);
   }

@@ -47,7 +47,7 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>&) {
   const MappedFile text(*arguments.text("--text"));
   const Checkpoint checkpoint = open_model(arguments.model);
   checkpoint.verify_digests();
-  const Tokenizer tokenizer(model_directory(checkpoint));
+  const Tokenizer tokenizer(tokenizer_path(checkpoint));
   const Model model(checkpoint);
   std::optional<Checkpoint> reference_checkpoint;
   std::optional<Model> reference;
