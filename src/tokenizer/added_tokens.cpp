@@ -21,7 +21,8 @@ size_t last_character(std::string_view text) {
 }
 
 bool stands_alone(std::string_view text, size_t begin, size_t end) {
-  const bool left = begin == 0 || !is_word(first_character(text.substr(last_character(text.substr(0, begin)))).code_point);
+  const bool left =
+      begin == 0 || !is_word(first_character(text.substr(last_character(text.substr(0, begin)))).code_point);
   const bool right = end == text.size() || !is_word(first_character(text.substr(end)).code_point);
   return left && right;
 }

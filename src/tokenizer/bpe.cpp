@@ -56,7 +56,8 @@ Bpe::Bpe(BpeRules rules) : rules_(std::move(rules)), pairs_(rules_.merges.size()
 
 /// Bytes at the beginning of `piece` that no merge joins with what follows: the rest can be encoded by itself.
 size_t Bpe::part_length(std::string_view piece) const {
-  const bool knows_seams = rules_.seams.size() == rules_.merges.size() && rules_.prefix.empty() && rules_.suffix.empty();
+  const bool knows_seams =
+      rules_.seams.size() == rules_.merges.size() && rules_.prefix.empty() && rules_.suffix.empty();
   if (!knows_seams || piece.size() <= PieceCache::kLongest) return piece.size();
   Character c = unit(piece, rules_.byte_pieces);
   for (size_t at = c.length; at < piece.size();) {
@@ -70,7 +71,7 @@ size_t Bpe::part_length(std::string_view piece) const {
 
 void Bpe::encode(std::string_view piece, PieceCache& cache, std::vector<int32_t>& ids) const {
   if (!rules_.whole.empty()) {
-    if (const auto it = rules_.whole.find(std::string(piece)); it != rules_.whole.end()) {
+    if (const auto it = rules_.whole.find(piece); it != rules_.whole.end()) {
       ids.push_back(it->second);
       return;
     }

@@ -2,6 +2,7 @@
 
 #include <array>
 #include <cstdint>
+#include <functional>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -17,21 +18,25 @@ struct Merge {
   uint32_t rank;  ///< the smallest is made first; equal ones from the left
 };
 
+struct TextHash {
+  using is_transparent = void;
+  size_t operator()(std::string_view text) const { return std::hash<std::string_view>()(text); }
+};
 /// Ids by text.
-using TokenIds = std::unordered_map<std::string, int32_t>;
+using TokenIds = std::unordered_map<std::string, int32_t, TextHash, std::equal_to<>>;
 
 /// What a file says of a byte-pair encoding.
 struct BpeRules {
   bool byte_pieces = false;        ///< a piece is made of bytes, each with its id; else of characters
   std::array<int32_t, 256> bytes;  ///< ids; -1: none. For characters without an id of their own where there is one
   std::unordered_map<char32_t, int32_t> characters{};  ///< ids, not for byte_pieces; may be hidden (below)
-  int32_t first_hidden = INT32_MAX;  ///< ids from here on stand for characters that only occur merged
-  std::vector<Merge> merges{};       ///< each pair once
+  int32_t first_hidden = INT32_MAX;                    ///< ids from here on stand for characters that only occur merged
+  std::vector<Merge> merges{};                         ///< each pair once
   /// For each merge the last byte or code point of `left` and the first of `right`. Empty: not known.
   std::vector<std::pair<char32_t, char32_t>> seams{};
   TokenIds whole{};  ///< pieces that are a token whatever the merges would make of them
   std::optional<int32_t> unknown{};
-  bool fuse_unknown = false;      ///< neighbours are one unknown token
+  bool fuse_unknown = false;       ///< neighbours are one unknown token
   std::string prefix{}, suffix{};  ///< of characters not at the beginning, and of the last, when `affixed` is looked up
   TokenIds affixed{};
 

@@ -36,12 +36,18 @@ constexpr std::array<int, kAlphabetEnd> kByteOf = byte_of_code_point();
 
 }  // namespace
 
+std::optional<unsigned char> byte_of_character(char32_t character) {
+  if (character >= kAlphabetEnd || kByteOf[character] < 0) return std::nullopt;
+  return static_cast<unsigned char>(kByteOf[character]);
+}
+
 std::optional<std::string> bytes_of_token(std::string_view token) {
   std::string bytes;
   for (size_t i = 0; i < token.size();) {
     const Character c = first_character(token.substr(i));
-    if (c.code_point >= kAlphabetEnd || kByteOf[c.code_point] < 0) return std::nullopt;
-    bytes += static_cast<char>(kByteOf[c.code_point]);
+    const auto byte = byte_of_character(c.code_point);
+    if (!byte) return std::nullopt;
+    bytes += static_cast<char>(*byte);
     i += c.length;
   }
   return bytes;

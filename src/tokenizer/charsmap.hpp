@@ -8,9 +8,9 @@
 
 namespace bitwright {
 
-/// SentencePiece's precompiled_charsmap: what prefixes of a text are replaced with. Its layout (normalizer.cc): u32, the
-/// bytes of a double-array trie (Darts-clone) of u32 units; the trie, whose values are places in the rest; the rest, texts
-/// with a byte 0 after each.
+/// SentencePiece's precompiled_charsmap: what prefixes of a text are replaced with. Its layout (normalizer.cc): u32,
+/// the bytes of a double-array trie (Darts-clone) of u32 units; the trie, whose values are places in the rest; the
+/// rest, texts with a byte 0 after each.
 class Charsmap {
  public:
   /// Nothing where `blob` is damaged.

@@ -13,7 +13,8 @@ TokenDecoder replace_in_tokens(std::string text, std::string content);
 TokenDecoder byte_fallback();
 /// All as one text, for what comes after.
 TokenDecoder fuse();
-/// Takes up to `start` times `content`, a character, from the beginning of each text and up to `stop` times from its end.
+/// Takes up to `start` times `content`, a character, from the beginning of each text and up to `stop` times from its
+/// end.
 TokenDecoder strip_tokens(std::string content, size_t start, size_t stop);
 /// WordPiece's: a space between words, none before `prefix`; cleanup takes those before punctuation out.
 TokenDecoder word_piece(std::string prefix, bool cleanup);

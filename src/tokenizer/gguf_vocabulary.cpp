@@ -60,7 +60,8 @@ std::vector<std::string> texts(const GgufContents& contents, std::string_view na
 }
 
 template <class T>
-std::vector<T> numbers(const GgufContents& contents, std::string_view name, GgufValueType type, const std::string& file) {
+std::vector<T> numbers(const GgufContents& contents, std::string_view name, GgufValueType type,
+                       const std::string& file) {
   const GgufEntry* entry = find_key(contents, name);
   if (entry == nullptr) return {};
   if (!entry->is_array || entry->type != type)
@@ -82,33 +83,35 @@ struct PreTokenization {
 
 constexpr std::string_view kDigit = R"(\p{N})", kThreeDigits = "[0-9][0-9][0-9]";
 constexpr std::string_view kDeepseekIdeographs = "[一-龥ࠀ-一가-퟿]+";
+constexpr std::string_view kDeepseekLetters =
+    R"(\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ)"
+    R"(\x{1f5f}-\x{1f7d}ᾀ-ᾴᾶ-ᾼ\x{1fbe}ῂ-ῄῆ-ῌ\x{1fd0}-\x{1fd3}\x{1fd6}-\x{1fdb}ῠ-\x{1fec}ῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤ\x{2126})"
+    R"(ℨ\x{212a}-\x{212d}ℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+)";
 constexpr std::string_view kPoro = R"( ?[^(\s|.,!?…。，、।۔،)]+)";
 
 /// Names and expressions as llama.cpp's src/llama-vocab.cpp (00ad355e) has them.
 const std::vector<PreTokenization>& pre_tokenizations() {
   static const std::vector<PreTokenization> kTable = {
-      {.names = {"", "default"},
-       .splits = {R"([\p{P}\$\+<=>\^~\|]+)", kGpt2Split, R"(\p{N}+)", kThreeDigits}},
+      {.names = {"", "default"}, .splits = {R"([\p{P}\$\+<=>\^~\|]+)", kGpt2Split, R"(\p{N}+)", kThreeDigits}},
       {.names = {"gpt-2", "phi-2", "jina-es", "jina-de", "gigachat", "jina-v2-es", "jina-v2-de", "a.x-4.0", "mellum",
-                 "modern-bert", "jina-v1-en", "jina-v2-code", "roberta-bpe", "mpt", "olmo", "jais", "trillion", "exaone4",
-                 "granite-docling"},
+                 "modern-bert", "jina-v1-en", "jina-v2-code", "roberta-bpe", "mpt", "olmo", "jais", "trillion",
+                 "exaone4", "granite-docling"},
        .splits = {kGpt2Split}},
-      {.names = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"},
+      {.names = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
+                 "jina-v5-nano"},
        .splits = {kLlama3Split},
        .ignore_merges = true,
        .adds_bos = true},
       {.names = {"dbrx", "smaug-bpe", "chatglm-bpe", "glm4"}, .splits = {kLlama3Split}},
-      {.names = {"qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "stablelm2", "megrez", "hunyuan", "grok-2", "solar-open"},
+      {.names = {"qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "stablelm2", "megrez", "hunyuan", "grok-2",
+                 "solar-open"},
        .splits = {kQwen2Split}},
       {.names = {"starcoder", "refact", "command-r", "smollm", "codeshell", "exaone", "minerva-7b", "mellum2"},
        .splits = {kDigit, kGpt2Split}},
       {.names = {"falcon"}, .splits = {R"([\p{P}\$\+<=>\^~\|`]+)", kGpt2Split, kThreeDigits}},
       {.names = {"deepseek-llm"},
-       .splits = {R"([\r\n])",
-                  "\\s?[A-Za-zµÀ-ÖØ-öø-ƺƼ-ƿǄ-ʓʕ-ʯͰ-ͳͶͷͻ-ͽͿΆΈ-ΊΌΎ-ΡΣ-ϵϷ-ҁҊ-ԯԱ-ՖႠ-ჅᎠ-Ᏽᏸ-ᏽᲐ-ᲺᲽ-Ჿᴀ-ᴫᵫ-ᵷᵹ-ᶚḀ-ἕἘ-Ἕἠ-ὅὈ-Ὅὐ-ὗὙὛὝ"
-                  "Ὗ-ώᾀ-ᾴᾶ-ᾼιῂ-ῄῆ-ῌῐ-ΐῖ-Ίῠ-Ῥῲ-ῴῶ-ῼℂℇℊ-ℓℕℙ-ℝℤΩℨK-ℭℯ-ℴℹℼ-ℿⅅ-ⅉⅎↃↄⰀ-ⱻⱾ-ⳤⳫ-ⳮⳲⳳꙀ-ꙭꚀ-ꚛꜢ-ꝯꝱ-ꞇꞋ-ꞎꭰ-ꮿﬀ-ﬆﬓ-ﬗＡ-Ｚａ-ｚ𐐀-𐑏"
-                  "𐒰-𐓓𐓘-𐓻𐲀-𐲲𐳀-𐳲𑢠-𑣟𞤀-𞥃]+",
-                  "\\s?[!-/:-~！-／：-～‘-‟　-。]+", R"(\s+$)", kDeepseekIdeographs, R"(\p{N}+)"}},
+       .splits = {R"([\r\n])", kDeepseekLetters, "\\s?[!-/:-~！-／：-～‘-‟　-。]+", R"(\s+$)", kDeepseekIdeographs,
+                  R"(\p{N}+)"}},
       {.names = {"deepseek-coder"},
        .splits = {R"([\r\n])", R"(\s?\p{L}+)", R"(\s?\p{P}+)", kDeepseekIdeographs, kDigit}},
       {.names = {"deepseek-v3", "hunyuan-dense", "joyai-llm"},
@@ -130,9 +133,11 @@ const std::vector<PreTokenization>& pre_tokenizations() {
        .adds_bos = true},
       {.names = {"superbpe"}, .splits = {R"(\p{N}+)", R"((?=(\d{3})+(?!\d)))"}},
       {.names = {"bailingmoe", "bailingmoe2", "llada-moe"},
-       .splits = {R"('(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+)"}},
+       .splits =
+           {R"('(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+)"}},
       {.names = {"seed-coder"},
-       .splits = {R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+)"}},
+       .splits =
+           {R"((?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+)"}},
   };
   return kTable;
 }
@@ -303,9 +308,9 @@ Tokenizer Tokenizer::from_gguf(const GgufVocabulary& vocabulary, const std::stri
 
 extern const TokenizerFormat gguf_tokenizer;
 const TokenizerFormat gguf_tokenizer = {.name = "GGUF",
-                                     .source = "ggml-org/llama.cpp 00ad355e, src/llama-vocab.cpp",
-                                     .find = find,
-                                     .recognises = [](std::string_view bytes) { return bytes.starts_with("GGUF"); },
-                                     .read = read};
+                                        .source = "ggml-org/llama.cpp 00ad355e, src/llama-vocab.cpp",
+                                        .find = find,
+                                        .recognises = [](std::string_view bytes) { return bytes.starts_with("GGUF"); },
+                                        .read = read};
 
 }  // namespace bitwright

@@ -158,8 +158,8 @@ TextNormalizer precompiled(Charsmap map) {
 TextNormalizer sentencepiece(SentencePieceNormalization options) {
   Trie user_defined;
   for (const std::string& text : options.user_defined) user_defined.add(text, 0);
-  const auto shared = std::make_shared<const std::pair<SentencePieceNormalization, Trie>>(std::move(options),
-                                                                                          std::move(user_defined));
+  const auto shared =
+      std::make_shared<const std::pair<SentencePieceNormalization, Trie>>(std::move(options), std::move(user_defined));
   return [shared](std::string_view text) {
     const auto& [o, kept] = *shared;
     std::string plain;

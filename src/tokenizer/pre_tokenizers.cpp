@@ -29,8 +29,8 @@ void add_parts(std::string_view text, std::vector<SplitPart> parts, SplitBehavio
   } else {
     bool before_matches = false;
     for (const SplitPart& part : parts) {
-      const bool with_previous = behavior == SplitBehavior::contiguous ? part.matches == before_matches
-                                                                       : part.matches && !before_matches;
+      const bool with_previous =
+          behavior == SplitBehavior::contiguous ? part.matches == before_matches : part.matches && !before_matches;
       if (with_previous && !joined.empty()) {
         joined.back().end = part.end;
       } else {
@@ -110,9 +110,8 @@ PreTokenizer replace_in_piece(std::string from, std::string to) {
 }
 
 PreTokenizer to_byte_alphabet() {
-  return [](std::string_view text, bool, Pieces& out) {
-    out.add(out.keep(in_byte_alphabet(unescape_stray_bytes(text))));
-  };
+  return
+      [](std::string_view text, bool, Pieces& out) { out.add(out.keep(in_byte_alphabet(unescape_stray_bytes(text)))); };
 }
 
 }  // namespace bitwright

@@ -101,7 +101,8 @@ TokenizerPipeline pipeline_of(ScoredVocabulary vocabulary, const std::string& fi
   out.decoders.push_back(byte_fallback());
   out.decoders.push_back(fuse());
   if (n.add_dummy_prefix)
-    out.decoders.push_back(strip_tokens(" ", n.treat_whitespace_as_suffix ? 0 : 1, n.treat_whitespace_as_suffix ? 1 : 0));
+    out.decoders.push_back(
+        strip_tokens(" ", n.treat_whitespace_as_suffix ? 0 : 1, n.treat_whitespace_as_suffix ? 1 : 0));
   out.normalizers.push_back(sentencepiece(std::move(vocabulary.normalization)));
   const auto token = [&](std::optional<int32_t> id) {
     return id && *id >= 0 && static_cast<size_t>(*id) < out.tokens.size() ? id : std::nullopt;

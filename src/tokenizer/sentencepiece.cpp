@@ -15,10 +15,10 @@ class Message {
  public:
   Message(std::string_view all, const std::string& file) : rest_(all), file_(file) {}
 
-  uint64_t number = 0;      ///< of the field
-  uint64_t value = 0;       ///< where it is a number
+  uint64_t number = 0;       ///< of the field
+  uint64_t value = 0;        ///< where it is a number
   std::string_view bytes{};  ///< where it is a text or a message
-  float real = 0;           ///< where it is 32 bits wide
+  float real = 0;            ///< where it is 32 bits wide
 
   bool next() {
     if (rest_.empty()) return false;
@@ -146,9 +146,9 @@ TokenizerPipeline read_sentencepiece(std::string_view bytes, const std::string& 
 
 extern const TokenizerFormat sentencepiece_tokenizer;
 const TokenizerFormat sentencepiece_tokenizer = {.name = "SentencePiece model",
-                                              .source = "google/sentencepiece v0.2.0, sentencepiece_model.proto",
-                                              .find = find,
-                                              .recognises = is_model,
-                                              .read = read};
+                                                 .source = "google/sentencepiece v0.2.0, sentencepiece_model.proto",
+                                                 .find = find,
+                                                 .recognises = is_model,
+                                                 .read = read};
 
 }  // namespace bitwright

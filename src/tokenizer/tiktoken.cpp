@@ -24,15 +24,23 @@ using SpecialTokens = std::vector<SpecialToken>;
 /// <|python_tag|>.
 SpecialTokens llama3_tokens() {
   constexpr int32_t kFirst = 128000, kCount = 256;
-  static constexpr std::array<std::string_view, 11> kNamed = {
-      "<|begin_of_text|>", "<|end_of_text|>",     "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
-      "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>",
-      "<|eot_id|>", "<|python_tag|>"};
+  static constexpr std::array<std::string_view, 11> kNamed = {"<|begin_of_text|>",
+                                                              "<|end_of_text|>",
+                                                              "<|reserved_special_token_0|>",
+                                                              "<|reserved_special_token_1|>",
+                                                              "<|finetune_right_pad_id|>",
+                                                              "<|step_id|>",
+                                                              "<|start_header_id|>",
+                                                              "<|end_header_id|>",
+                                                              "<|eom_id|>",
+                                                              "<|eot_id|>",
+                                                              "<|python_tag|>"};
   SpecialTokens out;
   for (int32_t i = 0; i < kCount; ++i) {
     const auto at = static_cast<size_t>(i);
-    out.push_back({kFirst + i, at < kNamed.size() ? std::string(kNamed.at(at))
-                                                  : fmt::format("<|reserved_special_token_{}|>", at - kNamed.size() + 2)});
+    out.push_back({kFirst + i, at < kNamed.size()
+                                   ? std::string(kNamed.at(at))
+                                   : fmt::format("<|reserved_special_token_{}|>", at - kNamed.size() + 2)});
   }
   return out;
 }
@@ -43,7 +51,8 @@ SpecialTokens qwen_tokens() {
   return out;
 }
 
-/// What the file does not say, known by how many ranks it has: the split, the special tokens, whether text is normalized.
+/// What the file does not say, known by how many ranks it has: the split, the special tokens, whether text is
+/// normalized.
 struct Encoding {
   std::string_view name;
   size_t ranks;
@@ -54,8 +63,16 @@ struct Encoding {
 };
 
 constexpr std::array<Encoding, 6> kEncodings = {{
-    {"r50k_base", 50256, kGpt2Split, [] { return SpecialTokens{{50256, "<|endoftext|>"}}; }, "", "<|endoftext|>"},
-    {"p50k_base", 50280, kGpt2Split, [] { return SpecialTokens{{50256, "<|endoftext|>"}}; }, "", "<|endoftext|>"},
+    {"r50k_base", 50256, kGpt2Split,
+     [] {
+       return SpecialTokens{{50256, "<|endoftext|>"}};
+     },
+     "", "<|endoftext|>"},
+    {"p50k_base", 50280, kGpt2Split,
+     [] {
+       return SpecialTokens{{50256, "<|endoftext|>"}};
+     },
+     "", "<|endoftext|>"},
     {"cl100k_base", 100256, kCl100kSplit,
      [] {
        return SpecialTokens{{100257, "<|endoftext|>"},
@@ -66,7 +83,10 @@ constexpr std::array<Encoding, 6> kEncodings = {{
      },
      "", "<|endoftext|>"},
     {"o200k_base", 199998, kO200kSplit,
-     [] { return SpecialTokens{{199999, "<|endoftext|>"}, {200018, "<|endofprompt|>"}}; }, "", "<|endoftext|>"},
+     [] {
+       return SpecialTokens{{199999, "<|endoftext|>"}, {200018, "<|endofprompt|>"}};
+     },
+     "", "<|endoftext|>"},
     {"Llama 3", 128000, kLlama3Split, llama3_tokens, "<|begin_of_text|>", "<|end_of_text|>"},
     {"Qwen", 151643, kQwen2Split, qwen_tokens, "", "<|endoftext|>", true},
 }};
@@ -135,7 +155,8 @@ TokenizerPipeline read_tiktoken(std::string_view text, const std::string& file) 
     const auto id = static_cast<int32_t>(rank);
     add_token(file, out, id, bytes, bytes);
     ranked.push_back({bytes, id, rank});
-    if (!rules.whole.emplace(bytes, id).second) bad_tokenizer(file, fmt::format("{} appears twice", shown_token(bytes)));
+    if (!rules.whole.emplace(bytes, id).second)
+      bad_tokenizer(file, fmt::format("{} appears twice", shown_token(bytes)));
   }
   for (const SpecialToken& token : encoding.special()) {
     add_token(file, out, token.id, token.text, token.text).special = true;
@@ -153,10 +174,11 @@ TokenizerPipeline read_tiktoken(std::string_view text, const std::string& file) 
 
 extern const TokenizerFormat tiktoken_tokenizer;
 const TokenizerFormat tiktoken_tokenizer = {.name = "tiktoken",
-                                         .source = "openai/tiktoken, openai_public.py; meta-llama/llama-models a9c89c47, "
-                                                   "llama3/tokenizer.py; Qwen/Qwen-7B, tokenization_qwen.py",
-                                         .find = find,
-                                         .recognises = is_tiktoken,
-                                         .read = read};
+                                            .source =
+                                                "openai/tiktoken, openai_public.py; meta-llama/llama-models a9c89c47, "
+                                                "llama3/tokenizer.py; Qwen/Qwen-7B, tokenization_qwen.py",
+                                            .find = find,
+                                            .recognises = is_tiktoken,
+                                            .read = read};
 
 }  // namespace bitwright

@@ -40,7 +40,8 @@ TokenizerPipeline read_path(const std::filesystem::path& path) {
 }  // namespace
 
 struct Tokenizer::Impl {
-  explicit Impl(TokenizerPipeline read) : pipeline(std::move(read)), verbatim(pipeline.added, false), normalized(pipeline.added, true) {}
+  explicit Impl(TokenizerPipeline read)
+      : pipeline(std::move(read)), verbatim(pipeline.added, false), normalized(pipeline.added, true) {}
 
   /// What is being encoded.
   struct Work {

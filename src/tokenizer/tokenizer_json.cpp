@@ -158,8 +158,7 @@ void read_metaspace(const JsonPart& part, std::vector<PreStep>& out) {
   out.push_back({replace_in_piece(" ", settings.replacement)});
   if (settings.scheme != "never") out.push_back({prepend_piece(settings.replacement, settings.scheme == "first")});
   if (part.flag("split", true))
-    out.push_back(
-        {split_by_pattern(Pattern::literal(settings.replacement), SplitBehavior::merged_with_next, false)});
+    out.push_back({split_by_pattern(Pattern::literal(settings.replacement), SplitBehavior::merged_with_next, false)});
 }
 
 void read_delimiter(const JsonPart& part, std::vector<PreStep>& out) {
@@ -212,12 +211,15 @@ void read_replace_decoder(const JsonPart& part, std::vector<DecodeStep>& out) {
   const JsonPart pattern = part.child("pattern");
   const std::string& content = part.text("content");
   const bool literal = pattern.json.is_object() && pattern.find("String") != nullptr;
-  out.push_back({literal ? replace_in_tokens(pattern.text("String"), content)
-                         : replace_in_tokens(read_pattern(part), content)});
+  out.push_back(
+      {literal ? replace_in_tokens(pattern.text("String"), content) : replace_in_tokens(read_pattern(part), content)});
 }
 
 constexpr std::array<Kind<DecodeStep>, 9> kDecoders = {{
-    {"ByteLevel", [](const JsonPart&, auto& out) { out.push_back({from_byte_alphabet(), true}); }},
+    {"ByteLevel",
+     [](const JsonPart&, auto& out) {
+       out.push_back({from_byte_alphabet(), true});
+     }},
     {"Metaspace", read_metaspace_decoder},
     {"ByteFallback", [](const JsonPart&, auto& out) { out.push_back({byte_fallback()}); }},
     {"Fuse", [](const JsonPart&, auto& out) { out.push_back({fuse()}); }},
@@ -230,12 +232,11 @@ constexpr std::array<Kind<DecodeStep>, 9> kDecoders = {{
      [](const JsonPart& part, auto& out) {
        out.push_back({word_piece(part.text("prefix", "##"), part.flag("cleanup", true))});
      }},
-    {"BPEDecoder",
-     [](const JsonPart& part, auto& out) { out.push_back({end_of_word(part.text("suffix", "</w>"))}); }},
+    {"BPEDecoder", [](const JsonPart& part, auto& out) { out.push_back({end_of_word(part.text("suffix", "</w>"))}); }},
     {"CTC",
      [](const JsonPart& part, auto& out) {
-       out.push_back({ctc(part.text("pad_token", "<pad>"), part.text("word_delimiter_token", "|"),
-                          part.flag("cleanup", true))});
+       out.push_back(
+           {ctc(part.text("pad_token", "<pad>"), part.text("word_delimiter_token", "|"), part.flag("cleanup", true))});
      }},
 }};
 
@@ -384,7 +385,8 @@ void read_added_tokens(const JsonPart& root, const TokenIds& vocabulary, Tokeniz
   for (const Json& json : part->json) {
     const JsonPart token = {json, part->file, part->name};
     const std::string& text = token.text("content");
-    if (text.empty() || !seen.insert(text).second) token.bad(fmt::format("{} is empty or appears twice", shown_token(text)));
+    if (text.empty() || !seen.insert(text).second)
+      token.bad(fmt::format("{} is empty or appears twice", shown_token(text)));
     const int32_t id = token.id(token.child("id").json, text);
     const auto known = vocabulary.find(text);
     if (known == vocabulary.end()) add_token(token.file, out, id, text, text);
@@ -392,7 +394,7 @@ void read_added_tokens(const JsonPart& root, const TokenIds& vocabulary, Tokeniz
       token.bad(fmt::format("id {} of {} is {} in the vocabulary", id, shown_token(text), known->second));
     const bool special = token.flag("special", false);
     const bool in_normalized = token.flag("normalized", !special);
-    out.tokens[static_cast<size_t>(id)] = {.text = text, .known = true, .special = special};
+    out.tokens[static_cast<size_t>(id)].special = special;
     out.added.push_back({.id = id,
                          .text = in_normalized ? normalized(text, out.normalizers) : text,
                          .special = special,

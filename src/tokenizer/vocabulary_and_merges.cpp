@@ -59,7 +59,8 @@ MergeList read_merges(std::string_view text, const std::string& file) {
 void add(const JsonPart& part, const TokenIds& vocabulary, const AddedToken& token, TokenizerPipeline& out) {
   for (AddedToken& known : out.added) {
     if (known.text != token.text) continue;
-    if (known.id != token.id) part.bad(fmt::format("{} has two ids, {} and {}", shown_token(token.text), known.id, token.id));
+    if (known.id != token.id)
+      part.bad(fmt::format("{} has two ids, {} and {}", shown_token(token.text), known.id, token.id));
     known.special |= token.special;
     out.tokens[static_cast<size_t>(token.id)].special = known.special;
     return;
@@ -129,7 +130,8 @@ TokenizerPipeline read(const std::filesystem::path& path) {
   static constexpr const char* kEndOfText = "<|endoftext|>";
   const auto end = vocabulary.find(kEndOfText);
   if (end != vocabulary.end())
-    add({vocabulary_json, path.string(), ""}, vocabulary, {.id = end->second, .text = kEndOfText, .special = true}, out);
+    add({vocabulary_json, path.string(), ""}, vocabulary, {.id = end->second, .text = kEndOfText, .special = true},
+        out);
   if (!config_path && end != vocabulary.end()) out.bos = out.eos = end->second;
 
   if (kind.nfc) out.normalizers.push_back(to_normal_form(NormalForm::c));

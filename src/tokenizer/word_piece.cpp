@@ -31,7 +31,7 @@ void WordPiece::encode_new(std::string_view piece, std::vector<int32_t>& ids) co
 }
 
 void WordLevel::encode(std::string_view piece, PieceCache&, std::vector<int32_t>& ids) const {
-  const auto it = ids_.find(std::string(piece));
+  const auto it = ids_.find(piece);
   if (it != ids_.end()) {
     ids.push_back(it->second);
   } else if (unknown_) {
