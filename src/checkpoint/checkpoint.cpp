@@ -220,6 +220,7 @@ struct Checkpoint::Impl {
       fail("missing-shard", path, fmt::format("it is one of {} parts, its name does not say which", count.dump()),
            "give it the name it had, NAME-00001-of-00003.gguf");
     files = files_of_series(directory, *series);
+    path = files[0];
     mapped.clear();
     for (const fs::path& file : files) mapped.emplace_back(file);
   }

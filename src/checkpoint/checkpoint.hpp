@@ -63,7 +63,7 @@ class Checkpoint {
   ~Checkpoint();
   Checkpoint(Checkpoint&&) noexcept;
 
-  const std::filesystem::path& path() const;
+  const std::filesystem::path& path() const;  ///< as it was opened; of a file in parts the first
   /// Reads every file through and compares it with the digest that quantization_metadata.json records, where it does.
   /// Throws Error{"digest-mismatch"}.
   void verify_digests() const;

@@ -53,7 +53,7 @@ Protocol protocol_for(const Arguments& arguments, int64_t limit, const Tokenizer
 struct Models {
   explicit Models(const Arguments& arguments) : checkpoint(open_model(arguments.model)) {
     checkpoint.verify_digests();
-    tokenizer.emplace(model_directory(checkpoint));
+    tokenizer.emplace(tokenizer_path(checkpoint));
     model.emplace(checkpoint);
     if (const auto path = arguments.text("--reference")) {
       reference_checkpoint.emplace(open_model(*path));

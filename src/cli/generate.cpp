@@ -60,7 +60,7 @@ void check_vocabulary(const std::vector<int32_t>& tokens, int64_t vocabulary) {
 OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
   const Checkpoint checkpoint = open_model(arguments.model);
   checkpoint.verify_digests();
-  const Tokenizer tokenizer(model_directory(checkpoint));
+  const Tokenizer tokenizer(tokenizer_path(checkpoint));
   const Model model(checkpoint);
   const std::vector<int32_t> ends = end_tokens(checkpoint.config(), model_directory(checkpoint));
   std::vector<int32_t> tokens = prompt_tokens(tokenizer, *arguments.text("--prompt"));

@@ -9,6 +9,7 @@
 #include <numbers>
 
 #include "base/error.hpp"
+#include "base/utf8.hpp"
 
 namespace bitwright {
 namespace {

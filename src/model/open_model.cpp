@@ -14,7 +14,7 @@
 namespace bitwright {
 namespace {
 
-constexpr int64_t kMostHeads = 1 << 16, kMostExperts = 1 << 16, kMostLayers = 1 << 20;
+constexpr int64_t kMostHeads = 1 << 16, kMostExperts = 1 << 16;
 
 const Architecture* find_architecture(const GgufFacts& facts) {
   const bool routed = facts.integer("expert_count", 0, kMostExperts, 0) > 0;

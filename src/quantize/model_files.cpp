@@ -59,6 +59,11 @@ fs::path model_directory(const Checkpoint& model) {
   return model.path().has_parent_path() ? model.path().parent_path() : fs::path(".");
 }
 
+fs::path tokenizer_path(const Checkpoint& model) {
+  const bool own = model.facts() != nullptr && model.facts()->contains("tokenizer.ggml.tokens");
+  return own ? model.path() : model_directory(model);
+}
+
 OrderedJson read_config(const Checkpoint& model) {
   if (model.facts() != nullptr) return OrderedJson(model.config());  // the file speaks for itself
   const fs::path path = model_directory(model) / "config.json";

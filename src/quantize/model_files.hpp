@@ -11,6 +11,9 @@ namespace bitwright {
 /// The directory whose config.json and tokenizer belong to `model` (its own, or the one its single file lies in).
 std::filesystem::path model_directory(const Checkpoint& model);
 
+/// What Tokenizer reads: a GGUF file that has a vocabulary, else the model's directory.
+std::filesystem::path tokenizer_path(const Checkpoint& model);
+
 /// config.json in the order it was written; an empty object where there is none.
 OrderedJson read_config(const Checkpoint& model);
 

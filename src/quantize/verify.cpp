@@ -87,12 +87,12 @@ void verify_tensors(const Checkpoint& source, const Checkpoint& written, const s
 }
 
 std::optional<Judgement> judge(const Checkpoint& source, const Checkpoint& written, std::string& reason) {
-  if (!Tokenizer::exists_in(model_directory(source))) {
+  if (!std::filesystem::is_regular_file(tokenizer_path(source)) && !Tokenizer::exists_in(model_directory(source))) {
     reason = "the model has no tokenizer";
     return std::nullopt;
   }
   try {
-    const Tokenizer tokenizer(model_directory(source));
+    const Tokenizer tokenizer(tokenizer_path(source));
     const Model original(source), quantized(written);
     Judgement j;
     j.protocol.context = std::min(kContext, original.config().context);
