@@ -88,6 +88,8 @@ void refuse_options(const Arguments& arguments, std::initializer_list<const char
 
 OrderedJson run_task(const Arguments& arguments, const Task& task) {
   refuse_options(arguments, {"--stride", "--split", "--max-windows"}, "is for perplexity, not for --task");
+  if (arguments.text("--bos") == "window")
+    refuse_options(arguments, {"--bos"}, "window is for perplexity, not for --task");
   const MappedFile text(*arguments.text("--text"));
   const std::vector<Example> examples = read_examples(task, text.text(), arguments.integer("--limit").value_or(0));
   const Models models(arguments);

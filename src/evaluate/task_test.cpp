@@ -230,6 +230,25 @@ TEST(Task, ChoicesAgreeWithEachTokenByItself) {
   EXPECT_LT(q.tokens, apart) << "what choices begin with alike is read once";
 }
 
+/// All log-likelihoods, each with a weight of its own.
+double weighted(std::span<const Example>, const std::vector<std::vector<Reply>>& replies) {
+  double sum = 0, weight = 1;
+  for (const std::vector<Reply>& some : replies)
+    for (const Reply& reply : some) sum += reply.log_likelihood * weight++;
+  return sum;
+}
+
+TEST(Task, WhatIsSharedChangesNoReply) {
+  Task task = choices();
+  task.second = weighted;
+  const std::vector<Example> examples = read_examples(
+      task, R"({"context": "Tom was", "choices": ["happy", "sad and went home", "a tax", "happy"], "answer": 0})", 0);
+  std::vector<Reply> replies;
+  for (const Request& request : examples[0].requests) replies.push_back(naive_reply(request, true));
+  const double expected = weighted(examples, {replies});
+  EXPECT_NEAR(evaluate_task(task, examples, model(), nullptr, tokenizer(), 0, 256).figures.second, expected, 1e-3);
+}
+
 TEST(Task, PicksTheFirstOfTheBest) {
   const Example example = read(choices(), R"({"context": "x", "choices": ["ab", "abcd", "ef"], "answer": 1})");
   EXPECT_EQ(choices().pick(example, std::vector<Reply>{{-2, false}, {-2, true}, {-3, false}}), 0);

@@ -1,9 +1,10 @@
 #include <fmt/format.h>
+#include <yaml-cpp/eventhandler.h>
 #include <yaml-cpp/yaml.h>
 
 #include <charconv>
 #include <nlohmann/json.hpp>
-#include <vector>
+#include <sstream>
 
 #include "base/error.hpp"
 #include "base/mapped_file.hpp"
@@ -59,14 +60,38 @@ OrderedJson convert(const YAML::Node& node, const std::string& where, int depth,
   return object;
 }
 
+/// Takes no second document. YAML::LoadAll would collect them, and finds one after another where a "," stands outside
+/// of a list.
+class OneDocument : public YAML::EventHandler {
+ public:
+  void OnDocumentStart(const YAML::Mark& mark) override {
+    if (++documents_ > 1)
+      throw YAML::ParserException(mark, "a second document begins, or a ',' stands outside of a list; one is read");
+  }
+  void OnDocumentEnd() override {}
+  void OnNull(const YAML::Mark&, YAML::anchor_t) override {}
+  void OnAlias(const YAML::Mark&, YAML::anchor_t) override {}
+  void OnScalar(const YAML::Mark&, const std::string&, YAML::anchor_t, const std::string&) override {}
+  void OnSequenceStart(const YAML::Mark&, const std::string&, YAML::anchor_t, YAML::EmitterStyle::value) override {}
+  void OnSequenceEnd() override {}
+  void OnMapStart(const YAML::Mark&, const std::string&, YAML::anchor_t, YAML::EmitterStyle::value) override {}
+  void OnMapEnd() override {}
+
+ private:
+  int documents_ = 0;
+};
+
 OrderedJson parse(const std::string& text, const std::string& where) {
   if (text.size() > kMaxBytes) fail(where, fmt::format("{} bytes are too many", text.size()));
   if (!is_utf8(text)) fail(where, "it is not UTF-8");
   try {
+    std::istringstream input(text);
+    YAML::Parser parser(input);
+    OneDocument one;
+    while (parser.HandleNextDocument(one)) {
+    }
     size_t nodes = 0;
-    const std::vector<YAML::Node> documents = YAML::LoadAll(text);
-    if (documents.size() > 1) fail(where, fmt::format("it holds {} YAML documents, one is read", documents.size()));
-    return documents.empty() ? OrderedJson() : convert(documents[0], where, 0, nodes);
+    return convert(YAML::Load(text), where, 0, nodes);
   } catch (const YAML::Exception& e) {
     fail(where, fmt::format("line {}: {}", e.mark.line + 1, e.msg));
   }

@@ -182,6 +182,7 @@ TEST(Config, FilesAreYamlOrJson) {
   };
   EXPECT_EQ(code(""), "none");
   EXPECT_EQ(code("a: 1\n---\nb: 2"), "bad-config");
+  EXPECT_EQ(code(","), "bad-config") << "yaml-cpp finds documents in it without end";
   EXPECT_EQ(code("a: \xff"), "bad-config");
   EXPECT_EQ(code("- a"), "bad-config");
   EXPECT_EQ(code("a: [1"), "bad-config");
