@@ -11,6 +11,7 @@
 #include <unordered_map>
 
 #include "base/error.hpp"
+#include "base/utf8.hpp"
 #include "checkpoint/pickle.hpp"
 #include "checkpoint/weight_file.hpp"
 #include "checkpoint/zip.hpp"
