@@ -222,7 +222,7 @@ TEST_F(Shards, TheIndexDecidesBetweenCopies) {
   const Checkpoint checkpoint(dir.path());
   EXPECT_EQ(checkpoint.read_f32(*checkpoint.find("a")), std::vector<float>{0}) << "of the first shard";
   std::filesystem::remove(dir / "model.safetensors.index.json");
-  EXPECT_EQ(code_of_open(dir.path()), "bad-safetensors") << "nothing says which";
+  EXPECT_EQ(code_of_open(dir.path()), "bad-weights") << "nothing says which";
 }
 
 TEST_F(Shards, TheUsualNamesComeFirst) {
