@@ -75,8 +75,9 @@ Range least_squares_range(const Scheme& scheme, std::span<const float> values) {
   return best;
 }
 
-QuantizedTensor quantize(const Scheme& scheme, const Shape& shape, std::span<const float> values,
-                         const AlgorithmOptions& options) {
+QuantizedTensor quantize(const Scheme& scheme, const Shape& shape, WeightView weight, const AlgorithmOptions& options) {
+  std::vector<float> values(weight.count());
+  to_f32(weight.dtype, weight.bytes, values);
   return encode(scheme, shape, values, options.range == RangeRule::mse ? least_squares_range : min_max_range);
 }
 

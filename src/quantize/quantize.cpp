@@ -156,7 +156,8 @@ class Pipeline {
     const TensorEntry& entry = source_.tensors()[i];
     const std::vector<float> values = finite_values(entry);
     try {
-      const QuantizedTensor t = plan.algorithm->quantize(*plan.scheme, entry.shape, values, plan.options);
+      const QuantizedTensor t = plan.algorithm->quantize(
+          *plan.scheme, entry.shape, {.dtype = entry.dtype, .bytes = source_.plain_bytes(entry)}, plan.options);
       uint64_t bytes = 0;
       for (const NamedArray& array : options_.container->pack(stored(i), t)) {
         writer.add(array.data);

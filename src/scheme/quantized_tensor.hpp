@@ -23,6 +23,13 @@ struct QuantizedTensor {
   std::vector<int32_t> group_index{};                        ///< for Grouping::Kind::index, one a column
 };
 
+/// Numbers as a file holds them, row-major: what is to be quantized. Not owned.
+struct WeightView {
+  DType dtype;
+  std::span<const std::byte> bytes;
+  size_t count() const { return bytes.size() / size_bytes(dtype); }
+};
+
 /// Equal bytes in every array.
 bool operator==(const QuantizedTensor& a, const QuantizedTensor& b);
 
