@@ -153,30 +153,31 @@ TEST(Output, DirectoryAppearsWholeOrNotAtAll) {
   const TemporaryDirectory dir;
   const auto target = dir / "out";
   {
-    OutputDirectory output(target, false);
+    OutputDirectory output(target, Existing::refuse);
     write_text_file(output.staging() / "a", "1");
     EXPECT_FALSE(std::filesystem::exists(target));
-    EXPECT_EQ(code_of([&] { OutputDirectory(target, false); }), "output-busy");
+    EXPECT_EQ(code_of([&] { OutputDirectory(target, Existing::refuse); }), "output-busy");
   }
   EXPECT_TRUE(std::filesystem::is_empty(dir.path()));
   {
-    OutputDirectory output(target, false);
+    OutputDirectory output(target, Existing::refuse);
     write_text_file(output.staging() / "a", "2");
     output.commit();
   }
   EXPECT_EQ(read_file(target / "a"), "2");
-  EXPECT_EQ(code_of([&] { OutputDirectory(target, false); }), "output-exists");
-  EXPECT_EQ(code_of([&] { OutputDirectory(target, true); }), "output-exists");  // not a model: never replaced
+  EXPECT_EQ(code_of([&] { OutputDirectory(target, Existing::refuse); }), "output-exists");
+  EXPECT_EQ(code_of([&] { OutputDirectory(target, Existing::replace); }),
+            "output-exists");  // not a model: never replaced
   write_file(target / "config.json", "{}");
   write_file(target / "model.safetensors", "");
   {
-    OutputDirectory output(target, true);
+    OutputDirectory output(target, Existing::replace);
     write_text_file(output.staging() / "b", "3");
     output.commit();
   }
   EXPECT_EQ(read_file(target / "b"), "3");
   EXPECT_FALSE(std::filesystem::exists(target / "a"));
-  EXPECT_EQ(code_of([&] { OutputDirectory(dir / "no/such/parent", false); }), "cannot-write");
+  EXPECT_EQ(code_of([&] { OutputDirectory(dir / "no/such/parent", Existing::refuse); }), "cannot-write");
 }
 
 TEST(Output, StagingThatIsNotOursIsLeftAlone) {
@@ -184,12 +185,12 @@ TEST(Output, StagingThatIsNotOursIsLeftAlone) {
   std::filesystem::create_directory(dir / "victim");
   write_file(dir / "victim/file", "precious");
   std::filesystem::create_directory_symlink(dir / "victim", dir / ".out.partial");
-  EXPECT_EQ(code_of([&] { OutputDirectory(dir / "out", false); }), "output-busy");
+  EXPECT_EQ(code_of([&] { OutputDirectory(dir / "out", Existing::refuse); }), "output-busy");
   std::filesystem::rename(dir / "victim", dir / ".other.partial");
-  EXPECT_EQ(code_of([&] { OutputDirectory(dir / "other", false); }), "output-busy");
+  EXPECT_EQ(code_of([&] { OutputDirectory(dir / "other", Existing::refuse); }), "output-busy");
   EXPECT_EQ(read_file(dir / ".other.partial/file"), "precious");
   write_file(dir / ".other.partial/.bitwright-partial", "");  // what a killed run leaves
-  OutputDirectory output(dir / "other", false);
+  OutputDirectory output(dir / "other", Existing::refuse);
   EXPECT_FALSE(std::filesystem::exists(output.staging() / "file"));
 }
 

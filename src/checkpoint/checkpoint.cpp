@@ -10,8 +10,11 @@
 #include <utility>
 
 #include "base/error.hpp"
+#include "base/output.hpp"
+#include "base/threads.hpp"
 #include "checkpoint/weight_file.hpp"
 #include "container/container.hpp"
+#include "container/rows.hpp"
 
 namespace bitwright {
 namespace {
@@ -147,8 +150,11 @@ struct Checkpoint::Impl {
   std::vector<TensorEntry> tensors;
   std::map<std::string, size_t, std::less<>> by_name;
 
-  explicit Impl(const fs::path& opened) : path(opened) {
+  Impl(const fs::path& opened, Unfinished unfinished) : path(opened) {
     find_files();
+    if (unfinished == Unfinished::refuse && is_unfinished(directory))
+      fail("unfinished", path, "it is an output that is being written or was interrupted",
+           "wait for the run that writes it, or repeat its command with --resume");
     read_json_files();
     map_arrays();
     check_index();
@@ -200,8 +206,43 @@ struct Checkpoint::Impl {
              fmt::format("tensor '{}' is missing, the index lists it", printable(tensor)));
   }
 
-  CheckpointView view() const {
-    return {.arrays = specs,
+  /// Is `data` a part of the file, or did its reader make it?
+  bool holds(size_t file, std::span<const std::byte> data) const {
+    const std::span<const std::byte> bytes = mapped[file].bytes();
+    const std::less_equal<> before;  // of pointers that may belong to different arrays
+    return before(bytes.data(), data.data()) && before(data.data() + data.size(), bytes.data() + bytes.size());
+  }
+
+  /// As unpack reads it from mapped files, but from copies that nothing keeps in memory.
+  QuantizedTensor read_whole(const std::string& name) const {
+    const StoredTensor& tensor = stored.at(name);
+    std::map<std::string, std::vector<std::byte>, std::less<>> data;
+    for (const std::string& array : tensor.arrays) {
+      data[array].resize(arrays.at(array)->data.size());
+      read_array(array, 0, data[array]);
+    }
+    CheckpointView copies = view();
+    copies.bytes = [&data](const std::string& array) -> std::span<const std::byte> { return data.at(array); };
+    QuantizedTensor quantized = container->unpack(tensor, copies);
+    check_sizes(quantized, name);
+    check_group_index(quantized, name);
+    return quantized;
+  }
+
+  void read_array(const std::string& name, uint64_t offset, std::span<std::byte> out) const {
+    const std::span<const std::byte> data = arrays.at(name)->data;
+    BW_ASSERT(offset <= data.size() && out.size() <= data.size() - offset);
+    const std::span<const std::byte> wanted = data.subspan(offset, out.size());
+    const size_t file = file_of.at(name);
+    if (holds(file, data))
+      mapped[file].file().read(wanted, out);
+    else
+      std::ranges::copy(wanted, out.begin());
+  }
+
+  CheckpointView view() const { return view(specs); }
+  CheckpointView view(const std::map<std::string, ArraySpec, std::less<>>& of) const {
+    return {.arrays = of,
             .config = config,
             .quantization_metadata = metadata,
             .facts = mapped.size() == 1 ? mapped.front().facts() : nullptr,
@@ -271,7 +312,7 @@ struct Checkpoint::Impl {
   }
 };
 
-Checkpoint::Checkpoint(const fs::path& path) : impl_(std::make_unique<Impl>(path)) {}
+Checkpoint::Checkpoint(const fs::path& path, Unfinished unfinished) : impl_(std::make_unique<Impl>(path, unfinished)) {}
 Checkpoint::~Checkpoint() = default;
 Checkpoint::Checkpoint(Checkpoint&&) noexcept = default;
 
@@ -290,12 +331,28 @@ uint64_t Checkpoint::weight_bytes() const {
 void Checkpoint::verify_digests() const {
   if (impl_->metadata.empty()) return;
   const Json digests = impl_->metadata.value("files", Json());
-  for (size_t f = 0; f < impl_->files.size(); ++f) {
+  parallel_for(impl_->files.size(), [&](size_t f) {
     const std::string name = impl_->files[f].filename().string();
     const Json recorded = digests.is_object() ? digests.value(name, Json()) : Json();
-    if (!recorded.is_object() || !recorded.contains("sha256") || recorded["sha256"] != sha256(impl_->mapped[f].bytes()))
+    if (!recorded.is_object() || !recorded.contains("sha256") || recorded["sha256"] != impl_->mapped[f].file().digest())
       fail("digest-mismatch", impl_->files[f], fmt::format("its bytes are not those recorded in {}", kMetadata));
+  });
+}
+
+std::vector<Checkpoint::File> Checkpoint::files() const {
+  constexpr size_t kMostHeader = size_t{1} << 27;
+  std::vector<File> files;
+  for (size_t f = 0; f < impl_->files.size(); ++f) {
+    const WeightFile& file = impl_->mapped[f];
+    size_t header = std::min(kMostHeader, file.bytes().size());
+    for (const StoredArray& array : file.arrays())
+      if (impl_->holds(f, array.data))
+        header = std::min(header, static_cast<size_t>(array.data.data() - file.bytes().data()));
+    files.push_back({.name = impl_->files[f].filename().string(),
+                     .identity = file.file().identity(),
+                     .header_sha256 = sha256(file.bytes().first(header))});
   }
+  return files;
 }
 
 const TensorEntry* Checkpoint::find(std::string_view name) const {
@@ -306,6 +363,42 @@ const TensorEntry* Checkpoint::find(std::string_view name) const {
 std::span<const std::byte> Checkpoint::plain_bytes(const TensorEntry& entry) const {
   BW_ASSERT(!entry.quantized());
   return impl_->arrays.at(entry.name)->data;
+}
+
+void Checkpoint::read_bytes(const TensorEntry& entry, uint64_t offset, std::span<std::byte> out) const {
+  BW_ASSERT(!entry.quantized());
+  impl_->read_array(entry.name, offset, out);
+}
+
+void Checkpoint::prefetch(const TensorEntry& entry, uint64_t offset, uint64_t bytes) const {
+  const std::span<const std::byte> data = impl_->arrays.at(entry.name)->data;
+  const size_t file = impl_->file_of.at(entry.name);
+  if (impl_->holds(file, data)) impl_->mapped[file].file().prefetch(data.subspan(offset, bytes));
+}
+
+std::vector<RowRange> Checkpoint::row_pieces(const TensorEntry& entry) const {
+  return bitwright::row_pieces(*impl_->container, impl_->stored.at(entry.name));
+}
+
+QuantizedTensor Checkpoint::read_rows(const TensorEntry& entry, int64_t begin, int64_t end) const {
+  if (begin == 0 && end == row_count(entry.shape)) return impl_->read_whole(entry.name);
+  const StoredTensor& whole = impl_->stored.at(entry.name);
+  const StoredTensor piece = rows_of(whole, begin, end);
+  std::map<std::string, ArraySpec, std::less<>> specs;
+  std::map<std::string, std::vector<std::byte>, std::less<>> data;
+  const std::vector<ArraySpec> before = impl_->container->layout(rows_of(whole, 0, begin));
+  const std::vector<ArraySpec> wanted = impl_->container->layout(piece);
+  for (size_t a = 0; a < wanted.size(); ++a) {
+    specs[wanted[a].name] = wanted[a];
+    std::vector<std::byte>& bytes = data[wanted[a].name];
+    bytes.resize(wanted[a].bytes());
+    impl_->read_array(wanted[a].name, before[a].bytes(), bytes);
+  }
+  CheckpointView view = impl_->view(specs);
+  view.bytes = [&data](const std::string& name) -> std::span<const std::byte> { return data.at(name); };
+  QuantizedTensor tensor = impl_->container->unpack(piece, view);
+  check_sizes(tensor, entry.name);
+  return tensor;
 }
 
 QuantizedTensor Checkpoint::read(const TensorEntry& entry) const {

@@ -11,11 +11,11 @@
 
 #include "base/dtype.hpp"
 #include "base/json.hpp"
+#include "base/mapped_file.hpp"
+#include "container/rows.hpp"
 #include "scheme/quantized_tensor.hpp"
 
 namespace bitwright {
-
-struct Container;
 
 /// A tensor as the model knows it; quantized ones stand here once, whatever arrays store them.
 struct TensorEntry {
@@ -32,9 +32,11 @@ struct TensorEntry {
 /// in them is checked. Weights are read when asked for. Immutable; may be shared between threads.
 class Checkpoint {
  public:
+  /// An output that is not finished is refused, but for whoever is writing it.
+  enum class Unfinished { refuse, allow };
   /// A directory (config.json, *.safetensors with or without an index) or one .safetensors file.
   /// Throws Error naming the file and what is wrong with it.
-  explicit Checkpoint(const std::filesystem::path& path);
+  explicit Checkpoint(const std::filesystem::path& path, Unfinished unfinished = Unfinished::refuse);
   ~Checkpoint();
   Checkpoint(Checkpoint&&) noexcept;
 
@@ -43,6 +45,13 @@ class Checkpoint {
   /// Throws Error{"digest-mismatch"}.
   void verify_digests() const;
   uint64_t weight_bytes() const;  ///< size of those files
+  /// The weight files, by which a later run knows that the model is still the same.
+  struct File {
+    std::string name;
+    FileIdentity identity;      ///< as it is now
+    std::string header_sha256;  ///< of what comes before the first tensor's data
+  };
+  std::vector<File> files() const;
 
   const Json& config() const;                 ///< an empty object if there is no config.json
   const Json& quantization_metadata() const;  ///< likewise for quantization_metadata.json
@@ -53,6 +62,16 @@ class Checkpoint {
 
   /// The mapped bytes of a plain tensor, in its dtype.
   std::span<const std::byte> plain_bytes(const TensorEntry& entry) const;
+  /// Bytes from `offset` on of a plain tensor, read from the file: unlike plain_bytes, nothing stays in memory, and a
+  /// file that changed or fails is an Error.
+  void read_bytes(const TensorEntry& entry, uint64_t offset, std::span<std::byte> out) const;
+  /// The pieces in which a quantized tensor can be read.
+  std::vector<RowRange> row_pieces(const TensorEntry& entry) const;
+  /// Rows of one piece (or several) as a tensor of their own: [end - begin, columns]. Read like read_bytes. A tensor of
+  /// one piece is whole, of its own shape.
+  QuantizedTensor read_rows(const TensorEntry& entry, int64_t begin, int64_t end) const;
+  /// Asks the system to read bytes of a plain tensor ahead.
+  void prefetch(const TensorEntry& entry, uint64_t offset, uint64_t bytes) const;
   /// Any tensor as it is stored; a plain one becomes a QuantizedTensor of a plain scheme (a copy; not f64 or integers).
   QuantizedTensor read(const TensorEntry& entry) const;
   /// Any tensor as f32 values.

@@ -47,7 +47,7 @@ class Quantize : public ::testing::Test {
   std::filesystem::path output() const { return dir / "out"; }
 
   OrderedJson run(const std::string& yaml, const std::function<void(QuantizeOptions&)>& change = {}) {
-    QuantizeOptions options = {.output = output(), .container = find_container("native")};
+    QuantizeOptions options = {.output = {.output = output()}, .container = find_container("native")};
     if (change) change(options);
     warnings.clear();
     return quantize(Checkpoint(model()), read_request(parse_config_value(yaml, "test")), options, warnings);
@@ -86,7 +86,7 @@ TEST_F(Quantize, AnyModelIsQuantizedAndReadBack) {
 TEST_F(Quantize, DequantizedModelHasTheDecodedValues) {
   run("quantization: {method: nf4}");
   const Checkpoint written(output());
-  dequantize(written, dir / "plain", DType::f32, false);
+  dequantize(written, {.output = dir / "plain"}, DType::f32);
   const Checkpoint plain(dir / "plain");
   EXPECT_EQ(plain.container(), nullptr);
   EXPECT_FALSE(plain.config().contains("quantization_config"));
@@ -96,18 +96,20 @@ TEST_F(Quantize, DequantizedModelHasTheDecodedValues) {
 }
 
 TEST_F(Quantize, VerificationSeesEveryDamage) {
+  constexpr uint64_t kMemory = uint64_t{1} << 30;
   run("quantization: {method: int8}");
   const Checkpoint source(model());
   std::vector<LayerResult> layers;
   for (const char* name : {"a.weight", "b.weight"}) {
     const Checkpoint written(output());
-    const double error = relative_error(source.read_f32(*source.find(name)), written.read_f32(*written.find(name)));
+    const double error =
+        relative_error(squared_error(source.read_f32(*source.find(name)), written.read_f32(*written.find(name))));
     EXPECT_GT(error, 1e-4);
     EXPECT_LT(error, 0.02);
     layers.push_back(
         {.name = name, .scheme = written.find(name)->scheme, .algorithm = "rtn", .relative_error = error, .bytes = 0});
   }
-  EXPECT_NO_THROW(verify_tensors(source, Checkpoint(output()), layers));
+  EXPECT_NO_THROW(verify_tensors(source, Checkpoint(output()), layers, kMemory));
   const std::string good = read_file(output() / "model.safetensors");
   uint64_t header = 0;
   std::memcpy(&header, good.data(), sizeof header);
@@ -115,14 +117,14 @@ TEST_F(Quantize, VerificationSeesEveryDamage) {
     std::string damaged = good;
     damaged[at] = static_cast<char>(damaged[at] ^ 0x10);
     write_file(output() / "model.safetensors", damaged);
-    EXPECT_THROW(verify_tensors(source, Checkpoint(output()), layers), Error) << at;
+    EXPECT_THROW(verify_tensors(source, Checkpoint(output()), layers, kMemory), Error) << at;
     EXPECT_THROW(Checkpoint(output()).verify_digests(), Error) << at;
   }
 }
 
 TEST_F(Quantize, FailuresLeaveNothing) {
   EXPECT_EQ(code("quantization: {method: int4}", [](QuantizeOptions& o) { o.max_kl = 0.1; }), "not-judged");
-  EXPECT_EQ(code("quantization: {method: int4}", [this](QuantizeOptions& o) { o.output = model() / "sub"; }),
+  EXPECT_EQ(code("quantization: {method: int4}", [this](QuantizeOptions& o) { o.output.output = model() / "sub"; }),
             "output-is-input");
   EXPECT_EQ(code("quantization: {method: none}"), "nothing-to-quantize");
   std::string bytes = read_file(model() / "model.safetensors");
@@ -147,7 +149,7 @@ TEST_F(Quantize, ASingleFileIsAModelToo) {
   std::filesystem::rename(model() / "model.safetensors", dir / "single/weights.safetensors");
   write_file(dir / "single/tokenizer_config.json", "{}");
   write_file(dir / "single/unrelated.json", "{}");
-  dequantize(Checkpoint(dir / "single/weights.safetensors"), dir / "single/out", DType::f16, false);
+  dequantize(Checkpoint(dir / "single/weights.safetensors"), {.output = dir / "single/out"}, DType::f16);
   EXPECT_EQ(Checkpoint(dir / "single/out").find("a.weight")->dtype, DType::f16);
   EXPECT_TRUE(std::filesystem::exists(dir / "single/out/tokenizer_config.json"));
   EXPECT_FALSE(std::filesystem::exists(dir / "single/out/unrelated.json"));
@@ -157,14 +159,15 @@ TEST_F(Quantize, SameBytesOnEveryRun) {
   run("quantization: {method: int3, range: mse}");
   std::map<std::string, std::string> first;
   for (const auto& path : test::files_in(output())) first[path.filename()] = read_file(path);
-  run("quantization: {method: int3, range: mse}", [](QuantizeOptions& o) { o.force = true; });
+  run("quantization: {method: int3, range: mse}", [](QuantizeOptions& o) { o.output.existing = Existing::replace; });
   for (const auto& [name, bytes] : first) EXPECT_EQ(read_file(output() / name), bytes) << name;
 }
 
 TEST_F(Quantize, LeastSquaresBeatsExtremes) {
   const double extremes = run("quantization: {method: int3, range: minmax}")["layers"][0]["relative_error"];
-  const double searched = run("quantization: {method: int3, range: mse}",
-                              [](QuantizeOptions& o) { o.force = true; })["layers"][0]["relative_error"];
+  const double searched = run("quantization: {method: int3, range: mse}", [](QuantizeOptions& o) {
+    o.output.existing = Existing::replace;
+  })["layers"][0]["relative_error"];
   EXPECT_LT(searched, 0.97 * extremes);
 }
 
