@@ -4,11 +4,9 @@
 #include <string_view>
 
 #include "scheme/quantized_tensor.hpp"
+#include "scheme/range.hpp"
 
 namespace bitwright {
-
-/// How a group's range is chosen: its smallest and largest value, or the one with the least squared error.
-enum class RangeRule : uint8_t { minmax, mse };
 
 /// What an algorithm may be told beside the scheme.
 struct AlgorithmOptions {

@@ -3,6 +3,7 @@
 
 #include "base/error.hpp"
 #include "kernels/elementwise.hpp"
+#include "kernels/encode.hpp"
 #include "kernels/packed_matrix.hpp"
 #include "kernels/rows.hpp"
 
@@ -96,6 +97,11 @@ const KernelLevel scalar_kernel_level = {
     .multiply_vector = multiply_vector,
     .silu_multiply = silu_multiply,
     .softmax_terms = softmax_terms,
+    .find_extremes = find_extremes,
+    .search_ranges = search_ranges,
+    .group_parameters = group_parameters,
+    .encode_integers = encode_integers,
+    .encode_table = encode_table,
 };
 
 }  // namespace bitwright

@@ -9,11 +9,13 @@
 #if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3
 // Each instruction set compiles them anew.
 #undef BITWRIGHT_KERNELS_ELEMENTWISE_INL
+#undef BITWRIGHT_KERNELS_ENCODE_INL
 #undef BITWRIGHT_KERNELS_LANES_INL
 #undef BITWRIGHT_KERNELS_TILE_INL
 #undef BITWRIGHT_KERNELS_VECTOR_INL
 #undef BITWRIGHT_KERNELS_WEIGHTS_INL
 #include "kernels/elementwise-inl.hpp"
+#include "kernels/encode-inl.hpp"
 #include "kernels/tile-inl.hpp"
 #include "kernels/vector-inl.hpp"
 
@@ -27,7 +29,12 @@ constexpr KernelLevel level(std::string_view name, bool (*usable)()) {
           .expand = expand,
           .multiply_vector = multiply_vector,
           .silu_multiply = silu_multiply,
-          .softmax_terms = softmax_terms};
+          .softmax_terms = softmax_terms,
+          .find_extremes = find_extremes,
+          .search_ranges = search_ranges,
+          .group_parameters = group_parameters,
+          .encode_integers = encode_integers,
+          .encode_table = encode_table};
 }
 
 }  // namespace bitwright::HWY_NAMESPACE
