@@ -1,5 +1,6 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <malloc.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -343,9 +344,22 @@ std::optional<uint64_t> Arguments::size(std::string_view name) const {
   return found ? parse_size(*found) : std::nullopt;
 }
 
+namespace {
+
+/// Work goes in pieces of a few megabytes: given back to the system after each and taken anew, every page would be
+/// cleared and mapped again each time, which costs more than the work.
+void keep_freed_memory() {
+  constexpr int kLargest = 16 << 20;  // larger blocks are rare, and are given back
+  ::mallopt(M_MMAP_THRESHOLD, kLargest);
+  ::mallopt(M_TRIM_THRESHOLD, 2 * kLargest);
+}
+
+}  // namespace
+
 int run_command_line(int argc, const char* const* argv) {
   install_interrupt_handler();
   install_bus_error_handler();
+  keep_freed_memory();
   // Known before parsing, so that an error in parsing is reported the way that was asked for.
   const bool json = std::any_of(argv, argv + argc, [](std::string_view word) { return word == "--json"; });
   try {

@@ -125,7 +125,8 @@ OrderedJson dequantize(const Checkpoint& source, const OutputOptions& options, D
   return {{"output", options.output.string()},
           {"dtype", info(dtype).name},
           {"bytes", bytes},
-          {"estimate", to_json(expected)}};
+          {"estimate", to_json(expected)},
+          {"peak_memory_bytes", peak_memory()}};
 }
 
 }  // namespace bitwright

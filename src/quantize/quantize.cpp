@@ -106,6 +106,7 @@ class Pipeline {
       result[key] = record[key];
     result["seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
     result["estimate"] = to_json(estimate_);
+    result["peak_memory_bytes"] = peak_memory();
     result["verification"] = record["verification"];
     result["layers"] = record["layers"];
     return result;
@@ -290,7 +291,7 @@ class Pipeline {
     for (const LayerResult& layer : layers_) layers.push_back(layer_json(layer));
     OrderedJson& skipped = record["skipped_layers"] = OrderedJson::array();
     for (const TensorPlan& plan : recipe_.tensors)
-      if (!plan.scheme && plan.reason != "not a matrix")
+      if (!plan.scheme && plan.reason != kNotMatrix)
         skipped.push_back({{"name", plan.name}, {"reason", plan.reason}});
     return record;
   }

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <nlohmann/json.hpp>
@@ -153,6 +154,83 @@ TEST_F(Quantize, ASingleFileIsAModelToo) {
   EXPECT_EQ(Checkpoint(dir / "single/out").find("a.weight")->dtype, DType::f16);
   EXPECT_TRUE(std::filesystem::exists(dir / "single/out/tokenizer_config.json"));
   EXPECT_FALSE(std::filesystem::exists(dir / "single/out/unrelated.json"));
+}
+
+TEST_F(Quantize, ShardsHoldTheSameTensors) {
+  run("quantization: {method: int4}");
+  std::filesystem::rename(output(), dir / "single");
+  const OrderedJson result =
+      run("quantization: {method: int4}", [](QuantizeOptions& o) { o.output.max_shard_bytes = 1500; });
+  EXPECT_EQ(test::files_in(output(), ".safetensors").size(), 2u);
+  const Json index = parse_json(read_file(output() / "model.safetensors.index.json"), "index");
+  EXPECT_EQ(index["weight_map"]["a.weight.codes"], "model-00001-of-00002.safetensors");
+  EXPECT_EQ(index["weight_map"]["norm.weight"], "model-00002-of-00002.safetensors");
+  const Checkpoint sharded(output()), single(dir / "single");
+  sharded.verify_digests();
+  uint64_t total = 0;
+  for (const TensorEntry& entry : single.tensors()) {
+    EXPECT_EQ(sharded.read_f32(*sharded.find(entry.name)), single.read_f32(entry)) << entry.name;
+    total += entry.stored_bytes;
+  }
+  EXPECT_EQ(index["metadata"]["total_size"], total);
+  dequantize(sharded, {.output = dir / "plain", .max_shard_bytes = 1}, DType::f32);
+  EXPECT_EQ(Checkpoint(dir / "plain").tensors().size(), 4u);
+  EXPECT_EQ(test::files_in(dir / "plain", ".safetensors").size(), 4u);
+}
+
+TEST_F(Quantize, ModelsOfUnknownKindsAreDoneTensorByTensor) {
+  std::filesystem::remove_all(model());
+  std::filesystem::create_directory(model());
+  const std::vector<ArraySpec> specs = {{"vision.patch_embed.proj.weight", DType::f16, {8, 3, 4, 4}},
+                                        {"temporal.conv.weight", DType::bf16, {8, 1, 4}},
+                                        {"mlp.experts.gate_up_proj", DType::bf16, {3, 16, 24}},
+                                        {"odd name/\u00e9 \"quoted\".weight", DType::f64, {5, 7}},
+                                        {"8bit.weight", DType::f8_e4m3, {16, 16}},
+                                        {"position_ids", DType::i64, {1, 6}},
+                                        {"mask", DType::boolean, {2, 3}},
+                                        {"scalar", DType::f32, {}},
+                                        {"nothing.weight", DType::f32, {0, 4}},
+                                        {"logit_scale", DType::f32, {1}}};
+  SafetensorsWriter writer(model() / "weights.safetensors", specs);
+  for (const ArraySpec& spec : specs) writer.add(std::vector<std::byte>(spec.bytes(), std::byte{0x01}));
+  writer.finish();
+  const auto quantize_file = [&](const std::string& method) {
+    QuantizeOptions options = {.output = {.output = output(), .existing = Existing::replace},
+                               .container = find_container("native")};
+    const std::string yaml = "quantization: {method: " + method + "}";
+    return quantize(Checkpoint(model() / "weights.safetensors"), read_request(parse_config_value(yaml, "test")),
+                    options, warnings);
+  };
+  for (const char* method : {"int8", "int4", "nf4"}) {
+    SCOPED_TRACE(method);
+    EXPECT_EQ(quantize_file(method)["layers"].size(), 3u);  // the experts, the odd name, the 8-bit floats
+    const Checkpoint written(output());
+    EXPECT_EQ(written.tensors().size(), specs.size());
+    EXPECT_TRUE(written.find("mlp.experts.gate_up_proj")->quantized());
+    EXPECT_FALSE(written.find("vision.patch_embed.proj.weight")->quantized());
+    const std::string record = written.quantization_metadata()["skipped_layers"].dump();
+    EXPECT_NE(record.find("a kernel of 4 dimensions"), std::string::npos);
+    EXPECT_NE(record.find("three dimensions, and not experts"), std::string::npos);
+    EXPECT_NE(read_file(output() / "README.md").find("Not judged"), std::string::npos);
+  }
+}
+
+TEST_F(Quantize, MemoryLimitsAreRefusedBeforehand) {
+  EXPECT_EQ(code("quantization: {method: int4}", [](QuantizeOptions& o) { o.output.max_memory = 1 << 20; }),
+            "memory-limit");
+}
+
+TEST_F(Quantize, ManyTensorsTakeNoQuadraticTime) {
+  constexpr size_t kTensors = 30'000;
+  std::vector<ArraySpec> specs;
+  for (size_t i = 0; i < kTensors; ++i)
+    specs.push_back({"layers." + std::to_string(i) + ".weight", DType::bf16, {8, 8}});
+  SafetensorsWriter writer(model() / "model.safetensors", specs);
+  for (size_t i = 0; i < kTensors; ++i) writer.add(std::vector<std::byte>(specs[i].bytes(), std::byte{0x11}));
+  writer.finish();
+  const auto start = std::chrono::steady_clock::now();
+  EXPECT_EQ(run("quantization: {method: int8}")["layers"].size(), kTensors);
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(60));
 }
 
 TEST_F(Quantize, SameBytesOnEveryRun) {

@@ -172,8 +172,8 @@ double relative_error(const SquaredError& sums) {
 }
 
 uint64_t quantized_piece_memory(int64_t elements, DType dtype) {
-  // Stored, widened and decoded values; codes, packed codes and parameters.
-  constexpr uint64_t kOthers = 4 + 4 + 1 + 1 + 1;
+  // Stored, widened and decoded values; codes, packed codes, and parameters with what the allocator holds back.
+  constexpr uint64_t kOthers = 4 + 4 + 1 + 1 + 2;
   return static_cast<uint64_t>(elements) * (size_bytes(dtype) + kOthers);
 }
 

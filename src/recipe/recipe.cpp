@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <nlohmann/json.hpp>
+#include <span>
 
 #include "recipe/config.hpp"
 
@@ -158,17 +159,34 @@ std::string_view module_of(std::string_view tensor) {
   return tensor.ends_with(kWeight) ? tensor.substr(0, tensor.size() - kWeight.size()) : tensor;
 }
 
-bool is_embedding(std::string_view tensor) {
-  constexpr std::array<std::string_view, 6> kNames = {"embed_tokens",    "embed_in", "tok_embeddings",
-                                                      "word_embeddings", "wte",      "wpe"};
-  return std::ranges::any_of(kNames, [&](std::string_view name) { return matches(name, tensor); });
+bool any_matches(std::span<const std::string_view> patterns, std::string_view tensor) {
+  return std::ranges::any_of(patterns, [&](std::string_view pattern) { return matches(pattern, tensor); });
 }
 
-/// Why a tensor cannot be a linear weight, or empty.
+/// Tables that are looked up, of tokens, positions, segments and distances: by the names that models give them.
+bool is_embedding(std::string_view tensor) {
+  constexpr auto kNames = std::to_array<std::string_view>(
+      {"embed_tokens", "embed_in", "tok_embeddings", "word_embeddings", "wte", "wpe", "token_embedding",
+       "embed_positions", "position_embedding", "position_embeddings", "pos_embed", "token_type_embeddings",
+       "relative_attention_bias", "embedding"});
+  return any_matches(kNames, tensor) || tensor == "shared.weight";  // the last: T5's
+}
+
+/// The small matrix that sends a token to its experts: one row an expert, and an error in it changes the expert.
+bool is_router(const TensorFacts& t) {
+  constexpr auto kNames = std::to_array<std::string_view>({"gate", "router"});
+  constexpr int64_t kMostExperts = 1024;
+  return any_matches(kNames, t.name) && t.shape.front() <= kMostExperts && t.shape.front() < t.shape.back();
+}
+
+/// Why a tensor cannot be a linear weight, or empty. Of models of unknown kinds nothing but names, types and shapes is
+/// known, so what is not surely a matrix that multiplies is kept.
 std::string why_not_linear(const TensorFacts& t) {
   if (!t.is_float) return "not floating point";
   const bool experts = t.shape.size() == 3 && matches("experts", t.name);
-  if (t.shape.size() != 2 && !experts) return "not a matrix";
+  if (t.shape.size() < 2) return std::string(kNotMatrix);
+  if (t.shape.size() == 3 && !experts) return "three dimensions, and not experts";
+  if (t.shape.size() > 3) return fmt::format("a kernel of {} dimensions", t.shape.size());
   if (!std::string_view(t.name).ends_with(kWeight) && !experts) return "not a module's weight";
   if (element_count(t.shape) == 0) return "empty";
   return {};
@@ -193,6 +211,7 @@ class Resolver {
     if (rule != nullptr) settings = merge(settings, rule->settings);
     if (plan.reason.empty() && rule == nullptr && request_.skip_embeddings && is_embedding(t.name))
       plan.reason = "embedding";
+    if (plan.reason.empty() && rule == nullptr && is_router(t)) plan.reason = "router of experts";
     if (plan.reason.empty() && !asks_for_something(settings)) plan.reason = "method none";
     if (!plan.reason.empty()) return plan;
     const Resolved r = fill_in(settings);

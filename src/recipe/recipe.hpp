@@ -4,6 +4,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "algorithm/algorithm.hpp"
@@ -43,6 +44,9 @@ struct TensorFacts {
   Shape shape;
   bool is_float = true;
 };
+
+/// The reason why norms and biases are kept, which goes without saying.
+inline constexpr std::string_view kNotMatrix = "not a matrix";
 
 /// What happens to one tensor.
 struct TensorPlan {
