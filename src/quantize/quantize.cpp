@@ -14,6 +14,7 @@
 #include "base/progress.hpp"
 #include "base/threads.hpp"
 #include "checkpoint/safetensors.hpp"
+#include "kernels/decode.hpp"
 #include "quantize/model_card.hpp"
 #include "quantize/model_files.hpp"
 #include "quantize/verify.hpp"
@@ -130,7 +131,7 @@ class Pipeline {
       if (recipe_.tensors[i].scheme) {
         write_quantized(i, writer);
       } else {
-        if (info(entry.dtype).is_float) finite_values(entry);
+        check_kept(entry);
         writer.add(source_.plain_bytes(entry));
       }
       progress.advance(entry.stored_bytes);
@@ -138,26 +139,23 @@ class Pipeline {
     writer.finish();
   }
 
-  /// The values of a floating tensor. One that is damaged would make the whole model useless, kept or quantized.
-  std::vector<float> finite_values(const TensorEntry& entry) const {
-    std::vector<float> values = source_.read_f32(entry);
-    const auto bad = std::ranges::find_if(values, [](float value) { return !std::isfinite(value); });
-    if (bad != values.end())
-      throw Error({.code = "not-finite",
-                   .what = "cannot quantize",
-                   .where = fmt::format("tensor '{}'", printable(entry.name)),
-                   .why = fmt::format("element {} is {} as float32", bad - values.begin(), *bad),
-                   .fix = "the weights are damaged, fetch them again or retrain"});
-    return values;
+  WeightView weight(const TensorEntry& entry) const { return {entry.dtype, source_.plain_bytes(entry)}; }
+
+  /// A damaged tensor would make the whole model useless, kept or quantized.
+  void check_kept(const TensorEntry& entry) const {
+    if (!info(entry.dtype).is_float) return;
+    try {
+      check_finite(weight(entry));
+    } catch (const Error& error) {
+      throw error.at(fmt::format("tensor '{}'", printable(entry.name)));
+    }
   }
 
   void write_quantized(size_t i, SafetensorsWriter& writer) {
     const TensorPlan& plan = recipe_.tensors[i];
     const TensorEntry& entry = source_.tensors()[i];
-    const std::vector<float> values = finite_values(entry);
     try {
-      const QuantizedTensor t = plan.algorithm->quantize(
-          *plan.scheme, entry.shape, {.dtype = entry.dtype, .bytes = source_.plain_bytes(entry)}, plan.options);
+      const QuantizedTensor t = plan.algorithm->quantize(*plan.scheme, entry.shape, weight(entry), plan.options);
       uint64_t bytes = 0;
       for (const NamedArray& array : options_.container->pack(stored(i), t)) {
         writer.add(array.data);
@@ -166,7 +164,7 @@ class Pipeline {
       layers_.push_back({.name = entry.name,
                          .scheme = *plan.scheme,
                          .algorithm = std::string(plan.algorithm->name),
-                         .relative_error = relative_error(values, decode(t)),
+                         .relative_error = relative_error(weight(entry), t),
                          .bytes = bytes});
       if (verbosity() == Verbosity::verbose)
         fmt::print(stderr, "{}: {}, relative error {:.5f}\n", printable(entry.name), describe(*plan.scheme),

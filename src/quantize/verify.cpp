@@ -7,6 +7,7 @@
 #include <cmath>
 
 #include "base/threads.hpp"
+#include "kernels/decode.hpp"
 #include "model/model.hpp"
 #include "quantize/model_files.hpp"
 #include "tokenizer/tokenizer.hpp"
@@ -14,7 +15,6 @@
 namespace bitwright {
 namespace {
 
-constexpr size_t kErrorGrain = size_t{1} << 16;
 constexpr int64_t kContext = 256;
 constexpr int64_t kMostWindows = 32;
 constexpr double kMostOperations = 4e12;  // a minute or so on a small machine
@@ -44,24 +44,6 @@ int64_t affordable_windows(const Checkpoint& model) {
 
 }  // namespace
 
-double relative_error(std::span<const float> original, std::span<const float> decoded) {
-  const size_t pieces = (original.size() + kErrorGrain - 1) / kErrorGrain;
-  std::vector<std::array<double, 2>> sums(pieces, {0, 0});
-  parallel_ranges(original.size(), kErrorGrain, [&](size_t begin, size_t end) {
-    for (size_t i = begin; i < end; ++i) {
-      const double w = original[i], d = w - static_cast<double>(decoded[i]);
-      sums[begin / kErrorGrain][0] += d * d;
-      sums[begin / kErrorGrain][1] += w * w;
-    }
-  });
-  double difference = 0, norm = 0;
-  for (const auto& [d, w] : sums) {
-    difference += d;
-    norm += w;
-  }
-  return norm == 0 ? std::sqrt(difference) : std::sqrt(difference / norm);
-}
-
 void verify_tensors(const Checkpoint& source, const Checkpoint& written, const std::vector<LayerResult>& layers) {
   if (source.tensors().size() != written.tensors().size())
     fail(written.path().string(),
@@ -76,7 +58,8 @@ void verify_tensors(const Checkpoint& source, const Checkpoint& written, const s
         fail(entry.name, "its bytes differ from the original's");
       continue;
     }
-    const double error = relative_error(source.read_f32(entry), written.read_f32(*found));
+    const double error =
+        relative_error({.dtype = entry.dtype, .bytes = source.plain_bytes(entry)}, written.read(*found));
     if (layer == layers.end() || layer->name != entry.name || layer->relative_error != error || !std::isfinite(error))
       fail(entry.name, fmt::format("reads back with a relative error of {}", error));
     ++layer;

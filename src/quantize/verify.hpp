@@ -20,9 +20,6 @@ struct LayerResult {
   uint64_t bytes;
 };
 
-/// |a - b| / |a|, Euclidean, summed in a fixed order.
-double relative_error(std::span<const float> original, std::span<const float> decoded);
-
 /// Reads every tensor of `written` back: kept ones must equal `source` byte for byte, quantized ones must decode to
 /// values with the errors in `layers`. Throws Error{"verification-failed"} on any difference or non-finite value.
 void verify_tensors(const Checkpoint& source, const Checkpoint& written, const std::vector<LayerResult>& layers);

@@ -101,10 +101,14 @@ void Decoder::decode(int64_t begin, std::span<float> out) const {
   const auto first = static_cast<size_t>(begin);
   const size_t bytes = type.code_bytes();
   BW_ASSERT((first + out.size()) * bytes <= tensor_.codes.size());
-  for (size_t i = 0; i < out.size(); ++i) {
-    const uint32_t code = load_code(tensor_.codes.data(), first + i, bytes);
-    out[i] = elements_.empty() ? type.decode(type, code) : elements_[code];
-  }
+  const auto dtype = dtype_of(type);
+  if (dtype && type.kind == ElementKind::floating)
+    to_f32(*dtype, std::span(tensor_.codes).subspan(first * bytes, out.size() * bytes), out);
+  else
+    for (size_t i = 0; i < out.size(); ++i) {
+      const uint32_t code = load_code(tensor_.codes.data(), first + i, bytes);
+      out[i] = elements_.empty() ? type.decode(type, code) : elements_[code];
+    }
   if (tensor_.scheme.is_plain()) return;
   const auto total = static_cast<int64_t>(out.size());
   for (int64_t i = 0; i < total;) {
