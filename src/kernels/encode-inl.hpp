@@ -2,6 +2,7 @@
 #ifndef BITWRIGHT_KERNELS_ENCODE_INL
 #define BITWRIGHT_KERNELS_ENCODE_INL
 
+#include <algorithm>
 #include <limits>
 
 #include "kernels/encode.hpp"
@@ -78,10 +79,14 @@ struct ParameterLanes {
     highest = hn::Set(kF32, e.highest);
   }
 
-  HWY_INLINE V scale(V low, V high) const {
+  HWY_INLINE V ideal(V low, V high) const {
     const V zero = hn::Zero(kF32);
     const V span = e.has_zero ? hn::Sub(hn::Max(high, zero), hn::Min(low, zero)) : hn::Max(hn::Abs(low), hn::Abs(high));
-    const V ideal = hn::Div(span, levels);
+    return hn::Div(span, levels);
+  }
+
+  /// As its type holds it.
+  HWY_INLINE V stored(V ideal) const {
     if (e.scale_dtype == DType::f16) {
       const hn::Rebind<hwy::float16_t, F32> half;
       return hn::PromoteTo(kF32, hn::DemoteTo(half, ideal));
@@ -109,7 +114,7 @@ void group_parameters(const GroupEncoding& e, const Range* ranges, size_t groups
   for (size_t g = 0; g < groups; g += kLanes) {
     V low, high;
     hn::LoadInterleaved2(kF32, &ranges[g].low, low, high);
-    const V s = parameters.scale(low, high);
+    const V s = parameters.stored(parameters.ideal(low, high));
     hn::StoreU(s, kF32, scales + g);
     hn::StoreU(parameters.zero(low, s), kF32, zeros + g);
   }
@@ -120,7 +125,7 @@ class RangeSearchLanes {
  public:
   /// values: [size][kLanes].
   RangeSearchLanes(const GroupEncoding& e, const float* values, size_t size, V low, V high)
-      : parameters_(e), values_(values), size_(size), low_(low), high_(high) {}
+      : parameters_(e), values_(values), size_(size), low_(low), high_(high), whole_(parameters_.ideal(low, high)) {}
 
   HWY_INLINE void run(Range* ranges) {
     using R = RangeSearch;
@@ -157,17 +162,22 @@ class RangeSearchLanes {
 
   HWY_INLINE V error(V k) const {
     using R = RangeSearch;
-    const V r = share(k), low = hn::Mul(low_, r), high = hn::Mul(high_, r);
-    const V scale = parameters_.scale(low, high), zero = parameters_.zero(low, scale);
+    const V r = share(k), scale = parameters_.stored(hn::Mul(whole_, r));
     const V inverse =
         hn::IfThenZeroElse(hn::Lt(scale, hn::Set(kF32, R::kLeastScale)), hn::Div(hn::Set(kF32, 1.0f), scale));
     const V rounder = hn::Set(kF32, R::kRound);
+    const V zero = parameters_.e.has_zero ? narrowed_zero(r, inverse) : hn::Zero(kF32);
     const V lowest = hn::Add(rounder, hn::Sub(parameters_.lowest, zero));
     const V highest = hn::Add(rounder, hn::Sub(parameters_.highest, zero));
     const V total =
         size_ <= R::kPiece ? piece(0, size_, scale, inverse, lowest, highest) : pieces(scale, inverse, lowest, highest);
     const V infinity = hn::Set(kF32, std::numeric_limits<float>::infinity());
     return hn::IfThenElse(hn::Lt(scale, infinity), total, infinity);
+  }
+
+  HWY_INLINE V narrowed_zero(V r, V inverse) const {
+    const V low = hn::Mul(hn::Mul(hn::Min(low_, hn::Zero(kF32)), r), inverse);
+    return hn::Min(hn::Max(hn::Round(hn::Sub(parameters_.lowest, low)), parameters_.lowest), parameters_.highest);
   }
 
   HWY_INLINE V piece(size_t begin, size_t end, V scale, V inverse, V lowest, V highest) const {
@@ -203,7 +213,7 @@ class RangeSearchLanes {
   ParameterLanes parameters_;
   const float* values_;
   size_t size_;
-  V low_, high_, best_, least_;
+  V low_, high_, whole_, best_, least_;
 };
 
 /// out[i * kLanes + lane] = value i of group `lane`; the last group again where there are fewer.
@@ -328,6 +338,7 @@ void encode_integers(const GroupEncoding& e, DType dtype, const std::byte* value
 template <class T>
 HWY_INLINE void encode_table_of(const GroupEncoding& e, const T* values, size_t size, size_t groups,
                                 const float* scales, std::byte* codes) {
+  const bool rising = std::ranges::is_sorted(e.table_words);  // then a code is its rank
   for (size_t g = 0; g < groups; ++g, values += size, codes += size) {
     const V one = hn::Set(kF32, 1.0f), minus_one = hn::Set(kF32, -1.0f);
     const V inverse = hn::Set(kF32, scales[g] == 0 ? 0 : 1.0f / HWY_MAX(scales[g], 1e-38f));
@@ -337,7 +348,7 @@ HWY_INLINE void encode_table_of(const GroupEncoding& e, const T* values, size_t 
 #pragma GCC unroll 15
       for (const float midpoint : e.midpoints)
         rank = hn::Sub(rank, hn::VecFromMask(kI32, hn::RebindMask(kI32, hn::Gt(x, hn::Set(kF32, midpoint)))));
-      return to_bytes(hn::GatherIndex(kI32, e.table_words.data(), rank));
+      return to_bytes(rising ? rank : hn::GatherIndex(kI32, e.table_words.data(), rank));
     });
   }
 }

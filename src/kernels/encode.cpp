@@ -51,17 +51,6 @@ GroupEncoding make_encoding(const Scheme& scheme) {
   return e;
 }
 
-/// first: position of the first value in its tensor.
-void check_finite(WeightView weight, int64_t first = 0) {
-  std::vector<float> values(static_cast<size_t>(kChunk));
-  for (size_t begin = 0; begin < weight.count(); begin += values.size()) {
-    const size_t count = std::min(values.size(), weight.count() - begin), bytes = size_bytes(weight.dtype);
-    to_f32(weight.dtype, weight.bytes.subspan(begin * bytes, count * bytes), std::span(values).first(count));
-    for (size_t i = 0; i < count; ++i)
-      if (!std::isfinite(values[i])) throw_not_finite(first + static_cast<int64_t>(begin + i), values[i]);
-  }
-}
-
 size_t padded(size_t groups) { return (groups + kPanel - 1) / kPanel * kPanel; }
 
 std::vector<float> widen(WeightView weight) {
@@ -115,6 +104,26 @@ std::optional<GroupRuns> group_runs(const Grouping& grouping, const Shape& shape
 bool encodes_in_pieces(const Scheme& scheme, const Shape& shape, DType stored) {
   return is_stored_float(stored) && has_kernel(scheme) && plain_scale_dtype(scheme) &&
          group_runs(scheme.scale->grouping, shape);
+}
+
+void check_finite(WeightView weight, int64_t first, const KernelLevel& level) {
+  const auto grain = static_cast<size_t>(kChunk);
+  const size_t bytes = size_bytes(weight.dtype), pieces = (weight.count() + grain - 1) / grain;
+  std::vector<char> damaged(pieces);
+  parallel_ranges(weight.count(), grain, [&](size_t begin, size_t end) {
+    const WeightView piece = {weight.dtype, weight.bytes.subspan(begin * bytes, (end - begin) * bytes)};
+    Range range = {};
+    if (is_stored_float(weight.dtype))
+      damaged[begin / grain] = !level.find_extremes(weight.dtype, piece.bytes.data(), piece.count(), range);
+    else
+      damaged[begin / grain] = !std::ranges::all_of(widen(piece), [](float v) { return std::isfinite(v); });
+  });
+  const size_t found = static_cast<size_t>(std::ranges::find(damaged, char{1}) - damaged.begin());
+  if (found == pieces) return;
+  const size_t begin = found * grain, count = std::min(grain, weight.count() - begin);
+  const std::vector<float> values = widen({weight.dtype, weight.bytes.subspan(begin * bytes, count * bytes)});
+  for (size_t i = 0; i < count; ++i)
+    if (!std::isfinite(values[i])) throw_not_finite(first + static_cast<int64_t>(begin + i), values[i]);
 }
 
 GroupEncoder::GroupEncoder(const Scheme& scheme, const Shape& shape, RangeRule rule, const KernelLevel& level)

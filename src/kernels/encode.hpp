@@ -39,6 +39,9 @@ struct GroupEncoding {
 QuantizedTensor encode(const Scheme& scheme, const Shape& shape, WeightView weight, RangeRule rule,
                        const KernelLevel& level = active_kernel_level());
 
+/// Throws Error{"not-finite"} for the first NaN or infinity. first: position of the first value in its tensor.
+void check_finite(WeightView weight, int64_t first = 0, const KernelLevel& level = active_kernel_level());
+
 /// Can groups of this tensor be encoded one by one: consecutive elements, scales that are plain f16, bf16 or f32?
 bool encodes_in_pieces(const Scheme& scheme, const Shape& shape, DType stored);
 

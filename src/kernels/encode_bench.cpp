@@ -11,6 +11,7 @@
 
 #include "base/threads.hpp"
 #include "container/bits.hpp"
+#include "kernels/decode.hpp"
 #include "kernels/encode.hpp"
 
 namespace bitwright {
@@ -92,6 +93,8 @@ void run(int64_t rows, int64_t columns) {
     for (const Job& job : jobs) {
       if (level.name == "scalar" && job.rule == RangeRule::mse && count > (1u << 22)) continue;  // takes too long
       report(job.name, level.name, count, measure([&] { encode(job.scheme, shape, weight, job.rule, level); }));
+      const QuantizedTensor t = encode(job.scheme, shape, weight, RangeRule::minmax);
+      report("  decode and error", level.name, count, measure([&] { relative_error(weight, t, level); }));
       if (!encodes_in_pieces(job.scheme, shape, DType::bf16)) continue;
       const GroupEncoder encoder(job.scheme, shape, job.rule, level);
       const auto groups = static_cast<size_t>(encoder.runs().groups);

@@ -2,6 +2,7 @@
 #include <cstring>
 
 #include "base/error.hpp"
+#include "kernels/decode.hpp"
 #include "kernels/elementwise.hpp"
 #include "kernels/encode.hpp"
 #include "kernels/packed_matrix.hpp"
@@ -102,6 +103,8 @@ const KernelLevel scalar_kernel_level = {
     .group_parameters = group_parameters,
     .encode_integers = encode_integers,
     .encode_table = encode_table,
+    .decode_groups = decode_groups,
+    .add_squares = add_squares,
 };
 
 }  // namespace bitwright

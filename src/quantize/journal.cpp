@@ -29,7 +29,7 @@ class Reader {
       std::vector<SquaredError> read;
       for (const OrderedJson& pair : (*line)["errors"]) {
         if (!pair.is_array() || pair.size() != 2 || !pair[0].is_number() || !pair[1].is_number()) return;
-        read.push_back({.error = pair[0], .norm = pair[1]});
+        read.push_back({.difference = pair[0], .norm = pair[1]});
       }
       if ((*line)["done"] != done.size() + read.size()) return;
       done.insert(done.end(), read.begin(), read.end());
@@ -88,7 +88,7 @@ Journal::Journal(const std::filesystem::path& path, const OrderedJson& header)
 
 void Journal::record(std::span<const SquaredError> errors) {
   OrderedJson list = OrderedJson::array();
-  for (const SquaredError& e : errors) list.push_back({e.error, e.norm});
+  for (const SquaredError& e : errors) list.push_back({e.difference, e.norm});
   append({{"done", done_.size() + errors.size()}, {"errors", std::move(list)}});
   done_.insert(done_.end(), errors.begin(), errors.end());
 }

@@ -6,14 +6,9 @@
 
 #include "base/json.hpp"
 #include "base/output.hpp"
+#include "kernels/decode.hpp"
 
 namespace bitwright {
-
-/// What the relative error of a tensor is made of: sums over a part of its elements.
-struct SquaredError {
-  double error = 0;  ///< of (w - decoded)^2
-  double norm = 0;   ///< of w^2
-};
 
 /// How far an output is on stable storage, so that an interrupted run can go on. One JSON object a line, appended and
 /// synced; a torn last line is ignored. The first says what the output depends on, each later one

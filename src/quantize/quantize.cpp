@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <map>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <set>
 
@@ -16,6 +17,8 @@
 #include "base/threads.hpp"
 #include "checkpoint/safetensors.hpp"
 #include "container/rows.hpp"
+#include "kernels/decode.hpp"
+#include "kernels/encode.hpp"
 #include "quantize/model_card.hpp"
 #include "quantize/model_files.hpp"
 #include "quantize/stream.hpp"
@@ -51,7 +54,10 @@ OrderedJson digests_of(const std::filesystem::path& directory) {
 std::vector<TensorFacts> facts_of(const Checkpoint& source) {
   std::vector<TensorFacts> facts;
   for (const TensorEntry& entry : source.tensors())
-    facts.push_back({.name = entry.name, .shape = entry.shape, .is_float = info(entry.dtype).is_float});
+    facts.push_back({.name = entry.name,
+                     .shape = entry.shape,
+                     .is_float = info(entry.dtype).is_float,
+                     .bytes = size_bytes(entry.dtype)});
   return facts;
 }
 
@@ -191,11 +197,8 @@ class Pipeline {
     size_t piece = 0;
     for (size_t i = 0; i < recipe_.tensors.size(); ++i) {
       SquaredError sums;
-      for (; piece < job_.pieces.size() && job_.pieces[piece].tensor == i; ++piece) {
-        sums.error += errors[piece].error;
-        sums.norm += errors[piece].norm;
-      }
-      if (recipe_.tensors[i].scheme) add_layer(i, relative_error(sums));
+      for (; piece < job_.pieces.size() && job_.pieces[piece].tensor == i; ++piece) sums += errors[piece];
+      if (recipe_.tensors[i].scheme) add_layer(i, sums.relative());
     }
   }
 
@@ -214,26 +217,23 @@ class Pipeline {
 
   Produced produce(const Piece& piece) const {
     const TensorEntry& entry = source_.tensors()[piece.tensor];
-    std::vector<std::byte> bytes(piece.bytes);
+    const bool quantizes = recipe_.tensors[piece.tensor].scheme.has_value();
+    Slice kept = {.array = 0, .offset = input_offset(piece), .data = {}};
+    if (!quantizes) kept.data.resize(piece.bytes);
+    // Not cleared first: it is read over at once.
+    const auto stored = quantizes ? std::make_unique_for_overwrite<std::byte[]>(piece.bytes) : nullptr;
+    const std::span<std::byte> bytes = quantizes ? std::span(stored.get(), piece.bytes) : std::span(kept.data);
     source_.read_bytes(entry, input_offset(piece), bytes);
-    if (info(entry.dtype).is_float) check_finite(piece, bytes);
-    if (recipe_.tensors[piece.tensor].scheme) return quantized(piece, bytes);
+    try {
+      // One damaged value would make the whole model useless, kept or quantized.
+      if (info(entry.dtype).is_float) check_finite({entry.dtype, bytes}, piece.rows.begin * width(piece));
+      if (quantizes) return quantized(piece, bytes);
+    } catch (const Error& error) {
+      throw error.at(fmt::format("tensor '{}'", printable(entry.name)));
+    }
     Produced produced;
-    produced.slices.push_back({.array = 0, .offset = input_offset(piece), .data = std::move(bytes)});
+    produced.slices.push_back(std::move(kept));
     return produced;
-  }
-
-  /// One damaged value would make the whole model useless, kept or quantized.
-  void check_finite(const Piece& piece, std::span<const std::byte> bytes) const {
-    const TensorEntry& entry = source_.tensors()[piece.tensor];
-    const auto bad = find_non_finite(entry.dtype, bytes);
-    if (!bad) return;
-    throw Error({.code = "not-finite",
-                 .what = "cannot quantize",
-                 .where = fmt::format("tensor '{}'", printable(entry.name)),
-                 .why = fmt::format("element {} is {} as float32",
-                                    piece.rows.begin * width(piece) + static_cast<int64_t>(bad->first), bad->second),
-                 .fix = "the weights are damaged, fetch them again or retrain"});
   }
 
   Produced quantized(const Piece& piece, std::span<const std::byte> bytes) const {
@@ -242,22 +242,15 @@ class Pipeline {
     const bool whole = piece.rows.begin == 0 && piece.rows.end == row_count(entry.shape);
     const StoredTensor all = stored(piece.tensor);
     const StoredTensor part = whole ? all : rows_of(all, piece.rows.begin, piece.rows.end);
-    try {
-      const QuantizedTensor t =
-          plan.algorithm->quantize(*plan.scheme, part.shape, {.dtype = entry.dtype, .bytes = bytes}, plan.options);
-      std::vector<float> values(static_cast<size_t>(element_count(part.shape)));
-      to_f32(entry.dtype, bytes, values);
-      Produced produced = {.slices = {}, .error = squared_error(values, decode(t))};
-      std::vector<ArraySpec> before;
-      if (!whole) before = options_.container->layout(rows_of(all, 0, piece.rows.begin));
-      for (NamedArray& array : options_.container->pack(part, t)) {
-        const size_t a = produced.slices.size();
-        produced.slices.push_back({.array = a, .offset = whole ? 0 : before[a].bytes(), .data = std::move(array.data)});
-      }
-      return produced;
-    } catch (const Error& error) {
-      throw error.at(fmt::format("tensor '{}'", printable(entry.name)));
+    const QuantizedTensor t = plan.algorithm->quantize(*plan.scheme, part.shape, {entry.dtype, bytes}, plan.options);
+    Produced produced = {.slices = {}, .error = squared_error({entry.dtype, bytes}, t)};
+    std::vector<ArraySpec> before;
+    if (!whole) before = options_.container->layout(rows_of(all, 0, piece.rows.begin));
+    for (NamedArray& array : options_.container->pack(part, t)) {
+      const size_t a = produced.slices.size();
+      produced.slices.push_back({.array = a, .offset = whole ? 0 : before[a].bytes(), .data = std::move(array.data)});
     }
+    return produced;
   }
 
   void warn_of_lost_layers(std::vector<Warning>& warnings) const {
@@ -291,8 +284,7 @@ class Pipeline {
     for (const LayerResult& layer : layers_) layers.push_back(layer_json(layer));
     OrderedJson& skipped = record["skipped_layers"] = OrderedJson::array();
     for (const TensorPlan& plan : recipe_.tensors)
-      if (!plan.scheme && plan.reason != kNotMatrix)
-        skipped.push_back({{"name", plan.name}, {"reason", plan.reason}});
+      if (!plan.scheme && plan.reason != kNotMatrix) skipped.push_back({{"name", plan.name}, {"reason", plan.reason}});
     return record;
   }
 

@@ -31,7 +31,7 @@ Job job_of(std::atomic<size_t>& produced, size_t fail_at = kPieces) {
             const auto i = static_cast<size_t>(piece.rows.begin);
             if (i == fail_at) throw Error({.code = "boom", .what = "boom", .resumable = true});
             ++produced;
-            Produced result = {.slices = {}, .error = {.error = 1.0 / static_cast<double>(i + 3), .norm = 2}};
+            Produced result = {.slices = {}, .error = {.difference = 1.0 / static_cast<double>(i + 3), .norm = 2}};
             result.slices.push_back(
                 {.array = 0, .offset = i * kPieceBytes, .data = std::vector(kPieceBytes, static_cast<std::byte>(i))});
             return result;
@@ -70,7 +70,7 @@ TEST(StreamThreads, AFailureIsResumedToTheSame) {
   const std::vector<SquaredError> errors = run(job_of(produced), broken);
   EXPECT_LT(produced, kPieces + 3 * 64);
   for (size_t i = 0; i < kPieces; ++i) {
-    EXPECT_EQ(errors[i].error, expected[i].error);
+    EXPECT_EQ(errors[i].difference, expected[i].difference);
     EXPECT_EQ(errors[i].norm, expected[i].norm);
   }
   EXPECT_EQ(read_file(broken / "model.safetensors"), read_file(whole / "model.safetensors"));
@@ -102,7 +102,7 @@ TEST(Journal, ATornOrStrangeEndIsIgnored) {
     write_file(path, whole + tail);
     EXPECT_EQ(Journal(path, header).done().size(), 3u) << tail;
   }
-  EXPECT_EQ(Journal(path, header).done()[1].error, 1e-300);
+  EXPECT_EQ(Journal(path, header).done()[1].difference, 1e-300);
   EXPECT_LT(second, whole.size());
 }
 

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
+#include <memory>
 #include <mutex>
 
 #include "base/progress.hpp"
@@ -17,7 +19,6 @@
 namespace bitwright {
 namespace {
 
-constexpr size_t kErrorGrain = size_t{1} << 16;
 constexpr int64_t kContext = 256;
 constexpr int64_t kMostWindows = 32;
 constexpr double kMostOperations = 4e12;  // a minute or so on a small machine
@@ -101,17 +102,19 @@ class ReadBack {
 
   void check(Piece& piece) const {
     const uint64_t offset = static_cast<uint64_t>(piece.rows.begin) * width(piece) * size_bytes(piece.entry->dtype);
-    std::vector<std::byte> original(bytes_of(piece));
+    const size_t size = bytes_of(piece);
+    const auto buffer = std::make_unique_for_overwrite<std::byte[]>(size);
+    const std::span original(buffer.get(), size);
     source_.read_bytes(*piece.entry, offset, original);
     if (!piece.found->quantized()) {
-      std::vector<std::byte> kept(original.size());
-      written_.read_bytes(*piece.found, offset, kept);
-      if (original != kept) fail(piece.entry->name, "its bytes differ from the original's");
+      const auto kept = std::make_unique_for_overwrite<std::byte[]>(size);
+      written_.read_bytes(*piece.found, offset, std::span(kept.get(), size));
+      if (size > 0 && std::memcmp(original.data(), kept.get(), size) != 0)
+        fail(piece.entry->name, "its bytes differ from the original's");
       return;
     }
-    std::vector<float> values(original.size() / size_bytes(piece.entry->dtype));
-    to_f32(piece.entry->dtype, original, values);
-    piece.error = squared_error(values, decode(written_.read_rows(*piece.found, piece.rows.begin, piece.rows.end)));
+    piece.error = squared_error({piece.entry->dtype, original},
+                                written_.read_rows(*piece.found, piece.rows.begin, piece.rows.end));
   }
 
   void check_layers(const std::vector<LayerResult>& layers) const {
@@ -120,12 +123,9 @@ class ReadBack {
       const TensorEntry& entry = *piece->entry;
       const bool quantized = piece->found->quantized();
       SquaredError sums;
-      for (; piece != pieces_.end() && piece->entry == &entry; ++piece) {
-        sums.error += piece->error.error;
-        sums.norm += piece->error.norm;
-      }
+      for (; piece != pieces_.end() && piece->entry == &entry; ++piece) sums += piece->error;
       if (!quantized) continue;
-      const double error = relative_error(sums);
+      const double error = sums.relative();
       if (layer == layers.end() || layer->name != entry.name || layer->relative_error != error || !std::isfinite(error))
         fail(entry.name, fmt::format("reads back with a relative error of {}", error));
       ++layer;
@@ -151,25 +151,6 @@ uint64_t judging_memory(const Checkpoint& source, const Checkpoint& written) {
 }
 
 }  // namespace
-
-SquaredError squared_error(std::span<const float> original, std::span<const float> decoded) {
-  SquaredError total;
-  for (size_t begin = 0; begin < original.size(); begin += kErrorGrain) {
-    SquaredError part;
-    for (size_t i = begin; i < std::min(original.size(), begin + kErrorGrain); ++i) {
-      const double w = original[i], d = w - static_cast<double>(decoded[i]);
-      part.error += d * d;
-      part.norm += w * w;
-    }
-    total.error += part.error;
-    total.norm += part.norm;
-  }
-  return total;
-}
-
-double relative_error(const SquaredError& sums) {
-  return sums.norm == 0 ? std::sqrt(sums.error) : std::sqrt(sums.error / sums.norm);
-}
 
 uint64_t quantized_piece_memory(int64_t elements, DType dtype) {
   // Stored, widened and decoded values; codes, packed codes, and parameters with what the allocator holds back.

@@ -21,10 +21,6 @@ struct LayerResult {
   uint64_t bytes;
 };
 
-/// Sums over `original`, in a fixed order.
-SquaredError squared_error(std::span<const float> original, std::span<const float> decoded);
-double relative_error(const SquaredError& sums);
-
 /// Reads every tensor of `written` back, by the pieces it was written in: kept ones must equal `source` byte for byte,
 /// quantized ones must decode to values with the errors in `layers`. Pieces in work take up to `piece_memory` bytes.
 /// Throws Error{"verification-failed"} on any difference or non-finite value.

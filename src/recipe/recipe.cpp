@@ -44,7 +44,7 @@ QuantizationSettings merge(QuantizationSettings base, const QuantizationSettings
   if (over.method) base = {.algorithm = base.algorithm, .range = base.range};
   // Of a granularity and a group size, one set for the layer replaces the other set for the model.
   if (over.granularity) base.group_size.reset();
-  if (over.group_size) base.granularity.reset();
+  if (over.group_size && base.granularity != "flat") base.granularity.reset();
   set(base.method, over.method);
   set(base.algorithm, over.algorithm);
   set(base.range, over.range);
@@ -91,10 +91,11 @@ Resolved fill_in(const QuantizationSettings& s) {
   r.symmetric = table || s.symmetric.value_or(r.bits == 8);
   const bool grouped = table || s.group_size || r.bits < 8;
   r.granularity = s.granularity.value_or(grouped ? "group" : "channel");
-  if (s.group_size && r.granularity != "group")
+  const bool sized = r.granularity == "group" || r.granularity == "flat";
+  if (s.group_size && !sized)
     contradiction(fmt::format("group_size {} and granularity {} exclude each other", *s.group_size, r.granularity),
                   "give one of them");
-  r.group_size = r.granularity == "group" ? s.group_size.value_or(kGroupSize) : 0;
+  r.group_size = sized ? s.group_size.value_or(kGroupSize) : 0;
   r.scale_dtype = s.scale_dtype.value_or(table ? "float32" : "float16");
   r.nested_scales = s.nested_scales.value_or(false);
   if (r.nested_scales && s.scale_dtype && *s.scale_dtype != "float32")
@@ -108,7 +109,8 @@ Grouping grouping_of(const Resolved& r) {
   if (r.granularity == "tensor") return Grouping::tensor();
   if (r.granularity == "channel") return Grouping::channel();
   // bitsandbytes' types are defined over the flattened weight.
-  return r.quant_type == "int" ? Grouping::along(r.group_size) : Grouping::flat(r.group_size);
+  const bool across_rows = r.granularity == "flat" || r.quant_type != "int";
+  return across_rows ? Grouping::flat(r.group_size) : Grouping::along(r.group_size);
 }
 
 /// Scales that are 8-bit codes. bitsandbytes' own for its types, which cluster around a mean that it takes off; for
@@ -183,6 +185,7 @@ bool is_router(const TensorFacts& t) {
 /// known, so what is not surely a matrix that multiplies is kept.
 std::string why_not_linear(const TensorFacts& t) {
   if (!t.is_float) return "not floating point";
+  if (t.bytes < 2) return "8-bit floats, whose scales are elsewhere";
   const bool experts = t.shape.size() == 3 && matches("experts", t.name);
   if (t.shape.size() < 2) return std::string(kNotMatrix);
   if (t.shape.size() == 3 && !experts) return "three dimensions, and not experts";

@@ -43,6 +43,7 @@ struct TensorFacts {
   std::string name;
   Shape shape;
   bool is_float = true;
+  size_t bytes = 2;  ///< of an element
 };
 
 /// The reason why norms and biases are kept, which goes without saying.

@@ -78,6 +78,17 @@ TEST(Recipe, ExplicitValuesWin) {
             "int4 asymmetric, per tensor, float16 scales");
 }
 
+TEST(Recipe, FlatGroupsCrossRows) {
+  const Recipe recipe = resolve_yaml(
+      "quantization: {method: int8, scheme: {granularity: flat, group_size: 8, scale_dtype: float32}, "
+      "layer_configs: {down_proj: {group_size: 16}, k_proj: {granularity: channel}}}");
+  EXPECT_EQ(scheme_of(recipe, "q_proj"), "int8 symmetric, blocks of 8, float32 scales");
+  EXPECT_EQ(scheme_of(recipe, "down_proj"), "int8 symmetric, blocks of 16, float32 scales");
+  EXPECT_EQ(scheme_of(recipe, "k_proj"), "int8 symmetric, per channel, float32 scales");
+  EXPECT_EQ(scheme_of(resolve_yaml("quantization: {method: int4, scheme: {granularity: flat}}"), "q_proj"),
+            "int4 asymmetric, blocks of 64, float16 scales");
+}
+
 TEST(Recipe, FirstRuleThatMatchesWinsInTheOrderWritten) {
   const Recipe recipe = resolve_yaml(
       "quantization: {method: int4, skip_modules: [q_proj], layer_configs: {z_unused: {bits: 2}, "

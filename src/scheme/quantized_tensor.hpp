@@ -43,6 +43,9 @@ class Decoder {
   explicit Decoder(const QuantizedTensor& tensor);  ///< keeps a reference
   /// out[j] = value of element begin + j.
   void decode(int64_t begin, std::span<float> out) const;
+  // Decoded, one a group; empty where the scheme has none.
+  std::span<const float> scales() const { return scale_; }
+  std::span<const float> offsets() const { return offset_; }
 
  private:
   const QuantizedTensor& tensor_;

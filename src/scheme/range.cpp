@@ -13,9 +13,8 @@ namespace {
 /// Sum of squared rounding errors for one scale and zero point. It multiplies by the reciprocal where the encoder
 /// divides, so single values may fall to the other side. Fused where it says so; two partial sums a piece, of the even
 /// and the odd values.
-float integer_error(const ElementType& type, std::span<const float> values, float scale, float zero) {
+float integer_error(const ElementType& type, std::span<const float> values, float scale, float inverse, float zero) {
   using R = RangeSearch;
-  const float inverse = scale < R::kLeastScale ? 0 : 1 / scale;
   const float lowest = R::kRound + (type.lowest - zero), highest = R::kRound + (type.highest - zero);
   double total = 0;
   for (size_t begin = 0; begin < values.size(); begin += R::kPiece) {
@@ -40,31 +39,35 @@ float any_error(const Scheme& scheme, std::span<const float> values, const Group
   return static_cast<float>(total);
 }
 
-float range_error(const Scheme& scheme, std::span<const float> values, Range range) {
+/// Error where the whole range, whose ideal scale is `whole`, is narrowed to `share` of it. Scale and zero point by
+/// products, where the encoder divides once the range is chosen.
+float narrowed_error(const Scheme& scheme, std::span<const float> values, float low, float whole, float share) {
   const Scheme& stored = *scheme.scale->scheme;
-  float scale = ideal_scale(scheme, range);
+  const ElementType& type = *scheme.element;
+  float scale = whole * share;
   if (stored.is_plain()) {
     if (const auto dtype = dtype_of(*stored.element)) scale = round_to(*dtype, scale);
   }
   if (!std::isfinite(scale)) return INFINITY;
-  const bool has_zero = scheme.offset_kind == OffsetKind::zero_point;
-  const float zero = has_zero ? zero_point(scheme, scale, range) : 0;
-  if (scheme.element->kind == ElementKind::integer) return integer_error(*scheme.element, values, scale, zero);
-  return any_error(scheme, values, {.scale = scale, .offset = zero});
+  if (type.kind != ElementKind::integer) return any_error(scheme, values, {.scale = scale});
+  const float inverse = scale < RangeSearch::kLeastScale ? 0 : 1 / scale;
+  float zero = 0;
+  if (scheme.offset_kind == OffsetKind::zero_point)
+    zero = std::clamp(std::nearbyint(type.lowest - std::min(low, 0.0f) * share * inverse), type.lowest, type.highest);
+  return integer_error(type, values, scale, inverse, zero);
 }
 
 }  // namespace
 
 Range least_squares_range(const Scheme& scheme, std::span<const float> values) {
   const Range whole = min_max_range(scheme, values);
-  const auto clipped = [&](int k) -> Range {
-    const float r = 1 - RangeSearch::kStep * static_cast<float>(k);
-    return {whole.low * r, whole.high * r};
-  };
+  const float scale = ideal_scale(scheme, whole);
+  const auto share = [](int k) { return 1 - RangeSearch::kStep * static_cast<float>(k); };
+  const auto error_of = [&](int k) { return narrowed_error(scheme, values, whole.low, scale, share(k)); };
   int best = 0;
-  float least = range_error(scheme, values, whole);
+  float least = error_of(0);
   const auto attempt = [&](int k) {
-    const float error = range_error(scheme, values, clipped(k));
+    const float error = error_of(k);
     if (error < least) {
       least = error;
       best = k;
@@ -78,7 +81,7 @@ Range least_squares_range(const Scheme& scheme, std::span<const float> values) {
     attempt(std::max(centre - step, 0));
     attempt(centre + step);
   }
-  return clipped(best);
+  return {whole.low * share(best), whole.high * share(best)};
 }
 
 Range choose_range(RangeRule rule, const Scheme& scheme, std::span<const float> values) {
