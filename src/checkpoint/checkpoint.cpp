@@ -151,10 +151,7 @@ struct Checkpoint::Impl {
   std::map<std::string, size_t, std::less<>> by_name;
 
   Impl(const fs::path& opened, Unfinished unfinished) : path(opened) {
-    find_files();
-    if (unfinished == Unfinished::refuse && is_unfinished(directory))
-      fail("unfinished", path, "it is an output that is being written or was interrupted",
-           "wait for the run that writes it, or repeat its command with --resume");
+    find_files(unfinished);
     read_json_files();
     map_arrays();
     check_index();
@@ -162,10 +159,13 @@ struct Checkpoint::Impl {
     make_entries();
   }
 
-  void find_files() {
+  void find_files(Unfinished unfinished) {
     std::error_code ignored;
     if (!fs::exists(path, ignored)) fail("cannot-open", path, "no such file or directory", "check the path");
     directory = fs::is_directory(path) ? path : path.parent_path();
+    if (unfinished == Unfinished::refuse && is_unfinished(directory.empty() ? "." : directory))
+      fail("unfinished", path, "it is an output that is being written or was interrupted",
+           "wait for the run that writes it, or repeat its command with --resume");
     if (fs::is_directory(path)) {
       if (!fs::exists(path / "config.json"))
         fail("no-config", path, "it holds no config.json", "give a Hugging Face model directory");
