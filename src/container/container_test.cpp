@@ -22,7 +22,8 @@ TEST(Bits, StreamsRoundTrip) {
       const auto width = static_cast<size_t>(bits);
       for (size_t bit = 0; bit < packed.size() * 8; ++bit) {
         const unsigned stored = std::to_integer<unsigned>(packed[bit / 8]) >> bit % 8 & 1;
-        const unsigned meant = bit < count * width ? std::to_integer<unsigned>(codes[bit / width]) >> bit % width & 1 : 0;
+        const unsigned meant =
+            bit < count * width ? std::to_integer<unsigned>(codes[bit / width]) >> bit % width & 1 : 0;
         ASSERT_EQ(stored, meant) << bits << " bits, bit " << bit;
       }
       EXPECT_TRUE(unpack_bits(packed, bits, count) == codes);

@@ -81,10 +81,10 @@ TEST(Recipe, ExplicitValuesWin) {
 TEST(Recipe, FlatGroupsCrossRows) {
   const Recipe recipe = resolve_yaml(
       "quantization: {method: int8, scheme: {granularity: flat, group_size: 8, scale_dtype: float32}, "
-      "layer_configs: {down_proj: {group_size: 16}, k_proj: {granularity: channel}}}");
+      "layer_configs: {down_proj: {group_size: 16}, embed_tokens: {granularity: channel}}}");
   EXPECT_EQ(scheme_of(recipe, "q_proj"), "int8 symmetric, blocks of 8, float32 scales");
   EXPECT_EQ(scheme_of(recipe, "down_proj"), "int8 symmetric, blocks of 16, float32 scales");
-  EXPECT_EQ(scheme_of(recipe, "k_proj"), "int8 symmetric, per channel, float32 scales");
+  EXPECT_EQ(scheme_of(recipe, "embed_tokens"), "int8 symmetric, per channel, float32 scales");
   EXPECT_EQ(scheme_of(resolve_yaml("quantization: {method: int4, scheme: {granularity: flat}}"), "q_proj"),
             "int4 asymmetric, blocks of 64, float16 scales");
 }
