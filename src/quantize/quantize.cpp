@@ -31,7 +31,7 @@ namespace {
 double rounded(double value) { return std::strtod(fmt::format("{:.7g}", value).c_str(), nullptr); }
 
 // Rates of estimates, on one thread of a common machine; the search for ranges is what takes time.
-constexpr double kSecondsAByte = 1 / 0.5e9, kSecondsAByteSearching = 1 / 0.1e9;
+constexpr double kSecondsAByte = 1 / 0.5e9, kSecondsAByteSearching = 1 / 0.4e9;
 
 /// Size and digest of each file so far: weights and what belongs to them. Hidden files are ours, and what is written
 /// afterwards is not digested.
