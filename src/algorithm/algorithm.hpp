@@ -4,11 +4,9 @@
 #include <string_view>
 
 #include "scheme/quantized_tensor.hpp"
+#include "scheme/range.hpp"
 
 namespace bitwright {
-
-/// How a group's range is chosen: its smallest and largest value, or the one with the least squared error.
-enum class RangeRule : uint8_t { minmax, mse };
 
 /// What an algorithm may be told beside the scheme.
 struct AlgorithmOptions {
@@ -20,8 +18,8 @@ struct Algorithm {
   std::string_view name;     ///< as in --algorithm; never renamed once released
   std::string_view summary;  ///< for `methods`
   std::string_view source;   ///< paper or repository followed
-  /// One weight to its codes. values: element_count(shape), row-major. Throws what `encode` throws.
-  QuantizedTensor (*quantize)(const Scheme& scheme, const Shape& shape, std::span<const float> values,
+  /// One weight to its codes. weight: element_count(shape) floats of any width. Throws what `encode` throws.
+  QuantizedTensor (*quantize)(const Scheme& scheme, const Shape& shape, WeightView weight,
                               const AlgorithmOptions& options);
 };
 

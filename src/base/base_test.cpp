@@ -4,9 +4,11 @@
 #include <atomic>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <numeric>
+#include <thread>
 
 #include "base/dtype.hpp"
 #include "base/error.hpp"
@@ -15,6 +17,7 @@
 #include "base/nearest.hpp"
 #include "base/output.hpp"
 #include "base/progress.hpp"
+#include "base/size.hpp"
 #include "base/threads.hpp"
 #include "base/utf8.hpp"
 #include "tests/support.hpp"
@@ -150,34 +153,142 @@ TEST(Threads, ManyShortCallsLoseNothing) {
   EXPECT_EQ(std::accumulate(values.begin(), values.end(), size_t{0}), 2000u * 63 * 64 / 2);
 }
 
+TEST(Threads, WeightsStayWithinTheBudget) {
+  constexpr uint64_t kBudget = 10;
+  const auto weight = [](size_t i) { return i % 50 == 7 ? uint64_t{25} : i % 4; };  // some are too heavy for it
+  std::vector<std::atomic<int>> hits(500);
+  std::atomic<uint64_t> used = 0;
+  std::atomic<bool> over = false;
+  parallel_within(hits.size(), kBudget, weight, [&](size_t i) {
+    const uint64_t with = used += weight(i);
+    if (with > kBudget && with != weight(i)) over = true;
+    std::this_thread::yield();
+    ++hits[i];
+    used -= weight(i);
+  });
+  for (const auto& hit : hits) EXPECT_EQ(hit, 1);
+  EXPECT_FALSE(over);
+  std::atomic<int> started = 0;
+  EXPECT_EQ(code_of([&] {
+              parallel_within(1000, kBudget, weight, [&](size_t i) {
+                ++started;
+                if (i == 5) throw Error({.code = "boom"});
+              });
+            }),
+            "boom");
+  EXPECT_LT(started, 1000);
+}
+
+TEST(Size, ParsesWhatPeopleWrite) {
+  EXPECT_EQ(parse_size("4096"), 4096u);
+  EXPECT_EQ(parse_size("8GiB"), uint64_t{8} << 30);
+  EXPECT_EQ(parse_size("500 MB"), 500'000'000u);
+  EXPECT_EQ(parse_size("1.5k"), 1536u);
+  EXPECT_EQ(parse_size("5gb"), 5'000'000'000u);
+  for (const char* bad : {"", "GB", "-1", "1e3", "8 GiBs", "nan", "inf", "99999999TiB", "1 000"})
+    EXPECT_EQ(parse_size(bad), std::nullopt) << bad;
+  EXPECT_GT(available_memory(), 0u);
+  EXPECT_GT(peak_memory(), uint64_t{1} << 20);
+  EXPECT_GT(free_disk("."), 0u);
+  EXPECT_EQ(free_disk("/no/such/place"), std::nullopt);
+}
+
+TEST(DType, FindsTheFirstThatIsNotFinite) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
+    std::vector<std::byte> bytes(10'007 * size_bytes(dtype));
+    EXPECT_EQ(find_non_finite(dtype, bytes), std::nullopt);
+    for (const size_t at : {10'006u, 4096u, 5u}) {  // from the last to the first
+      const float bad = at == 4096 ? -INFINITY : NAN;
+      if (dtype == DType::f64) {
+        const double wide = static_cast<double>(bad);
+        std::memcpy(bytes.data() + at * sizeof wide, &wide, sizeof wide);
+      } else {
+        from_f32(dtype, std::span(&bad, 1), std::span(bytes).subspan(at * size_bytes(dtype), size_bytes(dtype)));
+      }
+      const auto found = find_non_finite(dtype, bytes);
+      ASSERT_TRUE(found.has_value());
+      EXPECT_EQ(found->first, at);
+    }
+  }
+}
+
+TEST(Output, AnUnfinishedRunIsKeptAndResumed) {
+  const TemporaryDirectory dir;
+  const auto target = dir / "out", staging = dir / ".out.partial";
+  {
+    OutputDirectory output(target, Existing::resume);  // nothing to resume: starts
+    EXPECT_TRUE(read_file(output.journal()).empty());
+    EXPECT_TRUE(is_unfinished(output.staging()));
+    output.keep();
+    write_file(output.journal(), "{}\n");
+    write_file(output.staging() / "half", "1");
+  }
+  EXPECT_EQ(read_file(staging / "half"), "1");
+  EXPECT_TRUE(is_unfinished(staging));
+  EXPECT_EQ(code_of([&] { OutputDirectory(target, Existing::refuse); }), "output-unfinished");
+  EXPECT_EQ(read_file(staging / "half"), "1");
+  {
+    OutputDirectory output(target, Existing::resume);
+    EXPECT_EQ(read_file(output.journal()), "{}\n");
+    EXPECT_EQ(read_file(output.staging() / "half"), "1");
+    output.commit();
+  }
+  EXPECT_FALSE(std::filesystem::exists(staging));
+  EXPECT_FALSE(is_unfinished(target));
+  EXPECT_EQ(test::files_in(target).size(), 1u);  // no journal
+}
+
+TEST(Output, KilledWhileItGetsItsName) {
+  const TemporaryDirectory dir;
+  const auto target = dir / "out", staging = dir / ".out.partial";
+  // Complete, not yet renamed: it can still be resumed, and is not taken for a model.
+  std::filesystem::create_directory(staging);
+  write_file(staging / ".bitwright-complete", "{}\n");
+  EXPECT_TRUE(is_unfinished(staging));
+  EXPECT_EQ(code_of([&] { OutputDirectory(target, Existing::refuse); }), "output-unfinished");
+  { OutputDirectory(target, Existing::resume).commit(); }
+  EXPECT_TRUE(std::filesystem::exists(target));
+  // Exchanged with an old one, which is not yet removed.
+  write_file(target / ".bitwright-complete", "{}\n");
+  write_file(target / "config.json", "{}");
+  write_file(target / "model.safetensors", "");
+  std::filesystem::create_directory(staging);
+  write_file(staging / "config.json", "old");
+  EXPECT_FALSE(is_unfinished(target));
+  EXPECT_EQ(code_of([&] { OutputDirectory(target, Existing::resume); }), "output-exists");
+  EXPECT_FALSE(std::filesystem::exists(staging));
+  EXPECT_EQ(test::files_in(target).size(), 2u);
+}
+
 TEST(Output, DirectoryAppearsWholeOrNotAtAll) {
   const TemporaryDirectory dir;
   const auto target = dir / "out";
   {
-    OutputDirectory output(target, false);
+    OutputDirectory output(target, Existing::refuse);
     write_text_file(output.staging() / "a", "1");
     EXPECT_FALSE(std::filesystem::exists(target));
-    EXPECT_EQ(code_of([&] { OutputDirectory(target, false); }), "output-busy");
+    EXPECT_EQ(code_of([&] { OutputDirectory(target, Existing::refuse); }), "output-busy");
   }
   EXPECT_TRUE(std::filesystem::is_empty(dir.path()));
   {
-    OutputDirectory output(target, false);
+    OutputDirectory output(target, Existing::refuse);
     write_text_file(output.staging() / "a", "2");
     output.commit();
   }
   EXPECT_EQ(read_file(target / "a"), "2");
-  EXPECT_EQ(code_of([&] { OutputDirectory(target, false); }), "output-exists");
-  EXPECT_EQ(code_of([&] { OutputDirectory(target, true); }), "output-exists");  // not a model: never replaced
+  EXPECT_EQ(code_of([&] { OutputDirectory(target, Existing::refuse); }), "output-exists");
+  EXPECT_EQ(code_of([&] { OutputDirectory(target, Existing::replace); }),
+            "output-exists");  // not a model: never replaced
   write_file(target / "config.json", "{}");
   write_file(target / "model.safetensors", "");
   {
-    OutputDirectory output(target, true);
+    OutputDirectory output(target, Existing::replace);
     write_text_file(output.staging() / "b", "3");
     output.commit();
   }
   EXPECT_EQ(read_file(target / "b"), "3");
   EXPECT_FALSE(std::filesystem::exists(target / "a"));
-  EXPECT_EQ(code_of([&] { OutputDirectory(dir / "no/such/parent", false); }), "cannot-write");
+  EXPECT_EQ(code_of([&] { OutputDirectory(dir / "no/such/parent", Existing::refuse); }), "cannot-write");
 }
 
 TEST(Output, StagingThatIsNotOursIsLeftAlone) {
@@ -185,12 +296,12 @@ TEST(Output, StagingThatIsNotOursIsLeftAlone) {
   std::filesystem::create_directory(dir / "victim");
   write_file(dir / "victim/file", "precious");
   std::filesystem::create_directory_symlink(dir / "victim", dir / ".out.partial");
-  EXPECT_EQ(code_of([&] { OutputDirectory(dir / "out", false); }), "output-busy");
+  EXPECT_EQ(code_of([&] { OutputDirectory(dir / "out", Existing::refuse); }), "output-busy");
   std::filesystem::rename(dir / "victim", dir / ".other.partial");
-  EXPECT_EQ(code_of([&] { OutputDirectory(dir / "other", false); }), "output-busy");
+  EXPECT_EQ(code_of([&] { OutputDirectory(dir / "other", Existing::refuse); }), "output-busy");
   EXPECT_EQ(read_file(dir / ".other.partial/file"), "precious");
   write_file(dir / ".other.partial/.bitwright-partial", "");  // what a killed run leaves
-  OutputDirectory output(dir / "other", false);
+  OutputDirectory output(dir / "other", Existing::refuse);
   EXPECT_FALSE(std::filesystem::exists(output.staging() / "file"));
 }
 
@@ -211,6 +322,35 @@ TEST(MappedFile, ReadsAndRefuses) {
   ASSERT_EQ(::mkfifo((dir / "pipe").c_str(), 0600), 0);
   EXPECT_EQ(code_of([&] { MappedFile(dir / "pipe"); }), "cannot-open");
   EXPECT_EQ(sha256(std::string_view("abc")), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+}
+
+TEST(MappedFile, AFileThatShrankIsAnError) {
+  const TemporaryDirectory dir;
+  write_file(dir / "a", std::string(10'000, 'x'));
+  const MappedFile file(dir / "a");
+  std::vector<std::byte> out(5'000);
+  file.read(file.bytes().subspan(5'000), out);
+  EXPECT_EQ(out.back(), std::byte{'x'});
+  EXPECT_EQ(file.digest(), sha256(std::string(10'000, 'x')));
+  const FileIdentity before = file.identity();
+  std::filesystem::resize_file(dir / "a", 6'000);
+  EXPECT_NE(file.identity(), before);
+  EXPECT_EQ(code_of([&] { file.read(file.bytes().subspan(5'000), out); }), "input-changed");
+  EXPECT_EQ(code_of([&] { file.digest(); }), "input-changed");
+}
+
+TEST(MappedFileDeathTest, TouchingOneIsOneLine) {
+  const TemporaryDirectory dir;
+  write_file(dir / "a", std::string(10'000, 'x'));
+  const MappedFile file(dir / "a");
+  std::filesystem::resize_file(dir / "a", 0);
+  EXPECT_EXIT(
+      {
+        install_bus_error_handler();
+        volatile std::byte touched = file.bytes()[9'000];
+        static_cast<void>(touched);
+      },
+      ::testing::ExitedWithCode(1), "^error: cannot read input: .* shrank, .*\n$");
 }
 
 TEST(Nearest, SuggestsOrLists) {

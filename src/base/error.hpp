@@ -17,6 +17,7 @@ struct ErrorReport {
   std::string why{};    ///< with the numbers that disagree
   std::string fix{};    ///< what the user can do about it
   ExitStatus status = ExitStatus::failed;
+  bool resumable = false;  ///< neither the input nor the request is at fault: what is done already stays of use
 };
 
 /// Anything the user can cause: bad input, an impossible request, a full disk. Our own bugs are assertions instead.

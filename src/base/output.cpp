@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <cstring>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 #include "base/error.hpp"
@@ -19,7 +20,10 @@ namespace {
 
 namespace fs = std::filesystem;
 
-constexpr const char* kMarker = ".bitwright-partial";  ///< in a staging directory: ours, to be cleared after a crash
+// In a staging directory, so that it is known as ours: the journal while it is unfinished; once all is written and
+// verified the journal gets the second name, and it is removed when the directory has its own.
+constexpr const char* kJournal = ".bitwright-partial";
+constexpr const char* kComplete = ".bitwright-complete";
 
 [[noreturn]] void cannot_write(const fs::path& path, int error) {
   const bool full = error == ENOSPC || error == EDQUOT || error == EFBIG;
@@ -27,7 +31,8 @@ constexpr const char* kMarker = ".bitwright-partial";  ///< in a staging directo
                .what = "cannot write output",
                .where = path.string(),
                .why = std::strerror(error),
-               .fix = full ? "free some space or choose another place" : "check the path and its permissions"});
+               .fix = full ? "free some space or choose another place" : "check the path and its permissions",
+               .resumable = true});
 }
 
 void sync_directory(const fs::path& path) {
@@ -91,13 +96,39 @@ int open_staging(const fs::path& target, const fs::path& staging) {
   }
 }
 
-/// Removes what a killed run left; what does not bear our mark is somebody's.
+bool is_there(const fs::path& path) {
+  std::error_code ignored;
+  return fs::exists(fs::symlink_status(path, ignored));
+}
+
+/// Has a killed run left anything of use? What does not bear our mark is somebody's.
+bool is_resumable(const fs::path& staging) {
+  if (fs::is_empty(staging)) return false;
+  if (!is_there(staging / kJournal) && !is_there(staging / kComplete))
+    staging_in_use(staging, staging, "holds files of others");
+  if (is_there(staging / kComplete)) fs::rename(staging / kComplete, staging / kJournal);  // killed while renaming
+  return fs::file_size(staging / kJournal) > 0;
+}
+
+/// The mark goes last: killed in between, what is left is still known as ours.
 void clear_staging(const fs::path& staging) {
-  if (fs::is_empty(staging)) return;
-  if (!fs::exists(fs::symlink_status(staging / kMarker))) staging_in_use(staging, staging, "holds files of others");
   std::vector<fs::path> stale;
-  for (const fs::directory_entry& entry : fs::directory_iterator(staging)) stale.push_back(entry.path());
+  for (const fs::directory_entry& entry : fs::directory_iterator(staging))
+    if (entry.path().filename() != kJournal) stale.push_back(entry.path());
   for (const fs::path& path : stale) fs::remove_all(path);
+  if (is_there(staging / kJournal)) fs::resize_file(staging / kJournal, 0);
+}
+
+/// A run that was killed between giving the output its name and tidying up: what it replaced is still beside it.
+void tidy_up(const fs::path& target, const fs::path& staging) {
+  if (!is_there(target / kComplete)) return;
+  const int fd = ::open(target.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+  if (fd < 0) return;
+  if (::flock(fd, LOCK_EX | LOCK_NB) == 0 && !is_there(staging / kJournal) && !is_there(staging / kComplete)) {
+    fs::remove_all(staging);
+    fs::remove(target / kComplete);
+  }
+  ::close(fd);
 }
 
 /// renameat2 is missing on some network file systems; there the second best, which is not atomic on replacement.
@@ -120,10 +151,14 @@ void exchange(const fs::path& from, const fs::path& to) {
 
 }  // namespace
 
-OutputFile::OutputFile(const fs::path& path)
-    : path_(path), fd_(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666)) {
+OutputFile::OutputFile(const fs::path& path, Contents contents)
+    : path_(path),
+      fd_(::open(path.c_str(), O_WRONLY | O_CREAT | O_CLOEXEC | (contents == Contents::replace ? O_TRUNC : 0), 0666)) {
   if (fd_ < 0) cannot_write(path_, errno);
 }
+
+OutputFile::OutputFile(OutputFile&& other) noexcept
+    : path_(std::move(other.path_)), fd_(std::exchange(other.fd_, -1)) {}
 
 OutputFile::~OutputFile() {
   if (fd_ >= 0) ::close(fd_);
@@ -140,6 +175,24 @@ void OutputFile::write(std::span<const std::byte> bytes) {
 
 void OutputFile::write(std::string_view text) { write(std::as_bytes(std::span(text))); }
 
+void OutputFile::write_at(uint64_t offset, std::span<const std::byte> bytes) {
+  while (!bytes.empty()) {
+    const ssize_t written = ::pwrite(fd_, bytes.data(), bytes.size(), static_cast<off_t>(offset));
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) cannot_write(path_, errno);
+    bytes = bytes.subspan(static_cast<size_t>(written));
+    offset += static_cast<uint64_t>(written);
+  }
+}
+
+void OutputFile::resize(uint64_t bytes) {
+  if (::ftruncate(fd_, static_cast<off_t>(bytes)) != 0 || ::lseek(fd_, 0, SEEK_END) < 0) cannot_write(path_, errno);
+}
+
+void OutputFile::sync_data() {
+  if (::fdatasync(fd_) != 0 && errno != EINVAL) cannot_write(path_, errno);
+}
+
 void OutputFile::finish() {
   // Special files (a pipe) cannot be synced: EINVAL is not a loss.
   const bool synced = ::fsync(fd_) == 0 || errno == EINVAL;
@@ -155,7 +208,16 @@ void write_text_file(const fs::path& path, std::string_view text) {
   file.finish();
 }
 
-OutputDirectory::OutputDirectory(const fs::path& target, bool force) : target_(target), force_(force) {
+bool is_unfinished(const fs::path& directory) {
+  if (is_there(directory / kJournal)) return true;
+  if (!is_there(directory / kComplete)) return false;
+  std::error_code ignored;
+  const std::string name = fs::canonical(directory, ignored).filename().string();
+  return name.starts_with(".") && name.ends_with(".partial");  // whole, but not yet in its place
+}
+
+OutputDirectory::OutputDirectory(const fs::path& target, Existing existing)
+    : target_(target), replace_(existing == Existing::replace || existing == Existing::resume_replace) {
   if (target_.filename().empty()) target_ = target_.parent_path();  // "out/" means "out"
   if (target_.empty())
     throw Error({.code = "bad-output",
@@ -163,12 +225,26 @@ OutputDirectory::OutputDirectory(const fs::path& target, bool force) : target_(t
                  .why = "its name is empty",
                  .fix = "give a directory",
                  .status = ExitStatus::usage});
-  check_target(target_, force);
   staging_ = target_.parent_path() / fmt::format(".{}.partial", target_.filename().string());
+  tidy_up(target_, staging_);
+  check_target(target_, replace_);
   fd_ = open_staging(target_, staging_);
   try {
-    clear_staging(staging_);
-    write_text_file(staging_ / kMarker, "");
+    const bool resumes = existing == Existing::resume || existing == Existing::resume_replace;
+    const bool resumable = is_resumable(staging_);
+    if (resumable && existing == Existing::refuse)
+      throw Error({.code = "output-unfinished",
+                   .what = "cannot write output",
+                   .where = target.string(),
+                   .why = fmt::format("an unfinished run is in {}", staging_.string()),
+                   .fix = "add --resume to go on with it or --force to start again"});
+    keep_ = resumable && resumes;
+    if (!keep_) {
+      clear_staging(staging_);
+      write_text_file(staging_ / kJournal, "");
+      sync_directory(staging_);
+      sync_directory(parent());
+    }
   } catch (...) {
     ::close(fd_);
     throw;
@@ -177,26 +253,38 @@ OutputDirectory::OutputDirectory(const fs::path& target, bool force) : target_(t
 
 OutputDirectory::~OutputDirectory() {
   if (fd_ < 0) return;
-  std::error_code ignored;
-  fs::remove_all(staging_, ignored);
+  try {
+    if (!keep_) {
+      clear_staging(staging_);
+      fs::remove_all(staging_);
+    }
+  } catch (const fs::filesystem_error&) {  // it still bears our mark: the next run clears it
+  }
   ::close(fd_);
 }
 
+fs::path OutputDirectory::journal() const { return staging_ / kJournal; }
+
+fs::path OutputDirectory::parent() const { return target_.has_parent_path() ? target_.parent_path() : fs::path("."); }
+
 void OutputDirectory::commit() {
-  std::error_code ignored;
-  fs::remove(staging_ / kMarker, ignored);
-  if (::fsync(fd_) != 0) cannot_write(staging_, errno);
-  if (force_ && fs::exists(fs::symlink_status(target_, ignored))) {
-    check_target(target_, force_);
-    // Swapped, so that the name is never without a complete directory.
-    exchange(staging_, target_);
+  sync_directory(staging_);  // every file before the name that says they are all there
+  fs::rename(staging_ / kJournal, staging_ / kComplete);
+  sync_directory(staging_);
+  if (replace_ && is_there(target_)) {
+    check_target(target_, replace_);
+    exchange(staging_, target_);  // so that the name is never without a complete directory
+    sync_directory(parent());
+    std::error_code ignored;
     fs::remove_all(staging_, ignored);
   } else {
     rename_new(staging_, target_);
   }
+  sync_directory(parent());
+  fs::remove(target_ / kComplete);
+  sync_directory(target_);
   ::close(fd_);
   fd_ = -1;
-  sync_directory(target_.has_parent_path() ? target_.parent_path() : fs::path("."));
 }
 
 }  // namespace bitwright

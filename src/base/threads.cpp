@@ -124,6 +124,35 @@ void parallel_ranges(size_t total, size_t grain, const std::function<void(size_t
   parallel_for((total + grain - 1) / grain, [&](size_t i) { body(i * grain, std::min(total, (i + 1) * grain)); });
 }
 
+void parallel_within(size_t count, uint64_t budget, const std::function<uint64_t(size_t)>& weight,
+                     const std::function<void(size_t)>& body) {
+  std::mutex mutex;
+  std::condition_variable freed;
+  size_t next = 0;
+  uint64_t used = 0;
+  const auto fits = [&] { return next >= count || used == 0 || weight(next) <= budget - std::min(budget, used); };
+  parallel_for(std::min(thread_count(), count), [&](size_t) {
+    for (std::unique_lock lock(mutex);;) {
+      freed.wait(lock, fits);
+      if (next >= count) return;
+      const size_t i = next++;
+      used += weight(i);
+      lock.unlock();
+      try {
+        body(i);
+      } catch (...) {
+        lock.lock();
+        next = count;
+        freed.notify_all();
+        throw;
+      }
+      lock.lock();
+      used -= weight(i);
+      freed.notify_all();
+    }
+  });
+}
+
 void install_interrupt_handler() {
   struct sigaction action = {};
   action.sa_handler = on_signal;
@@ -136,7 +165,7 @@ void install_interrupt_handler() {
 
 void throw_if_interrupted() {
   if (g_interrupted != 0)
-    throw Error({.code = "interrupted", .what = "interrupted", .status = ExitStatus::interrupted});
+    throw Error({.code = "interrupted", .what = "interrupted", .status = ExitStatus::interrupted, .resumable = true});
 }
 
 }  // namespace bitwright

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <functional>
 
 namespace bitwright {
@@ -18,8 +19,13 @@ void parallel_for(size_t count, const std::function<void(size_t)>& body);
 /// The pieces do not depend on the number of threads.
 void parallel_ranges(size_t total, size_t grain, const std::function<void(size_t, size_t)>& body);
 
+/// parallel_for for work that takes memory: indices start in order, and one waits until its weight and those in work
+/// fit `budget` (one alone always runs). The first exception ends it and is rethrown.
+void parallel_within(size_t count, uint64_t budget, const std::function<uint64_t(size_t)>& weight,
+                     const std::function<void(size_t)>& body);
+
 /// Ctrl-C, SIGTERM and SIGHUP set a flag; long loops call this and unwind with Error (exit status 130), so that outputs
-/// are removed.
+/// are removed or can be resumed.
 void install_interrupt_handler();
 void throw_if_interrupted();
 

@@ -11,8 +11,11 @@
 #include <utility>
 
 #include "base/error.hpp"
+#include "base/output.hpp"
+#include "base/threads.hpp"
 #include "checkpoint/weight_file.hpp"
 #include "container/container.hpp"
+#include "container/rows.hpp"
 #include "scheme/transposed.hpp"
 
 namespace bitwright {
@@ -136,7 +139,7 @@ WeightFiles find_weight_files(const fs::path& directory) {
 }
 
 /// Of a matrix of the last dimension; a list is a column.
-int64_t row_count(const Shape& shape) {
+int64_t view_rows(const Shape& shape) {
   if (shape.size() < 2) return element_count(shape);
   return element_count({shape.begin(), shape.end() - 1});
 }
@@ -180,8 +183,8 @@ struct Checkpoint::Impl {
   std::vector<TensorEntry> tensors;
   std::map<std::string, size_t, std::less<>> by_name;
 
-  Impl(const fs::path& opened, const Translator& translator) : path(opened) {
-    find_files();
+  Impl(const fs::path& opened, const Translator& translator, Unfinished unfinished) : path(opened) {
+    find_files(unfinished);
     map_arrays();
     if (facts() == nullptr) read_json_files();  // beside a file that speaks for itself they are another model's
     check_index();
@@ -190,10 +193,13 @@ struct Checkpoint::Impl {
     make_entries();
   }
 
-  void find_files() {
+  void find_files(Unfinished unfinished) {
     std::error_code ignored;
     if (!fs::exists(path, ignored)) fail("cannot-open", path, "no such file or directory", "check the path");
     directory = fs::is_directory(path) ? path : path.parent_path();
+    if (unfinished == Unfinished::refuse && is_unfinished(directory.empty() ? "." : directory))
+      fail("unfinished", path, "it is an output that is being written or was interrupted",
+           "wait for the run that writes it, or repeat its command with --resume");
     if (fs::is_directory(path)) {
       if (!fs::exists(path / "config.json"))
         fail("no-config", path, "it holds no config.json", "give a Hugging Face model directory");
@@ -262,6 +268,13 @@ struct Checkpoint::Impl {
              fmt::format("tensor '{}' is missing, the index lists it", printable(tensor)));
   }
 
+  /// Is `data` a part of the file, or did its reader make it?
+  bool holds(size_t file, std::span<const std::byte> data) const {
+    const std::span<const std::byte> bytes = mapped[file].bytes();
+    const std::less_equal<> before;  // of pointers that may belong to different arrays
+    return before(bytes.data(), data.data()) && before(data.data() + data.size(), bytes.data() + bytes.size());
+  }
+
   void translate(Translation translation) {
     config = *translation.config;
     const auto stored_arrays = std::exchange(arrays, {});
@@ -283,7 +296,7 @@ struct Checkpoint::Impl {
     StoredArray array = {wanted.name, source.dtype, wanted.shape, source.data, source.block};
     const uint64_t bytes = ArraySpec{{}, array.dtype, array.shape, array.block}.bytes();
     if (!wanted.transposed && wanted.rows.empty() && bytes != source.data.size()) {
-      const uint64_t row = bytes / static_cast<uint64_t>(std::max<int64_t>(row_count(wanted.shape), 1));
+      const uint64_t row = bytes / static_cast<uint64_t>(std::max<int64_t>(view_rows(wanted.shape), 1));
       array.data = source.data.subspan(static_cast<uint64_t>(wanted.first_row) * row, bytes);
     }
     BW_ASSERT(array.data.size() == bytes);
@@ -303,16 +316,24 @@ struct Checkpoint::Impl {
     BW_ASSERT(offset <= array.data.size() && out.size() <= array.data.size() - offset);
     const auto found = rearranged.find(name);
     if (found == rearranged.end() || (found->second.transposed && array.block != nullptr)) {
-      std::ranges::copy(array.data.subspan(offset, out.size()), out.begin());
+      read_stored(file_of.at(name), array.data.subspan(offset, out.size()), out);
     } else if (found->second.transposed) {
       read_transposed(array, offset, out);
     } else {
-      read_rows(array, found->second.rows, offset, out);
+      gather_rows(array, found->second.rows, offset, out);
     }
   }
 
-  static void read_rows(const StoredArray& array, const std::vector<int64_t>& rows, uint64_t offset,
-                        std::span<std::byte> out) {
+  /// From the file itself where `data` is a part of it.
+  void read_stored(size_t file, std::span<const std::byte> data, std::span<std::byte> out) const {
+    if (holds(file, data))
+      mapped[file].file().read(data, out);
+    else
+      std::ranges::copy(data, out.begin());
+  }
+
+  static void gather_rows(const StoredArray& array, const std::vector<int64_t>& rows, uint64_t offset,
+                          std::span<std::byte> out) {
     const uint64_t row_bytes = array.data.size() / rows.size();
     for (uint64_t done = 0; done < out.size();) {
       const uint64_t row = (offset + done) / row_bytes, within = (offset + done) % row_bytes;
@@ -340,23 +361,32 @@ struct Checkpoint::Impl {
     return bytes;
   }
 
-  /// A quantized tensor, transposed where the model wants it so.
-  QuantizedTensor unpack(const std::string& name) const {
-    const auto found = rearranged.find(name);
-    if (found == rearranged.end()) return container->unpack(stored.at(name), view());
-    const std::vector<std::byte> bytes = read_array(name);
-    CheckpointView changed = view();
-    changed.bytes = [&](const std::string& array) { return array == name ? bytes : arrays.at(array)->data; };
+  /// A quantized tensor from the bytes of `from`, transposed where the model wants it so.
+  QuantizedTensor unpack(const std::string& name, const CheckpointView& from) const {
     StoredTensor tensor = stored.at(name);
-    if (!found->second.transposed) return container->unpack(tensor, changed);
-    std::swap(tensor.shape[0], tensor.shape[1]);
-    return transposed(container->unpack(tensor, changed));
+    const auto found = rearranged.find(name);
+    const bool transposes = found != rearranged.end() && found->second.transposed;
+    if (transposes) std::swap(tensor.shape[0], tensor.shape[1]);
+    QuantizedTensor quantized = container->unpack(tensor, from);
+    check_sizes(quantized, name);
+    check_group_index(quantized, name);
+    return transposes ? transposed(quantized) : quantized;
+  }
+
+  /// The same from copies that nothing keeps in memory.
+  QuantizedTensor read_whole(const std::string& name) const {
+    std::map<std::string, std::vector<std::byte>, std::less<>> data;
+    for (const std::string& array : stored.at(name).arrays) data[array] = read_array(array);
+    CheckpointView copies = view();
+    copies.bytes = [&data](const std::string& array) -> std::span<const std::byte> { return data.at(array); };
+    return unpack(name, copies);
   }
 
   const Json* facts() const { return mapped.front().facts(); }
 
-  CheckpointView view() const {
-    return {.arrays = specs,
+  CheckpointView view() const { return view(specs); }
+  CheckpointView view(const std::map<std::string, ArraySpec, std::less<>>& of) const {
+    return {.arrays = of,
             .config = config,
             .quantization_metadata = metadata,
             .facts = facts(),
@@ -431,8 +461,8 @@ struct Checkpoint::Impl {
   }
 };
 
-Checkpoint::Checkpoint(const fs::path& path, const Translator& translate)
-    : impl_(std::make_unique<Impl>(path, translate)) {}
+Checkpoint::Checkpoint(const fs::path& path, const Translator& translate, Unfinished unfinished)
+    : impl_(std::make_unique<Impl>(path, translate, unfinished)) {}
 Checkpoint::~Checkpoint() = default;
 Checkpoint::Checkpoint(Checkpoint&&) noexcept = default;
 
@@ -454,12 +484,28 @@ uint64_t Checkpoint::weight_bytes() const {
 void Checkpoint::verify_digests() const {
   if (impl_->metadata.empty()) return;
   const Json digests = impl_->metadata.value("files", Json());
-  for (size_t f = 0; f < impl_->files.size(); ++f) {
+  parallel_for(impl_->files.size(), [&](size_t f) {
     const std::string name = impl_->files[f].filename().string();
     const Json recorded = digests.is_object() ? digests.value(name, Json()) : Json();
-    if (!recorded.is_object() || !recorded.contains("sha256") || recorded["sha256"] != sha256(impl_->mapped[f].bytes()))
+    if (!recorded.is_object() || !recorded.contains("sha256") || recorded["sha256"] != impl_->mapped[f].file().digest())
       fail("digest-mismatch", impl_->files[f], fmt::format("its bytes are not those recorded in {}", kMetadata));
+  });
+}
+
+std::vector<Checkpoint::File> Checkpoint::files() const {
+  constexpr size_t kMostHeader = size_t{1} << 27;
+  std::vector<File> files;
+  for (size_t f = 0; f < impl_->files.size(); ++f) {
+    const WeightFile& file = impl_->mapped[f];
+    size_t header = std::min(kMostHeader, file.bytes().size());
+    for (const StoredArray& array : file.arrays())
+      if (impl_->holds(f, array.data))
+        header = std::min(header, static_cast<size_t>(array.data.data() - file.bytes().data()));
+    files.push_back({.name = impl_->files[f].filename().string(),
+                     .identity = file.file().identity(),
+                     .header_sha256 = sha256(file.bytes().first(header))});
   }
+  return files;
 }
 
 const TensorEntry* Checkpoint::find(std::string_view name) const {
@@ -489,13 +535,42 @@ void Checkpoint::read_bytes(const TensorEntry& entry, uint64_t offset, std::span
   impl_->read_array(entry.name, offset, out);
 }
 
-QuantizedTensor Checkpoint::read(const TensorEntry& entry) const {
-  if (entry.quantized()) {
-    QuantizedTensor tensor = impl_->unpack(entry.name);
-    check_sizes(tensor, entry.name);
-    check_group_index(tensor, entry.name);
-    return tensor;
+void Checkpoint::prefetch(const TensorEntry& entry, uint64_t offset, uint64_t bytes) const {
+  if (entry.rearranged) return;
+  const std::span<const std::byte> data = impl_->arrays.at(entry.name)->data;
+  const size_t file = impl_->file_of.at(entry.name);
+  if (impl_->holds(file, data)) impl_->mapped[file].file().prefetch(data.subspan(offset, bytes));
+}
+
+std::vector<RowRange> Checkpoint::row_pieces(const TensorEntry& entry) const {
+  if (entry.rearranged) return {{0, row_count(entry.shape)}};
+  return bitwright::row_pieces(*impl_->container, impl_->stored.at(entry.name));
+}
+
+QuantizedTensor Checkpoint::read_rows(const TensorEntry& entry, int64_t begin, int64_t end) const {
+  if (begin == 0 && end == row_count(entry.shape)) return impl_->read_whole(entry.name);
+  const StoredTensor& whole = impl_->stored.at(entry.name);
+  const StoredTensor piece = rows_of(whole, begin, end);
+  std::map<std::string, ArraySpec, std::less<>> specs;
+  std::map<std::string, std::vector<std::byte>, std::less<>> data;
+  const std::vector<ArraySpec> before = impl_->container->layout(rows_of(whole, 0, begin));
+  const std::vector<ArraySpec> wanted = impl_->container->layout(piece);
+  for (size_t a = 0; a < wanted.size(); ++a) {
+    specs[wanted[a].name] = wanted[a];
+    std::vector<std::byte>& bytes = data[wanted[a].name];
+    bytes.resize(wanted[a].bytes());
+    impl_->read_array(wanted[a].name, before[a].bytes(), bytes);
   }
+  CheckpointView view = impl_->view(specs);
+  view.bytes = [&data](const std::string& name) -> std::span<const std::byte> { return data.at(name); };
+  QuantizedTensor tensor = impl_->container->unpack(piece, view);
+  check_sizes(tensor, entry.name);
+  return tensor;
+}
+
+QuantizedTensor Checkpoint::read(const TensorEntry& entry) const {
+  if (entry.quantized())
+    return entry.rearranged ? impl_->read_whole(entry.name) : impl_->unpack(entry.name, impl_->view());
   require_decoded(entry);
   BW_ASSERT(entry.scheme.element != nullptr);
   return {.scheme = entry.scheme, .shape = entry.shape, .codes = impl_->read_array(entry.name)};

@@ -12,7 +12,9 @@
 
 #include "base/dtype.hpp"
 #include "base/json.hpp"
+#include "base/mapped_file.hpp"
 #include "container/container.hpp"
+#include "container/rows.hpp"
 #include "scheme/quantized_tensor.hpp"
 
 namespace bitwright {
@@ -55,11 +57,14 @@ using Translator = std::function<Translation(const CheckpointView& stored)>;
 /// in them is checked. Weights are read when asked for. Immutable; may be shared between threads.
 class Checkpoint {
  public:
+  /// An output that is not finished is refused, but for whoever is writing it.
+  enum class Unfinished { refuse, allow };
   /// A directory (config.json; weights in one file or several, with or without an index; the links of a Hugging Face
   /// cache) or one file of weights of a known kind, with config.json beside it or not.
   /// Throws Error naming the file and what is wrong with it.
   /// translate: applied where the file has facts of its own (GGUF); null leaves everything as it is stored.
-  explicit Checkpoint(const std::filesystem::path& path, const Translator& translate = nullptr);
+  explicit Checkpoint(const std::filesystem::path& path, const Translator& translate = nullptr,
+                      Unfinished unfinished = Unfinished::refuse);
   ~Checkpoint();
   Checkpoint(Checkpoint&&) noexcept;
 
@@ -69,6 +74,13 @@ class Checkpoint {
   void verify_digests() const;
   std::string_view format() const;  ///< of its weight files: "safetensors"
   uint64_t weight_bytes() const;    ///< size of those files
+  /// The weight files, by which a later run knows that the model is still the same.
+  struct File {
+    std::string name;
+    FileIdentity identity;      ///< as it is now
+    std::string header_sha256;  ///< of what comes before the first tensor's data
+  };
+  std::vector<File> files() const;
 
   const Json& config() const;                 ///< an empty object if there is no config.json
   const Json& quantization_metadata() const;  ///< likewise for quantization_metadata.json
@@ -84,8 +96,16 @@ class Checkpoint {
   void require_decoded(const TensorEntry& entry) const;
   /// The mapped bytes of a plain tensor, in its dtype. Not of one that is rearranged.
   std::span<const std::byte> plain_bytes(const TensorEntry& entry) const;
-  /// Bytes from `offset` on of a plain tensor.
+  /// Bytes from `offset` on of a plain tensor, read from the file: unlike plain_bytes, nothing stays in memory, and a
+  /// file that changed or fails is an Error.
   void read_bytes(const TensorEntry& entry, uint64_t offset, std::span<std::byte> out) const;
+  /// The pieces in which a quantized tensor can be read.
+  std::vector<RowRange> row_pieces(const TensorEntry& entry) const;
+  /// Rows of one piece (or several) as a tensor of their own: [end - begin, columns]. Read like read_bytes. A tensor of
+  /// one piece is whole, of its own shape.
+  QuantizedTensor read_rows(const TensorEntry& entry, int64_t begin, int64_t end) const;
+  /// Asks the system to read bytes of a plain tensor ahead.
+  void prefetch(const TensorEntry& entry, uint64_t offset, uint64_t bytes) const;
   /// Any tensor as it is stored; a plain one becomes a QuantizedTensor of a plain scheme (a copy; not f64 or integers).
   QuantizedTensor read(const TensorEntry& entry) const;
   /// Any tensor as f32 values.

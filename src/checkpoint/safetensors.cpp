@@ -123,28 +123,107 @@ class HeaderReader {
   std::vector<StoredArray> arrays_;
 };
 
+uint64_t data_bytes(std::span<const ArraySpec> arrays) {
+  uint64_t bytes = 0;
+  for (const ArraySpec& array : arrays) bytes += array.bytes();
+  return bytes;
+}
+
+/// All that comes before the data.
+std::string header_of(std::span<const ArraySpec> arrays) {
+  std::string text = R"({"__metadata__":{"format":"pt"})";
+  uint64_t offset = 0;
+  for (const ArraySpec& array : arrays) {
+    const OrderedJson entry = {{"dtype", info(array.dtype).safetensors},
+                               {"shape", array.shape},
+                               {"data_offsets", {offset, offset + array.bytes()}}};
+    text += "," + OrderedJson(array.name).dump() + ":" + entry.dump();
+    offset += array.bytes();
+  }
+  text += "}";
+  text.resize((text.size() + kLengthBytes + kAlignment - 1) / kAlignment * kAlignment - kLengthBytes, ' ');
+  const uint64_t length = text.size();
+  std::string header(kLengthBytes, '\0');
+  std::memcpy(header.data(), &length, sizeof length);
+  return header + text;
+}
+
 }  // namespace
+
+extern const WeightFormat safetensors_format;
 
 std::vector<StoredArray> parse_safetensors(std::span<const std::byte> file, const std::string& where) {
   return HeaderReader(file, where).read();
 }
 
+uint64_t ShardPlan::bytes() const {
+  uint64_t total = 0;
+  for (const File& file : files) total += file.bytes;
+  return total;
+}
+
+ShardPlan plan_shards(std::span<const std::vector<ArraySpec>> tensors, uint64_t most_bytes) {
+  ShardPlan plan;
+  uint64_t data = 0;
+  for (const std::vector<ArraySpec>& arrays : tensors) {
+    const uint64_t bytes = data_bytes(arrays);
+    if (plan.files.empty() || (data > 0 && bytes > most_bytes - std::min(data, most_bytes))) {
+      plan.files.push_back({});
+      data = 0;
+    }
+    std::vector<ShardPlan::Place>& places = plan.places.emplace_back();
+    for (const ArraySpec& array : arrays) {
+      places.push_back({.file = plan.files.size() - 1, .offset = data});
+      data += array.bytes();
+      plan.files.back().arrays.push_back(array);
+    }
+  }
+  for (size_t f = 0; f < plan.files.size(); ++f) {
+    ShardPlan::File& file = plan.files[f];
+    file.name = plan.files.size() == 1 ? safetensors_format.usual_name
+                                       : fmt::format("model-{:05}-of-{:05}.safetensors", f + 1, plan.files.size());
+    file.header = header_of(file.arrays);
+    file.bytes = file.header.size() + data_bytes(file.arrays);
+  }
+  for (std::vector<ShardPlan::Place>& places : plan.places)
+    for (ShardPlan::Place& place : places) place.offset += plan.files[place.file].header.size();
+  return plan;
+}
+
+ShardWriter::ShardWriter(const std::filesystem::path& directory, ShardPlan plan)
+    : directory_(directory), plan_(std::move(plan)) {
+  for (const ShardPlan::File& file : plan_.files) {
+    files_.emplace_back(directory / file.name, OutputFile::Contents::keep);
+    files_.back().resize(file.bytes);
+    files_.back().write_at(0, std::as_bytes(std::span(file.header)));
+  }
+}
+
+void ShardWriter::write(size_t tensor, size_t array, uint64_t offset, std::span<const std::byte> data) {
+  const ShardPlan::Place& place = plan_.places.at(tensor).at(array);
+  files_[place.file].write_at(place.offset + offset, data);
+}
+
+void ShardWriter::sync_data() {
+  for (OutputFile& file : files_) file.sync_data();
+}
+
+void ShardWriter::finish() {
+  for (OutputFile& file : files_) file.finish();
+  if (plan_.files.size() == 1) return;
+  uint64_t total = 0;
+  Json map = Json::object();  // sorted by name, as the format's own library writes it
+  for (const ShardPlan::File& file : plan_.files) {
+    total += data_bytes(file.arrays);
+    for (const ArraySpec& array : file.arrays) map[array.name] = file.name;
+  }
+  const OrderedJson index = {{"metadata", {{"total_size", total}}}, {"weight_map", map}};
+  write_text_file(directory_ / fmt::format("{}.index.json", safetensors_format.usual_name), index.dump(2) + "\n");
+}
+
 SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<ArraySpec> specs)
     : file_(path), specs_(std::move(specs)) {
-  std::string text = R"({"__metadata__":{"format":"pt"})";
-  uint64_t offset = 0;
-  for (const ArraySpec& spec : specs_) {
-    const OrderedJson entry = {{"dtype", info(spec.dtype).safetensors},
-                               {"shape", spec.shape},
-                               {"data_offsets", {offset, offset + spec.bytes()}}};
-    text += "," + OrderedJson(spec.name).dump() + ":" + entry.dump();
-    offset += spec.bytes();
-  }
-  text += "}";
-  text.resize((text.size() + kLengthBytes + kAlignment - 1) / kAlignment * kAlignment - kLengthBytes, ' ');
-  const uint64_t length = text.size();
-  file_.write(std::as_bytes(std::span(&length, 1)));
-  file_.write(text);
+  file_.write(header_of(specs_));
 }
 
 void SafetensorsWriter::add(std::span<const std::byte> data) {

@@ -23,6 +23,42 @@ namespace bitwright {
 /// numbers. Arrays are returned in the order of their data.
 std::vector<StoredArray> parse_safetensors(std::span<const std::byte> file, const std::string& where);
 
+/// Which file of a model holds which array, and where.
+struct ShardPlan {
+  struct File {
+    std::string name;  ///< "model.safetensors" if there is one, else "model-00001-of-00003.safetensors"
+    std::vector<ArraySpec> arrays;
+    std::string header;  ///< all before the data
+    uint64_t bytes;      ///< header and data
+  };
+  struct Place {
+    size_t file;
+    uint64_t offset;  ///< from the start of the file
+  };
+  std::vector<File> files;
+  std::vector<std::vector<Place>> places;  ///< of each tensor's arrays
+  uint64_t bytes() const;                  ///< of all files
+};
+/// Tensors in their order; a new file where the data of one would grow over `most_bytes` (a larger tensor gets one of
+/// its own), as transformers does it. A tensor's arrays stay together.
+ShardPlan plan_shards(std::span<const std::vector<ArraySpec>> tensors, uint64_t most_bytes);
+
+/// Writes the files of a plan, at any place and from several threads, and the index of several.
+class ShardWriter {
+ public:
+  /// Existing files keep what they hold: what was written before an interruption.
+  ShardWriter(const std::filesystem::path& directory, ShardPlan plan);
+  const ShardPlan& plan() const { return plan_; }
+  void write(size_t tensor, size_t array, uint64_t offset, std::span<const std::byte> data);
+  void sync_data();  ///< all that was written before is on stable storage when this returns
+  void finish();     ///< likewise, with sizes and the index
+
+ private:
+  std::filesystem::path directory_;
+  ShardPlan plan_;
+  std::vector<OutputFile> files_;
+};
+
 /// Writes a safetensors file front to back; arrays must be added in the order of `specs`. Data starts at a
 /// multiple of 64 bytes.
 class SafetensorsWriter {

@@ -56,6 +56,7 @@ class WeightFile {
   std::span<const StoredArray> arrays() const { return contents_.arrays; }
   const Json* facts() const { return contents_.facts.get(); }
   std::span<const std::byte> bytes() const { return file_.bytes(); }
+  const MappedFile& file() const { return file_; }
 
  private:
   MappedFile file_;

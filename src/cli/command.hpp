@@ -15,7 +15,7 @@ namespace bitwright {
 
 /// An option of one command, declared once: parsing, checks and --help come from this row.
 struct Option {
-  enum class Type : uint8_t { flag, text, integer, number, names };
+  enum class Type : uint8_t { flag, text, integer, number, size, names };
   std::string name;  ///< "--output"; "-o,--output" with a short form
   Type type;
   std::string value_name;  ///< "DIR"; empty for flags
@@ -37,6 +37,7 @@ class Arguments {
   std::optional<std::string> text(std::string_view name) const;
   std::optional<int64_t> integer(std::string_view name) const;
   std::optional<double> number(std::string_view name) const;
+  std::optional<uint64_t> size(std::string_view name) const;  ///< bytes
 };
 
 /// One subcommand: a row of commands.def, in a file of its own.

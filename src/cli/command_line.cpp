@@ -1,5 +1,6 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
+#include <malloc.h>
 
 #include <CLI/CLI.hpp>
 #include <algorithm>
@@ -13,8 +14,10 @@
 #include <new>
 #include <system_error>
 
+#include "base/mapped_file.hpp"
 #include "base/nearest.hpp"
 #include "base/progress.hpp"
+#include "base/size.hpp"
 #include "base/threads.hpp"
 #include "base/utf8.hpp"
 #include "cli/command.hpp"
@@ -53,6 +56,8 @@ void check_option(const Option& option, const std::string& value) {
   };
   if (option.type == Option::Type::integer && !parse_number<int64_t>(value)) fail("is no whole number");
   if (option.type == Option::Type::number && !parse_number<double>(value)) fail("is no number");
+  if (option.type == Option::Type::size && parse_size(value).value_or(0) == 0)
+    fail("is no size: bytes, or with a unit (500MB, 8GiB)");
   const bool is_number = option.type == Option::Type::integer || option.type == Option::Type::number;
   if (is_number && option.most > option.least) {
     const double number = *parse_number<double>(value);
@@ -335,8 +340,27 @@ std::optional<double> Arguments::number(std::string_view name) const {
   return found ? parse_number<double>(*found) : std::nullopt;
 }
 
+std::optional<uint64_t> Arguments::size(std::string_view name) const {
+  const auto found = text(name);
+  return found ? parse_size(*found) : std::nullopt;
+}
+
+namespace {
+
+/// Work goes in pieces of a few megabytes: given back to the system after each and taken anew, every page would be
+/// cleared and mapped again each time, which costs more than the work.
+void keep_freed_memory() {
+  constexpr int kLargest = 16 << 20;  // larger blocks are rare, and are given back
+  ::mallopt(M_MMAP_THRESHOLD, kLargest);
+  ::mallopt(M_TRIM_THRESHOLD, 2 * kLargest);
+}
+
+}  // namespace
+
 int run_command_line(int argc, const char* const* argv) {
   install_interrupt_handler();
+  install_bus_error_handler();
+  keep_freed_memory();
   // Known before parsing, so that an error in parsing is reported the way that was asked for.
   const bool json = std::any_of(argv, argv + argc, [](std::string_view word) { return word == "--json"; });
   try {

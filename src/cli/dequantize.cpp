@@ -2,6 +2,7 @@
 
 #include "base/progress.hpp"
 #include "cli/command.hpp"
+#include "cli/output_options.hpp"
 #include "model/open_model.hpp"
 #include "quantize/model_files.hpp"
 #include "quantize/quantize.hpp"
@@ -16,8 +17,7 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
     warnings.push_back({"NO_TOKENIZER",
                         "the output has no tokenizer: the file's vocabulary is not written as "
                         "tokenizer.json; copy the original model's beside it"});
-  return dequantize(model, *arguments.text("--output"), *dtype_from_name(arguments.text("--dtype").value_or("float32")),
-                    arguments.flag("--force"));
+  return dequantize(model, output_options(arguments), *dtype_from_name(arguments.text("--dtype").value_or("float32")));
 }
 
 void print(const OrderedJson& result) {
@@ -30,20 +30,11 @@ void print(const OrderedJson& result) {
 extern const Command dequantize_command;
 const Command dequantize_command = {.name = "dequantize",
                                     .summary = "back to plain floats, no trace of quantization",
-                                    .options = {{.name = "-o,--output",
-                                                 .type = Option::Type::text,
-                                                 .value_name = "DIR",
-                                                 .help = "where the model goes",
-                                                 .required = true},
-                                                {.name = "--dtype",
-                                                 .type = Option::Type::text,
-                                                 .value_name = "T",
-                                                 .help = "float32 (default), float16 or bfloat16",
-                                                 .values = {"float32", "float16", "bfloat16"}},
-                                                {.name = "--force",
-                                                 .type = Option::Type::flag,
-                                                 .value_name = "",
-                                                 .help = "replace an existing output"}},
+                                    .options = with_output_options({{.name = "--dtype",
+                                                                     .type = Option::Type::text,
+                                                                     .value_name = "T",
+                                                                     .help = "float32 (default), float16 or bfloat16",
+                                                                     .values = {"float32", "float16", "bfloat16"}}}),
                                     .run = run,
                                     .print = print};
 

@@ -4,6 +4,7 @@
 
 #include "base/progress.hpp"
 #include "cli/command.hpp"
+#include "cli/output_options.hpp"
 #include "model/open_model.hpp"
 #include "quantize/model_card.hpp"
 
@@ -20,8 +21,7 @@ std::vector<std::string> writable_formats() {
 
 OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
   const QuantizationRequest request = read_request(arguments.config);
-  const QuantizeOptions options = {.output = *arguments.text("--output"),
-                                   .force = arguments.flag("--force"),
+  const QuantizeOptions options = {.output = output_options(arguments),
                                    .verify = !arguments.flag("--no-verify"),
                                    .max_kl = arguments.number("--max-kl"),
                                    .max_perplexity_increase_percent = arguments.number("--max-perplexity-increase"),
@@ -55,38 +55,31 @@ void print(const OrderedJson& result) {
 }  // namespace
 
 extern const Command quantize_command;
-const Command quantize_command = {
-    .name = "quantize",
-    .summary = "post-training quantization",
-    .takes_config = true,
-    .options = {{.name = "-o,--output",
-                 .type = Option::Type::text,
-                 .value_name = "DIR",
-                 .help = "where the model goes",
-                 .required = true},
-                {.name = "--format",
-                 .type = Option::Type::text,
-                 .value_name = "F",
-                 .help = "container (default: native)",
-                 .values = writable_formats()},
-                {.name = "--force", .type = Option::Type::flag, .value_name = "", .help = "replace an existing output"},
-                {.name = "--no-verify",
-                 .type = Option::Type::flag,
-                 .value_name = "",
-                 .help = "do not read the output back and judge it"},
-                {.name = "--max-kl",
-                 .type = Option::Type::number,
-                 .value_name = "X",
-                 .help = "fail if the mean KL divergence is larger",
-                 .least = 0,
-                 .most = 1e6},
-                {.name = "--max-perplexity-increase",
-                 .type = Option::Type::number,
-                 .value_name = "PERCENT",
-                 .help = "fail if perplexity rises by more",
-                 .least = 0,
-                 .most = 1e9}},
-    .run = run,
-    .print = print};
+const Command quantize_command = {.name = "quantize",
+                                  .summary = "post-training quantization",
+                                  .takes_config = true,
+                                  .options = with_output_options({{.name = "--format",
+                                                                   .type = Option::Type::text,
+                                                                   .value_name = "F",
+                                                                   .help = "container (default: native)",
+                                                                   .values = writable_formats()},
+                                                                  {.name = "--no-verify",
+                                                                   .type = Option::Type::flag,
+                                                                   .value_name = "",
+                                                                   .help = "do not read the output back and judge it"},
+                                                                  {.name = "--max-kl",
+                                                                   .type = Option::Type::number,
+                                                                   .value_name = "X",
+                                                                   .help = "fail if the mean KL divergence is larger",
+                                                                   .least = 0,
+                                                                   .most = 1e6},
+                                                                  {.name = "--max-perplexity-increase",
+                                                                   .type = Option::Type::number,
+                                                                   .value_name = "PERCENT",
+                                                                   .help = "fail if perplexity rises by more",
+                                                                   .least = 0,
+                                                                   .most = 1e9}}),
+                                  .run = run,
+                                  .print = print};
 
 }  // namespace bitwright

@@ -12,9 +12,13 @@ constexpr uint64_t packed_bytes(uint64_t count, int bits) { return (count * stat
 
 /// codes: one a byte, low `bits` bits. Out: code i at bits [i * bits, (i + 1) * bits), least significant first;
 /// a code may straddle bytes; the bits left over at the end are 0.
+/// In parallel.
 std::vector<std::byte> pack_bits(std::span<const std::byte> codes, int bits);
 
-/// The inverse: `count` codes from at least packed_bytes(count, bits) bytes.
+/// The same on this thread alone. out: packed_bytes(codes.size(), bits) bytes.
+void pack_bits(std::span<const std::byte> codes, int bits, std::span<std::byte> out);
+
+/// The inverse, in parallel: `count` codes from at least packed_bytes(count, bits) bytes.
 std::vector<std::byte> unpack_bits(std::span<const std::byte> packed, int bits, uint64_t count);
 
 }  // namespace bitwright

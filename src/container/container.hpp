@@ -91,6 +91,9 @@ struct Container {
   /// What the owner expects beside the weights. Null: tensors are packed, but no checkpoint is written this way.
   /// record: what quantize knows (recipe, layers, verification).
   void (*write_metadata)(std::span<const StoredTensor> tensors, const OrderedJson& record, const Metadata& out);
+  /// Do the arrays of a matrix hold its rows one after the other, so that those of some rows (rows_of) are parts of
+  /// those of all?
+  bool by_rows = false;
 };
 
 std::span<const Container* const> all_containers();  ///< in the order of containers.def

@@ -14,12 +14,19 @@ namespace {
 TEST(Bits, StreamsRoundTrip) {
   std::mt19937 random(1);
   for (int bits = 1; bits <= 8; ++bits)
-    for (const size_t count : {0u, 1u, 7u, 8u, 33u, 256u}) {
+    for (const size_t count : {0u, 1u, 7u, 8u, 33u, 256u, 600'001u}) {
       std::vector<std::byte> codes(count);
       for (std::byte& code : codes) code = static_cast<std::byte>(random() & ((1u << bits) - 1));
       const std::vector<std::byte> packed = pack_bits(codes, bits);
       EXPECT_EQ(packed.size(), packed_bytes(count, bits));
-      EXPECT_EQ(unpack_bits(packed, bits, count), codes);
+      const auto width = static_cast<size_t>(bits);
+      for (size_t bit = 0; bit < packed.size() * 8; ++bit) {
+        const unsigned stored = std::to_integer<unsigned>(packed[bit / 8]) >> bit % 8 & 1;
+        const unsigned meant =
+            bit < count * width ? std::to_integer<unsigned>(codes[bit / width]) >> bit % width & 1 : 0;
+        ASSERT_EQ(stored, meant) << bits << " bits, bit " << bit;
+      }
+      EXPECT_TRUE(unpack_bits(packed, bits, count) == codes);
     }
   EXPECT_EQ(pack_bits(std::vector{std::byte{1}, std::byte{2}}, 4), std::vector{std::byte{0x21}});
 }

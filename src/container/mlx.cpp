@@ -166,6 +166,7 @@ const Container mlx_container = {
     .layout = layout,
     .pack = pack,
     .unpack = unpack,
-    .write_metadata = nullptr};
+    .write_metadata = nullptr,
+    .by_rows = true};
 
 }  // namespace bitwright

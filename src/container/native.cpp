@@ -190,9 +190,12 @@ void write_metadata(std::span<const StoredTensor> tensors, const OrderedJson& re
   OrderedJson metadata = {{"format_version", fmt::format("{}.{}", kMajor, kMinor)}};
   metadata.update(record);
   OrderedJson& listed = metadata["tensors"] = OrderedJson::object();
+  // Appended, not looked up: an ordered object looks through all its members, and there may be very many.
+  auto& members = listed.get_ref<OrderedJson::object_t&>();
   for (const StoredTensor& tensor : tensors)
-    listed[tensor.name] = {
-        {"shape", tensor.shape}, {"dtype", info(tensor.value_dtype).name}, {"scheme", to_json(tensor.scheme)}};
+    members.push_back(
+        {tensor.name,
+         {{"shape", tensor.shape}, {"dtype", info(tensor.value_dtype).name}, {"scheme", to_json(tensor.scheme)}}});
   out.files["quantization_metadata.json"] = std::move(metadata);
 }
 
@@ -208,6 +211,7 @@ const Container native_container = {.name = "native",
                                     .layout = layout,
                                     .pack = pack,
                                     .unpack = unpack,
-                                    .write_metadata = write_metadata};
+                                    .write_metadata = write_metadata,
+                                    .by_rows = true};
 
 }  // namespace bitwright

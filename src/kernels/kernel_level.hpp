@@ -7,8 +7,12 @@
 
 namespace bitwright {
 
+struct GroupEncoding;
+struct GroupDecoding;
 struct PackedMatrix;
 enum class Activation : uint8_t;
+struct Range;
+enum class DType : uint8_t;
 
 /// Columns of one panel: the lanes of a kernel run over them.
 constexpr size_t kPanel = 16;
@@ -40,6 +44,27 @@ struct KernelLevel {
   void (*activate)(Activation activation, float* x, const float* factor, size_t count);
   void (*soft_cap)(float* x, size_t count, float scale, float cap);
   float (*softmax_terms)(float* scores, size_t count, float scale);
+
+  // Quantizing. values: f16, bf16 or f32 numbers; groups of `size` lie one after the other.
+  /// Smallest and largest of `count` > 0 numbers, +0 rather than -0; false if one is NaN or infinite.
+  bool (*find_extremes)(DType dtype, const std::byte* values, size_t count, Range& range);
+  /// ranges[g] = least_squares_range of group g, for integers; false as above. scratch: size * kPanel floats.
+  bool (*search_ranges)(const GroupEncoding& e, DType dtype, const std::byte* values, size_t size, size_t groups,
+                        float* scratch, Range* ranges);
+  /// Scales as their type holds them, and zero points. All three arrays have room for a multiple of kPanel.
+  void (*group_parameters)(const GroupEncoding& e, const Range* ranges, size_t groups, float* scales, float* zeros);
+  /// codes[i] = the code of values[i]. zeros: null where there are none.
+  void (*encode_integers)(const GroupEncoding& e, DType dtype, const std::byte* values, size_t size, size_t groups,
+                          const float* scales, const float* zeros, std::byte* codes);
+  /// The same for tables of 16 values and full blocks.
+  void (*encode_table)(const GroupEncoding& e, DType dtype, const std::byte* values, size_t size, size_t groups,
+                       const float* scales, std::byte* codes);
+  /// out[i] = value of codes[i]; zeros: null where there are none.
+  void (*decode_groups)(const GroupDecoding& d, const std::byte* codes, size_t size, size_t groups, const float* scales,
+                        const float* zeros, float* out);
+  /// Adds (w - decoded)^2 and w^2 of element i, fused, to partial sum i % kPanel.
+  void (*add_squares)(DType dtype, const std::byte* original, const float* decoded, size_t count,
+                      double (&difference)[kPanel], double (&norm)[kPanel]);
 };
 
 std::span<const KernelLevel> kernel_levels();

@@ -2,7 +2,9 @@
 #include <cstring>
 
 #include "base/error.hpp"
+#include "kernels/decode.hpp"
 #include "kernels/elementwise.hpp"
+#include "kernels/encode.hpp"
 #include "kernels/packed_matrix.hpp"
 #include "kernels/rows.hpp"
 
@@ -97,6 +99,13 @@ const KernelLevel scalar_kernel_level = {
     .activate = activate,
     .soft_cap = soft_cap,
     .softmax_terms = softmax_terms,
+    .find_extremes = find_extremes,
+    .search_ranges = search_ranges,
+    .group_parameters = group_parameters,
+    .encode_integers = encode_integers,
+    .encode_table = encode_table,
+    .decode_groups = decode_groups,
+    .add_squares = add_squares,
 };
 
 }  // namespace bitwright

@@ -8,12 +8,16 @@
 
 #if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3
 // Each instruction set compiles them anew.
+#undef BITWRIGHT_KERNELS_DECODE_INL
 #undef BITWRIGHT_KERNELS_ELEMENTWISE_INL
+#undef BITWRIGHT_KERNELS_ENCODE_INL
 #undef BITWRIGHT_KERNELS_LANES_INL
 #undef BITWRIGHT_KERNELS_TILE_INL
 #undef BITWRIGHT_KERNELS_VECTOR_INL
 #undef BITWRIGHT_KERNELS_WEIGHTS_INL
+#include "kernels/decode-inl.hpp"
 #include "kernels/elementwise-inl.hpp"
+#include "kernels/encode-inl.hpp"
 #include "kernels/tile-inl.hpp"
 #include "kernels/vector-inl.hpp"
 
@@ -28,7 +32,14 @@ constexpr KernelLevel level(std::string_view name, bool (*usable)()) {
           .multiply_vector = multiply_vector,
           .activate = activate,
           .soft_cap = soft_cap,
-          .softmax_terms = softmax_terms};
+          .softmax_terms = softmax_terms,
+          .find_extremes = find_extremes,
+          .search_ranges = search_ranges,
+          .group_parameters = group_parameters,
+          .encode_integers = encode_integers,
+          .encode_table = encode_table,
+          .decode_groups = decode_groups,
+          .add_squares = add_squares};
 }
 
 }  // namespace bitwright::HWY_NAMESPACE

@@ -1,80 +1,133 @@
 #include <fmt/format.h>
 
-#include <algorithm>
-#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "base/output.hpp"
-#include "base/progress.hpp"
-#include "base/threads.hpp"
-#include "checkpoint/safetensors.hpp"
+#include "base/size.hpp"
 #include "quantize/model_files.hpp"
 #include "quantize/quantize.hpp"
+#include "quantize/stream.hpp"
 
 namespace bitwright {
 namespace {
 
+constexpr double kSecondsAByte = 1 / 0.5e9;  ///< of input, on one thread of a common machine
+
 bool becomes_float(const TensorEntry& entry) { return entry.quantized() || info(entry.dtype).is_float; }
 
 /// Damaged weights, and weights too large for the type asked for, do not leave unnoticed.
-void check_finite(const std::string& name, DType dtype, std::span<const std::byte> bytes) {
-  std::vector<float> stored(bytes.size() / size_bytes(dtype));
-  to_f32(dtype, bytes, stored);
-  const auto bad = std::ranges::find_if(stored, [](float value) { return !std::isfinite(value); });
-  if (bad == stored.end()) return;
+void check_finite(const std::string& name, DType dtype, std::span<const std::byte> bytes, int64_t first) {
+  const auto bad = find_non_finite(dtype, bytes);
+  if (!bad) return;
   throw Error({.code = "not-finite",
                .what = "cannot dequantize",
                .where = fmt::format("tensor '{}'", printable(name)),
-               .why = fmt::format("element {} would be {} as {}", bad - stored.begin(), *bad, info(dtype).name),
+               .why = fmt::format("element {} would be {} as {}", first + static_cast<int64_t>(bad->first), bad->second,
+                                  info(dtype).name),
                .fix = "the weights are damaged, or too large for the type: try --dtype float32"});
 }
 
-void write_weights(const Checkpoint& source, const std::filesystem::path& path, DType dtype) {
-  std::vector<ArraySpec> specs;
-  uint64_t total = 0;
-  for (const TensorEntry& entry : source.tensors()) {
-    specs.push_back({entry.name, becomes_float(entry) ? dtype : entry.dtype, entry.shape});
-    total += specs.back().bytes();
-  }
-  Progress progress("dequantizing", total);
-  SafetensorsWriter writer(path, specs);
-  std::vector<std::byte> bytes;
-  for (size_t i = 0; i < specs.size(); ++i) {
-    throw_if_interrupted();
-    const TensorEntry& entry = source.tensors()[i];
-    if (becomes_float(entry)) {
-      const std::vector<float> values = source.read_f32(entry);
-      bytes.resize(specs[i].bytes());
-      from_f32(dtype, values, bytes);
-      check_finite(entry.name, dtype, bytes);
-      writer.add(bytes);
-    } else {
-      bytes.resize(entry.stored_bytes);
-      source.read_bytes(entry, 0, bytes);
-      writer.add(bytes);
+/// Plain floats from any model, piece by piece.
+class Plain {
+ public:
+  Plain(const Checkpoint& source, DType dtype) : source_(source), dtype_(dtype) {}
+
+  Job job() const {
+    Job job = {.label = "dequantizing",
+               .identity = {{"tool", BITWRIGHT_VERSION}, {"command", "dequantize"}, {"dtype", info(dtype_).name}},
+               .arrays = {},
+               .pieces = {},
+               .produce = [this](const Piece& piece) { return produce(piece); },
+               .prefetch = [](const Piece&) {}};
+    for (const TensorEntry& entry : source_.tensors()) {
+      const size_t i = job.arrays.size();
+      job.arrays.push_back({{entry.name, becomes_float(entry) ? dtype_ : entry.dtype, entry.shape}});
+      for (const RowRange rows : entry.quantized() ? source_.row_pieces(entry) : element_pieces(entry.shape)) {
+        const auto elements = static_cast<uint64_t>((rows.end - rows.begin) * width(entry));
+        // Codes packed and not, floats, and what they become.
+        const uint64_t memory = elements * (2 + sizeof(float) + size_bytes(dtype_) + size_bytes(entry.dtype));
+        job.pieces.push_back({.tensor = i, .rows = rows, .bytes = elements * size_bytes(dtype_), .memory = memory});
+      }
     }
-    progress.advance(specs[i].bytes());
+    return job;
   }
-  writer.finish();
-}
 
-}  // namespace
+ private:
+  static int64_t width(const TensorEntry& entry) {
+    return entry.quantized() && !entry.shape.empty() ? entry.shape.back() : 1;
+  }
 
-OrderedJson dequantize(const Checkpoint& source, const std::filesystem::path& output, DType dtype, bool force) {
-  check_apart(source, output);
-  for (const TensorEntry& entry : source.tensors()) source.require_decoded(entry);
-  OutputDirectory directory(output, force);
-  write_weights(source, directory.staging() / "model.safetensors", dtype);
+  Produced produce(const Piece& piece) const {
+    const TensorEntry& entry = source_.tensors()[piece.tensor];
+    const int64_t first = piece.rows.begin * width(entry);
+    const auto elements = static_cast<size_t>((piece.rows.end - piece.rows.begin) * width(entry));
+    std::vector<float> values;
+    std::vector<std::byte> bytes;
+    if (entry.quantized()) {
+      values = decode(source_.read_rows(entry, piece.rows.begin, piece.rows.end));
+    } else {
+      bytes.resize(elements * size_bytes(entry.dtype));
+      source_.read_bytes(entry, static_cast<uint64_t>(first) * size_bytes(entry.dtype), bytes);
+      if (becomes_float(entry)) {
+        values.resize(elements);
+        to_f32(entry.dtype, bytes, values);
+      }
+    }
+    const size_t width_bytes = size_bytes(becomes_float(entry) ? dtype_ : entry.dtype);
+    if (becomes_float(entry)) {
+      bytes.resize(elements * width_bytes);
+      from_f32(dtype_, values, bytes);
+      check_finite(entry.name, dtype_, bytes, first);
+    }
+    Produced produced;
+    produced.slices.push_back(
+        {.array = 0, .offset = static_cast<uint64_t>(first) * width_bytes, .data = std::move(bytes)});
+    return produced;
+  }
+
+  const Checkpoint& source_;
+  DType dtype_;
+};
+
+void write_config(const Checkpoint& source, const std::filesystem::path& directory, DType dtype) {
   OrderedJson config = read_config(source);
   config.erase("quantization_config");
   config.erase("quantization");  // MLX
   for (const char* key : {"torch_dtype", "dtype"})
     if (config.contains(key)) config[key] = info(dtype).name;
-  write_text_file(directory.staging() / "config.json", config.dump(2) + "\n");
-  copy_side_files(source, directory.staging());
-  const uint64_t bytes = std::filesystem::file_size(directory.staging() / "model.safetensors");
-  directory.commit();
-  return {{"output", output.string()}, {"dtype", info(dtype).name}, {"bytes", bytes}};
+  write_text_file(directory / "config.json", config.dump(2) + "\n");
+}
+
+}  // namespace
+
+OrderedJson dequantize(const Checkpoint& source, const OutputOptions& options, DType dtype) {
+  check_apart(source, options.output);
+  for (const TensorEntry& entry : source.tensors()) source.require_decoded(entry);
+  const Plain plain(source, dtype);
+  Job job = plain.job();
+  ShardPlan shards = plan_shards(job.arrays, options.max_shard_bytes);
+  const uint64_t bytes = shards.bytes();
+  const Estimate expected = estimate(job, bytes, source.tensors().size(), kSecondsAByte, options.max_memory);
+  OutputDirectory directory(options.output, options.existing);
+  announce(expected, directory.staging(), allocated_bytes(directory.staging()));
+  const OrderedJson files = source_identity(source);
+  job.identity["max_shard_size"] = std::to_string(options.max_shard_bytes);
+  job.identity["model"] = files;
+  Journal journal(directory.journal(), job.identity);
+  resumable(directory, [&] {
+    ShardWriter writer(directory.staging(), std::move(shards));
+    stream(job, expected.piece_memory, writer, journal);
+    writer.finish();
+    check_unchanged(source, files);
+    write_config(source, directory.staging(), dtype);
+    copy_side_files(source, directory.staging());
+    directory.commit();
+  });
+  return {{"output", options.output.string()},
+          {"dtype", info(dtype).name},
+          {"bytes", bytes},
+          {"estimate", to_json(expected)},
+          {"peak_memory_bytes", peak_memory()}};
 }
 
 }  // namespace bitwright

@@ -6,42 +6,58 @@
 #include <cmath>
 #include <cstdlib>
 #include <map>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <set>
 
 #include "base/mapped_file.hpp"
 #include "base/output.hpp"
 #include "base/progress.hpp"
+#include "base/size.hpp"
 #include "base/threads.hpp"
 #include "checkpoint/safetensors.hpp"
+#include "container/rows.hpp"
+#include "kernels/decode.hpp"
+#include "kernels/encode.hpp"
 #include "quantize/model_card.hpp"
 #include "quantize/model_files.hpp"
+#include "quantize/stream.hpp"
 #include "quantize/verify.hpp"
 
 namespace bitwright {
 namespace {
 
-constexpr const char* kWeights = "model.safetensors";
-
 /// Figures in files: more digits than anyone uses, fewer than differences between machines' mathematical libraries.
 double rounded(double value) { return std::strtod(fmt::format("{:.7g}", value).c_str(), nullptr); }
 
-/// Size and digest of each file so far: weights and what belongs to them. Hidden files are ours.
+// Rates of estimates, on one thread of a common machine; the search for ranges is what takes time.
+constexpr double kSecondsAByte = 1 / 0.5e9, kSecondsAByteSearching = 1 / 0.4e9;
+
+/// Size and digest of each file so far: weights and what belongs to them. Hidden files are ours, and what is written
+/// afterwards is not digested.
 OrderedJson digests_of(const std::filesystem::path& directory) {
   std::map<std::string, OrderedJson> sorted;
   for (const auto& entry : std::filesystem::directory_iterator(directory)) {
     const std::string name = entry.path().filename().string();
-    if (name.starts_with(".")) continue;
-    const MappedFile file(entry.path());
-    sorted[name] = {{"bytes", file.bytes().size()}, {"sha256", sha256(file.bytes())}};
+    const bool rewritten = name == "config.json" || name == "quantization_metadata.json" || name == "README.md";
+    if (!name.starts_with(".") && !rewritten) sorted[name] = OrderedJson::object();
   }
+  std::vector<std::pair<const std::string, OrderedJson>*> files;
+  for (auto& item : sorted) files.push_back(&item);
+  parallel_for(files.size(), [&](size_t i) {
+    const MappedFile file(directory / files[i]->first);
+    files[i]->second = {{"bytes", file.bytes().size()}, {"sha256", file.digest()}};
+  });
   return sorted;
 }
 
 std::vector<TensorFacts> facts_of(const Checkpoint& source) {
   std::vector<TensorFacts> facts;
   for (const TensorEntry& entry : source.tensors())
-    facts.push_back({.name = entry.name, .shape = entry.shape, .is_float = info(entry.dtype).is_float});
+    facts.push_back({.name = entry.name,
+                     .shape = entry.shape,
+                     .is_float = info(entry.dtype).is_float,
+                     .bytes = size_bytes(entry.dtype)});
   return facts;
 }
 
@@ -57,27 +73,46 @@ void check_not_quantized(const Checkpoint& source) {
 class Pipeline {
  public:
   Pipeline(const Checkpoint& source, const QuantizationRequest& request, const QuantizeOptions& options)
-      : source_(source),
-        options_(options),
-        recipe_(resolve(request, facts_of(source))),
-        output_((check_apart(source, options.output), options.output), options.force) {}
+      : source_(source), options_(options), recipe_(resolve(request, facts_of(source))) {
+    check_apart(source, options.output.output);
+    plan();
+    shards_ = plan_shards(job_.arrays, options.output.max_shard_bytes);
+    bytes_out_ = shards_.bytes();
+    const bool searches = std::ranges::any_of(
+        recipe_.tensors, [](const TensorPlan& p) { return p.scheme && p.options.range == RangeRule::mse; });
+    estimate_ = estimate(job_, bytes_out_, source.tensors().size(), searches ? kSecondsAByteSearching : kSecondsAByte,
+                         options.output.max_memory);
+  }
 
   OrderedJson run(std::vector<Warning>& warnings) {
     const auto start = std::chrono::steady_clock::now();
     warnings.insert(warnings.end(), recipe_.warnings.begin(), recipe_.warnings.end());
-    write_weights();
-    warn_of_lost_layers(warnings);
-    copy_side_files(source_, output_.staging());
-    OrderedJson record = make_record();
-    write_metadata(record);  // the written model must open before it can be judged
-    record["verification"] = verify(warnings);
-    write_metadata(record);
-    write_text_file(output_.staging() / "README.md", model_card(record));
-    output_.commit();
-    OrderedJson result = {{"output", options_.output.string()}, {"format", options_.container->name}};
+    OutputDirectory output(options_.output.output, options_.output.existing);
+    staging_ = output.staging();
+    announce(estimate_, staging_, allocated_bytes(staging_));
+    const OrderedJson files = source_identity(source_);
+    job_.identity["max_shard_size"] = std::to_string(options_.output.max_shard_bytes);
+    job_.identity["model"] = files;
+    Journal journal(output.journal(), job_.identity);
+    OrderedJson record;
+    resumable(output, [&] {
+      write_weights(journal);
+      check_unchanged(source_, files);
+      warn_of_lost_layers(warnings);
+      copy_side_files(source_, staging_);
+      write_metadata(OrderedJson::object());  // the written model must open before it can be verified
+      record = make_record();
+      record["verification"] = verify(record, warnings);
+      write_metadata(record);
+      write_text_file(staging_ / "README.md", model_card(record));
+      output.commit();
+    });
+    OrderedJson result = {{"output", options_.output.output.string()}, {"format", options_.container->name}};
     for (const char* key : {"algorithm", "scheme", "bytes_in", "bytes_out", "bits_per_weight"})
       result[key] = record[key];
     result["seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    result["estimate"] = to_json(estimate_);
+    result["peak_memory_bytes"] = peak_memory();
     result["verification"] = record["verification"];
     result["layers"] = record["layers"];
     return result;
@@ -90,92 +125,133 @@ class Pipeline {
     return {.name = entry.name, .shape = entry.shape, .scheme = *recipe_.tensors[i].scheme, .value_dtype = dtype};
   }
 
-  std::vector<ArraySpec> specs() const {
-    std::vector<ArraySpec> specs;
-    for (size_t i = 0; i < recipe_.tensors.size(); ++i) {
-      const TensorEntry& entry = source_.tensors()[i];
-      if (!recipe_.tensors[i].scheme) {
-        specs.push_back({entry.name, entry.dtype, entry.shape});
-        continue;
-      }
-      const StoredTensor tensor = stored(i);
-      const Fit fit = options_.container->fit(tensor.scheme, tensor.shape);
-      if (fit.verdict == Verdict::impossible)
-        throw Error(
-            {.code = "does-not-fit",
-             .what = "cannot quantize",
-             .where = entry.name,
-             .why = fmt::format("{} cannot hold {}: {}", options_.container->name, describe(tensor.scheme), fit.reason),
-             .fix = "choose another scheme or --format"});
-      for (ArraySpec& spec : options_.container->layout(tensor)) specs.push_back(std::move(spec));
-    }
+  /// What is done to which part of which tensor, and what comes of it.
+  void plan() {
+    job_.label = "quantizing";
+    job_.produce = [this](const Piece& piece) { return produce(piece); };
+    job_.prefetch = [this](const Piece& piece) {
+      source_.prefetch(source_.tensors()[piece.tensor], input_offset(piece), piece.bytes);
+    };
+    std::string decisions;
     std::set<std::string> names;
-    for (const ArraySpec& spec : specs)
-      if (!names.insert(spec.name).second)
-        throw Error({.code = "name-clash",
-                     .what = "cannot quantize",
-                     .where = spec.name,
-                     .why = "two arrays of the output would have this name",
-                     .fix = "skip the module"});
-    return specs;
-  }
-
-  void write_weights() {
-    uint64_t total = 0;
-    for (const TensorEntry& entry : source_.tensors()) total += entry.stored_bytes;
-    Progress progress("quantizing", total);
-    SafetensorsWriter writer(output_.staging() / kWeights, specs());
     for (size_t i = 0; i < recipe_.tensors.size(); ++i) {
-      throw_if_interrupted();
       const TensorEntry& entry = source_.tensors()[i];
-      if (recipe_.tensors[i].scheme) {
-        write_quantized(i, writer);
-      } else {
-        if (info(entry.dtype).is_float) finite_values(entry);
-        std::vector<std::byte> bytes(entry.stored_bytes);
-        source_.read_bytes(entry, 0, bytes);
-        writer.add(bytes);
-      }
-      progress.advance(entry.stored_bytes);
+      const TensorPlan& tensor = recipe_.tensors[i];
+      if (tensor.scheme) check_fits(i);
+      job_.arrays.push_back(tensor.scheme ? options_.container->layout(stored(i))
+                                          : std::vector<ArraySpec>{{entry.name, entry.dtype, entry.shape}});
+      for (const ArraySpec& array : job_.arrays.back())
+        if (!names.insert(array.name).second) name_clash(array.name);
+      add_pieces(i);
+      decisions += fmt::format("{} {} {}\n", entry.name, tensor.scheme ? to_json(*tensor.scheme).dump() : "kept",
+                               tensor.scheme ? tensor.algorithm->name : "");
     }
-    writer.finish();
+    const std::string recipe = decisions + recipe_.settings.dump() + std::string(options_.container->name);
+    job_.identity = {{"tool", BITWRIGHT_VERSION}, {"command", "quantize"}, {"recipe", sha256(recipe)}};
   }
 
-  /// The values of a floating tensor. One that is damaged would make the whole model useless, kept or quantized.
-  std::vector<float> finite_values(const TensorEntry& entry) const {
-    std::vector<float> values = source_.read_f32(entry);
-    const auto bad = std::ranges::find_if(values, [](float value) { return !std::isfinite(value); });
-    if (bad != values.end())
-      throw Error({.code = "not-finite",
-                   .what = "cannot quantize",
-                   .where = fmt::format("tensor '{}'", printable(entry.name)),
-                   .why = fmt::format("element {} is {} as float32", bad - values.begin(), *bad),
-                   .fix = "the weights are damaged, fetch them again or retrain"});
-    return values;
+  void check_fits(size_t i) const {
+    const StoredTensor tensor = stored(i);
+    const Fit fit = options_.container->fit(tensor.scheme, tensor.shape);
+    if (fit.verdict == Verdict::impossible)
+      throw Error(
+          {.code = "does-not-fit",
+           .what = "cannot quantize",
+           .where = tensor.name,
+           .why = fmt::format("{} cannot hold {}: {}", options_.container->name, describe(tensor.scheme), fit.reason),
+           .fix = "choose another scheme or --format"});
   }
 
-  void write_quantized(size_t i, SafetensorsWriter& writer) {
-    const TensorPlan& plan = recipe_.tensors[i];
+  [[noreturn]] static void name_clash(const std::string& name) {
+    throw Error({.code = "name-clash",
+                 .what = "cannot quantize",
+                 .where = name,
+                 .why = "two arrays of the output would have this name",
+                 .fix = "skip the module"});
+  }
+
+  void add_pieces(size_t i) {
     const TensorEntry& entry = source_.tensors()[i];
-    const std::vector<float> values = finite_values(entry);
+    const bool quantized = recipe_.tensors[i].scheme.has_value();
+    for (const RowRange rows : quantized ? row_pieces(*options_.container, stored(i)) : element_pieces(entry.shape)) {
+      Piece piece = {.tensor = i, .rows = rows, .bytes = 0, .memory = 0};
+      piece.bytes = static_cast<uint64_t>((rows.end - rows.begin) * width(piece)) * size_bytes(entry.dtype);
+      piece.memory = quantized ? quantized_piece_memory((rows.end - rows.begin) * width(piece), entry.dtype)
+                               : 2 * piece.bytes;  // the original's and the copy's, while they are compared
+      job_.pieces.push_back(piece);
+    }
+  }
+
+  /// Elements of a row; a kept tensor's pieces are ranges of elements.
+  int64_t width(const Piece& piece) const {
+    const Shape& shape = source_.tensors()[piece.tensor].shape;
+    return recipe_.tensors[piece.tensor].scheme && !shape.empty() ? shape.back() : 1;
+  }
+  uint64_t input_offset(const Piece& piece) const {
+    return static_cast<uint64_t>(piece.rows.begin * width(piece)) * size_bytes(source_.tensors()[piece.tensor].dtype);
+  }
+
+  void write_weights(Journal& journal) {
+    ShardWriter writer(staging_, shards_);
+    const std::vector<SquaredError> errors = stream(job_, estimate_.piece_memory, writer, journal);
+    writer.finish();
+    size_t piece = 0;
+    for (size_t i = 0; i < recipe_.tensors.size(); ++i) {
+      SquaredError sums;
+      for (; piece < job_.pieces.size() && job_.pieces[piece].tensor == i; ++piece) sums += errors[piece];
+      if (recipe_.tensors[i].scheme) add_layer(i, sums.relative());
+    }
+  }
+
+  void add_layer(size_t i, double error) {
+    const TensorPlan& plan = recipe_.tensors[i];
+    uint64_t bytes = 0;
+    for (const ArraySpec& array : job_.arrays[i]) bytes += array.bytes();
+    layers_.push_back({.name = plan.name,
+                       .scheme = *plan.scheme,
+                       .algorithm = std::string(plan.algorithm->name),
+                       .relative_error = error,
+                       .bytes = bytes});
+    if (verbosity() == Verbosity::verbose)
+      fmt::print(stderr, "{}: {}, relative error {:.5f}\n", printable(plan.name), describe(*plan.scheme), error);
+  }
+
+  Produced produce(const Piece& piece) const {
+    const TensorEntry& entry = source_.tensors()[piece.tensor];
+    const bool quantizes = recipe_.tensors[piece.tensor].scheme.has_value();
+    Slice kept = {.array = 0, .offset = input_offset(piece), .data = {}};
+    if (!quantizes) kept.data.resize(piece.bytes);
+    // Not cleared first: it is read over at once.
+    const auto stored = quantizes ? std::make_unique_for_overwrite<std::byte[]>(piece.bytes) : nullptr;
+    const std::span<std::byte> bytes = quantizes ? std::span(stored.get(), piece.bytes) : std::span(kept.data);
+    source_.read_bytes(entry, input_offset(piece), bytes);
     try {
-      const QuantizedTensor t = plan.algorithm->quantize(*plan.scheme, entry.shape, values, plan.options);
-      uint64_t bytes = 0;
-      for (const NamedArray& array : options_.container->pack(stored(i), t)) {
-        writer.add(array.data);
-        bytes += array.data.size();
-      }
-      layers_.push_back({.name = entry.name,
-                         .scheme = *plan.scheme,
-                         .algorithm = std::string(plan.algorithm->name),
-                         .relative_error = relative_error(values, decode(t)),
-                         .bytes = bytes});
-      if (verbosity() == Verbosity::verbose)
-        fmt::print(stderr, "{}: {}, relative error {:.5f}\n", printable(entry.name), describe(*plan.scheme),
-                   layers_.back().relative_error);
+      // One damaged value would make the whole model useless, kept or quantized.
+      if (info(entry.dtype).is_float) check_finite({entry.dtype, bytes}, piece.rows.begin * width(piece));
+      if (quantizes) return quantized(piece, bytes);
     } catch (const Error& error) {
       throw error.at(fmt::format("tensor '{}'", printable(entry.name)));
     }
+    Produced produced;
+    produced.slices.push_back(std::move(kept));
+    return produced;
+  }
+
+  Produced quantized(const Piece& piece, std::span<const std::byte> bytes) const {
+    const TensorPlan& plan = recipe_.tensors[piece.tensor];
+    const TensorEntry& entry = source_.tensors()[piece.tensor];
+    const bool whole = piece.rows.begin == 0 && piece.rows.end == row_count(entry.shape);
+    const StoredTensor all = stored(piece.tensor);
+    const StoredTensor part = whole ? all : rows_of(all, piece.rows.begin, piece.rows.end);
+    const QuantizedTensor t = plan.algorithm->quantize(*plan.scheme, part.shape, {entry.dtype, bytes}, plan.options);
+    Produced produced = {.slices = {}, .error = squared_error({entry.dtype, bytes}, t)};
+    std::vector<ArraySpec> before;
+    if (!whole) before = options_.container->layout(rows_of(all, 0, piece.rows.begin));
+    for (NamedArray& array : options_.container->pack(part, t)) {
+      const size_t a = produced.slices.size();
+      produced.slices.push_back({.array = a, .offset = whole ? 0 : before[a].bytes(), .data = std::move(array.data)});
+    }
+    return produced;
   }
 
   void warn_of_lost_layers(std::vector<Warning>& warnings) const {
@@ -200,17 +276,16 @@ class Pipeline {
                           {"scheme", common_value([](const LayerResult& l) { return describe(l.scheme); })},
                           {"recipe", recipe_.settings},
                           {"bytes_in", source_.weight_bytes()},
-                          {"bytes_out", std::filesystem::file_size(output_.staging() / kWeights)},
+                          {"bytes_out", bytes_out_},
                           {"bits_per_weight", 8.0 * static_cast<double>(bytes) / static_cast<double>(elements)},
                           {"tensor_count", source_.tensors().size()},
-                          {"files", digests_of(output_.staging())},
+                          {"files", OrderedJson::object()},
                           {"verification", OrderedJson::object()}};
     OrderedJson& layers = record["layers"] = OrderedJson::array();
     for (const LayerResult& layer : layers_) layers.push_back(layer_json(layer));
     OrderedJson& skipped = record["skipped_layers"] = OrderedJson::array();
     for (const TensorPlan& plan : recipe_.tensors)
-      if (!plan.scheme && plan.reason != "not a matrix")
-        skipped.push_back({{"name", plan.name}, {"reason", plan.reason}});
+      if (!plan.scheme && plan.reason != kNotMatrix) skipped.push_back({{"name", plan.name}, {"reason", plan.reason}});
     return record;
   }
 
@@ -239,16 +314,18 @@ class Pipeline {
     for (size_t i = 0; i < recipe_.tensors.size(); ++i)
       if (recipe_.tensors[i].scheme) tensors.push_back(stored(i));
     options_.container->write_metadata(tensors, record, {.config = config, .files = files});
-    write_text_file(output_.staging() / "config.json", config.dump(2) + "\n");
-    for (const auto& [name, json] : files) write_text_file(output_.staging() / name, json.dump(2) + "\n");
+    write_text_file(staging_ / "config.json", config.dump(2) + "\n");
+    for (const auto& [name, json] : files) write_text_file(staging_ / name, json.dump(2) + "\n");
   }
 
-  OrderedJson verify(std::vector<Warning>& warnings) const {
+  OrderedJson verify(OrderedJson& record, std::vector<Warning>& warnings) const {
+    record["files"] = digests_of(staging_);
     if (!options_.verify) return {{"read_back", false}, {"reason", "verification was switched off"}};
-    const Checkpoint written(output_.staging());
-    verify_tensors(source_, written, layers_);
+    const Checkpoint written(staging_, nullptr, Checkpoint::Unfinished::allow);
+    verify_tensors(source_, written, layers_, estimate_.piece_memory);
     std::string reason;
-    const std::optional<Judgement> judgement = judge(source_, written, reason);
+    const std::optional<Judgement> judgement =
+        judge(source_, written, options_.output.max_memory.value_or(available_memory()), reason);
     if (!judgement) {
       if (options_.max_kl || options_.max_perplexity_increase_percent)
         throw Error({.code = "not-judged",
@@ -290,7 +367,11 @@ class Pipeline {
   const Checkpoint& source_;
   const QuantizeOptions& options_;
   Recipe recipe_;
-  OutputDirectory output_;
+  Job job_;
+  ShardPlan shards_;
+  Estimate estimate_{};
+  uint64_t bytes_out_ = 0;
+  std::filesystem::path staging_;
   std::vector<LayerResult> layers_;
 };
 

@@ -7,15 +7,24 @@
 
 #include "base/error.hpp"
 #include "base/json.hpp"
+#include "base/output.hpp"
 #include "checkpoint/checkpoint.hpp"
 #include "container/container.hpp"
 #include "recipe/recipe.hpp"
 
 namespace bitwright {
 
-struct QuantizeOptions {
+/// Where a model goes and what its writing may take.
+struct OutputOptions {
   std::filesystem::path output;
-  bool force = false;
+  Existing existing = Existing::refuse;
+  uint64_t max_shard_bytes = kUsualShard;
+  std::optional<uint64_t> max_memory{};                   ///< bytes this process may hold
+  static constexpr uint64_t kUsualShard = 5'000'000'000;  ///< as transformers has it
+};
+
+struct QuantizeOptions {
+  OutputOptions output;
   bool verify = true;
   std::optional<double> max_kl{};                           ///< mean, nats a token
   std::optional<double> max_perplexity_increase_percent{};  ///< over the original's
@@ -24,12 +33,13 @@ struct QuantizeOptions {
 
 /// Quantizes `source` by `request` into `options.output`, reads the result back, judges it, and only then gives it its
 /// name. Returns what INTERFACES.md lists for `quantize`. Adds to `warnings`.
-/// Throws Error; nothing is left under the output's name then.
+/// Throws Error; nothing is left under the output's name then. Interruptions and failures of disks leave a staging
+/// directory that a run with Existing::resume goes on with, to the same bytes.
 OrderedJson quantize(const Checkpoint& source, const QuantizationRequest& request, const QuantizeOptions& options,
                      std::vector<Warning>& warnings);
 
 /// Writes `source` as plain floats of `dtype` (f32, f16, bf16), without a trace of quantization. Tensors that are not
-/// floats are kept. Returns what INTERFACES.md lists for `dequantize`.
-OrderedJson dequantize(const Checkpoint& source, const std::filesystem::path& output, DType dtype, bool force);
+/// floats are kept. Returns what INTERFACES.md lists for `dequantize`. Throws as quantize does.
+OrderedJson dequantize(const Checkpoint& source, const OutputOptions& options, DType dtype);
 
 }  // namespace bitwright

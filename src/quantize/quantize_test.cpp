@@ -2,12 +2,14 @@
 
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <random>
 
 #include "checkpoint/safetensors.hpp"
+#include "kernels/decode.hpp"
 #include "quantize/model_card.hpp"
 #include "quantize/verify.hpp"
 #include "recipe/config.hpp"
@@ -47,7 +49,7 @@ class Quantize : public ::testing::Test {
   std::filesystem::path output() const { return dir / "out"; }
 
   OrderedJson run(const std::string& yaml, const std::function<void(QuantizeOptions&)>& change = {}) {
-    QuantizeOptions options = {.output = output(), .container = find_container("native")};
+    QuantizeOptions options = {.output = {.output = output()}, .container = find_container("native")};
     if (change) change(options);
     warnings.clear();
     return quantize(Checkpoint(model()), read_request(parse_config_value(yaml, "test")), options, warnings);
@@ -86,7 +88,7 @@ TEST_F(Quantize, AnyModelIsQuantizedAndReadBack) {
 TEST_F(Quantize, DequantizedModelHasTheDecodedValues) {
   run("quantization: {method: nf4}");
   const Checkpoint written(output());
-  dequantize(written, dir / "plain", DType::f32, false);
+  dequantize(written, {.output = dir / "plain"}, DType::f32);
   const Checkpoint plain(dir / "plain");
   EXPECT_EQ(plain.container(), nullptr);
   EXPECT_FALSE(plain.config().contains("quantization_config"));
@@ -96,18 +98,20 @@ TEST_F(Quantize, DequantizedModelHasTheDecodedValues) {
 }
 
 TEST_F(Quantize, VerificationSeesEveryDamage) {
+  constexpr uint64_t kMemory = uint64_t{1} << 30;
   run("quantization: {method: int8}");
   const Checkpoint source(model());
   std::vector<LayerResult> layers;
   for (const char* name : {"a.weight", "b.weight"}) {
     const Checkpoint written(output());
-    const double error = relative_error(source.read_f32(*source.find(name)), written.read_f32(*written.find(name)));
+    const double error =
+        relative_error({DType::f32, source.plain_bytes(*source.find(name))}, written.read(*written.find(name)));
     EXPECT_GT(error, 1e-4);
     EXPECT_LT(error, 0.02);
     layers.push_back(
         {.name = name, .scheme = written.find(name)->scheme, .algorithm = "rtn", .relative_error = error, .bytes = 0});
   }
-  EXPECT_NO_THROW(verify_tensors(source, Checkpoint(output()), layers));
+  EXPECT_NO_THROW(verify_tensors(source, Checkpoint(output()), layers, kMemory));
   const std::string good = read_file(output() / "model.safetensors");
   uint64_t header = 0;
   std::memcpy(&header, good.data(), sizeof header);
@@ -115,14 +119,14 @@ TEST_F(Quantize, VerificationSeesEveryDamage) {
     std::string damaged = good;
     damaged[at] = static_cast<char>(damaged[at] ^ 0x10);
     write_file(output() / "model.safetensors", damaged);
-    EXPECT_THROW(verify_tensors(source, Checkpoint(output()), layers), Error) << at;
+    EXPECT_THROW(verify_tensors(source, Checkpoint(output()), layers, kMemory), Error) << at;
     EXPECT_THROW(Checkpoint(output()).verify_digests(), Error) << at;
   }
 }
 
 TEST_F(Quantize, FailuresLeaveNothing) {
   EXPECT_EQ(code("quantization: {method: int4}", [](QuantizeOptions& o) { o.max_kl = 0.1; }), "not-judged");
-  EXPECT_EQ(code("quantization: {method: int4}", [this](QuantizeOptions& o) { o.output = model() / "sub"; }),
+  EXPECT_EQ(code("quantization: {method: int4}", [this](QuantizeOptions& o) { o.output.output = model() / "sub"; }),
             "output-is-input");
   EXPECT_EQ(code("quantization: {method: none}"), "nothing-to-quantize");
   std::string bytes = read_file(model() / "model.safetensors");
@@ -147,24 +151,102 @@ TEST_F(Quantize, ASingleFileIsAModelToo) {
   std::filesystem::rename(model() / "model.safetensors", dir / "single/weights.safetensors");
   write_file(dir / "single/tokenizer_config.json", "{}");
   write_file(dir / "single/unrelated.json", "{}");
-  dequantize(Checkpoint(dir / "single/weights.safetensors"), dir / "single/out", DType::f16, false);
+  dequantize(Checkpoint(dir / "single/weights.safetensors"), {.output = dir / "single/out"}, DType::f16);
   EXPECT_EQ(Checkpoint(dir / "single/out").find("a.weight")->dtype, DType::f16);
   EXPECT_TRUE(std::filesystem::exists(dir / "single/out/tokenizer_config.json"));
   EXPECT_FALSE(std::filesystem::exists(dir / "single/out/unrelated.json"));
+}
+
+TEST_F(Quantize, ShardsHoldTheSameTensors) {
+  run("quantization: {method: int4}");
+  std::filesystem::rename(output(), dir / "single");
+  const OrderedJson result =
+      run("quantization: {method: int4}", [](QuantizeOptions& o) { o.output.max_shard_bytes = 1500; });
+  EXPECT_EQ(test::files_in(output(), ".safetensors").size(), 2u);
+  const Json index = parse_json(read_file(output() / "model.safetensors.index.json"), "index");
+  EXPECT_EQ(index["weight_map"]["a.weight.codes"], "model-00001-of-00002.safetensors");
+  EXPECT_EQ(index["weight_map"]["norm.weight"], "model-00002-of-00002.safetensors");
+  const Checkpoint sharded(output()), single(dir / "single");
+  sharded.verify_digests();
+  uint64_t total = 0;
+  for (const TensorEntry& entry : single.tensors()) {
+    EXPECT_EQ(sharded.read_f32(*sharded.find(entry.name)), single.read_f32(entry)) << entry.name;
+    total += entry.stored_bytes;
+  }
+  EXPECT_EQ(index["metadata"]["total_size"], total);
+  dequantize(sharded, {.output = dir / "plain", .max_shard_bytes = 1}, DType::f32);
+  EXPECT_EQ(Checkpoint(dir / "plain").tensors().size(), 4u);
+  EXPECT_EQ(test::files_in(dir / "plain", ".safetensors").size(), 4u);
+}
+
+TEST_F(Quantize, ModelsOfUnknownKindsAreDoneTensorByTensor) {
+  std::filesystem::remove_all(model());
+  std::filesystem::create_directory(model());
+  const std::vector<ArraySpec> specs = {{"vision.patch_embed.proj.weight", DType::f16, {8, 3, 4, 4}},
+                                        {"temporal.conv.weight", DType::bf16, {8, 1, 4}},
+                                        {"mlp.experts.gate_up_proj", DType::bf16, {3, 16, 24}},
+                                        {"odd name/\u00e9 \"quoted\".weight", DType::f64, {5, 7}},
+                                        {"8bit.weight", DType::f8_e4m3, {16, 16}},
+                                        {"position_ids", DType::i64, {1, 6}},
+                                        {"mask", DType::boolean, {2, 3}},
+                                        {"scalar", DType::f32, {}},
+                                        {"nothing.weight", DType::f32, {0, 4}},
+                                        {"logit_scale", DType::f32, {1}}};
+  SafetensorsWriter writer(model() / "weights.safetensors", specs);
+  for (const ArraySpec& spec : specs) writer.add(std::vector<std::byte>(spec.bytes(), std::byte{0x01}));
+  writer.finish();
+  const auto quantize_file = [&](const std::string& method) {
+    QuantizeOptions options = {.output = {.output = output(), .existing = Existing::replace},
+                               .container = find_container("native")};
+    const std::string yaml = "quantization: {method: " + method + "}";
+    return quantize(Checkpoint(model() / "weights.safetensors"), read_request(parse_config_value(yaml, "test")),
+                    options, warnings);
+  };
+  for (const char* method : {"int8", "int4", "nf4"}) {
+    SCOPED_TRACE(method);
+    EXPECT_EQ(quantize_file(method)["layers"].size(), 2u);  // the experts and the odd name
+    const Checkpoint written(output());
+    EXPECT_EQ(written.tensors().size(), specs.size());
+    EXPECT_TRUE(written.find("mlp.experts.gate_up_proj")->quantized());
+    EXPECT_FALSE(written.find("vision.patch_embed.proj.weight")->quantized());
+    const std::string record = written.quantization_metadata()["skipped_layers"].dump();
+    EXPECT_NE(record.find("a kernel of 4 dimensions"), std::string::npos);
+    EXPECT_NE(record.find("three dimensions, and not experts"), std::string::npos);
+    EXPECT_NE(read_file(output() / "README.md").find("Not judged"), std::string::npos);
+  }
+}
+
+TEST_F(Quantize, MemoryLimitsAreRefusedBeforehand) {
+  EXPECT_EQ(code("quantization: {method: int4}", [](QuantizeOptions& o) { o.output.max_memory = 1 << 20; }),
+            "memory-limit");
+}
+
+TEST_F(Quantize, ManyTensorsTakeNoQuadraticTime) {
+  constexpr size_t kTensors = 30'000;
+  std::vector<ArraySpec> specs;
+  for (size_t i = 0; i < kTensors; ++i)
+    specs.push_back({"layers." + std::to_string(i) + ".weight", DType::bf16, {8, 8}});
+  SafetensorsWriter writer(model() / "model.safetensors", specs);
+  for (size_t i = 0; i < kTensors; ++i) writer.add(std::vector<std::byte>(specs[i].bytes(), std::byte{0x11}));
+  writer.finish();
+  const auto start = std::chrono::steady_clock::now();
+  EXPECT_EQ(run("quantization: {method: int8}")["layers"].size(), kTensors);
+  EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(60));
 }
 
 TEST_F(Quantize, SameBytesOnEveryRun) {
   run("quantization: {method: int3, range: mse}");
   std::map<std::string, std::string> first;
   for (const auto& path : test::files_in(output())) first[path.filename()] = read_file(path);
-  run("quantization: {method: int3, range: mse}", [](QuantizeOptions& o) { o.force = true; });
+  run("quantization: {method: int3, range: mse}", [](QuantizeOptions& o) { o.output.existing = Existing::replace; });
   for (const auto& [name, bytes] : first) EXPECT_EQ(read_file(output() / name), bytes) << name;
 }
 
 TEST_F(Quantize, LeastSquaresBeatsExtremes) {
   const double extremes = run("quantization: {method: int3, range: minmax}")["layers"][0]["relative_error"];
-  const double searched = run("quantization: {method: int3, range: mse}",
-                              [](QuantizeOptions& o) { o.force = true; })["layers"][0]["relative_error"];
+  const double searched = run("quantization: {method: int3, range: mse}", [](QuantizeOptions& o) {
+    o.output.existing = Existing::replace;
+  })["layers"][0]["relative_error"];
   EXPECT_LT(searched, 0.97 * extremes);
 }
 

@@ -5,16 +5,20 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <cstring>
+#include <memory>
+#include <mutex>
 
+#include "base/progress.hpp"
 #include "base/threads.hpp"
 #include "model/model.hpp"
 #include "quantize/model_files.hpp"
+#include "quantize/stream.hpp"
 #include "tokenizer/tokenizer.hpp"
 
 namespace bitwright {
 namespace {
 
-constexpr size_t kErrorGrain = size_t{1} << 16;
 constexpr int64_t kContext = 256;
 constexpr int64_t kMostWindows = 32;
 constexpr double kMostOperations = 4e12;  // a minute or so on a small machine
@@ -42,57 +46,136 @@ int64_t affordable_windows(const Checkpoint& model) {
   return std::clamp<int64_t>(static_cast<int64_t>(windows), 1, kMostWindows);
 }
 
+/// Every piece of a written model against the original's.
+class ReadBack {
+ public:
+  ReadBack(const Checkpoint& source, const Checkpoint& written) : source_(source), written_(written) {
+    if (source.tensors().size() != written.tensors().size())
+      fail(written.path().string(),
+           fmt::format("{} tensors, the original has {}", written.tensors().size(), source.tensors().size()));
+    for (const TensorEntry& entry : source.tensors()) {
+      const TensorEntry* found = written.find(entry.name);
+      if (found == nullptr || found->shape != entry.shape) fail(entry.name, "missing, or of another shape");
+      if (!found->quantized() && (found->dtype != entry.dtype || found->stored_bytes != entry.stored_bytes))
+        fail(entry.name, "kept, but of another type");
+      for (const RowRange rows : found->quantized() ? written.row_pieces(*found) : element_pieces(entry.shape))
+        pieces_.push_back({.entry = &entry, .found = found, .rows = rows});
+    }
+  }
+
+  void run(const std::vector<LayerResult>& layers, uint64_t piece_memory) {
+    uint64_t total = 0;
+    for (const Piece& piece : pieces_) total += bytes_of(piece);
+    Progress progress("verifying", total);
+    std::mutex mutex;
+    parallel_within(
+        pieces_.size(), piece_memory,
+        [&](size_t i) {
+          const auto elements = static_cast<int64_t>(bytes_of(pieces_[i]) / size_bytes(pieces_[i].entry->dtype));
+          return quantized_piece_memory(elements, pieces_[i].entry->dtype);
+        },
+        [&](size_t i) {
+          throw_if_interrupted();
+          check(pieces_[i]);
+          const std::lock_guard lock(mutex);
+          progress.advance(bytes_of(pieces_[i]));
+        });
+    check_layers(layers);
+  }
+
+ private:
+  struct Piece {
+    const TensorEntry *entry, *found;
+    RowRange rows;
+    SquaredError error{};
+  };
+
+  /// Elements of a row; a kept tensor's pieces are ranges of elements.
+  static uint64_t width(const Piece& piece) {
+    return piece.found->quantized() && !piece.entry->shape.empty() ? static_cast<uint64_t>(piece.entry->shape.back())
+                                                                   : 1;
+  }
+  static uint64_t bytes_of(const Piece& piece) {
+    const auto rows = static_cast<uint64_t>(piece.rows.end - piece.rows.begin);
+    return rows * width(piece) * size_bytes(piece.entry->dtype);
+  }
+
+  void check(Piece& piece) const {
+    const uint64_t offset = static_cast<uint64_t>(piece.rows.begin) * width(piece) * size_bytes(piece.entry->dtype);
+    const size_t size = bytes_of(piece);
+    const auto buffer = std::make_unique_for_overwrite<std::byte[]>(size);
+    const std::span original(buffer.get(), size);
+    source_.read_bytes(*piece.entry, offset, original);
+    if (!piece.found->quantized()) {
+      const auto kept = std::make_unique_for_overwrite<std::byte[]>(size);
+      written_.read_bytes(*piece.found, offset, std::span(kept.get(), size));
+      if (size > 0 && std::memcmp(original.data(), kept.get(), size) != 0)
+        fail(piece.entry->name, "its bytes differ from the original's");
+      return;
+    }
+    piece.error = squared_error({piece.entry->dtype, original},
+                                written_.read_rows(*piece.found, piece.rows.begin, piece.rows.end));
+  }
+
+  void check_layers(const std::vector<LayerResult>& layers) const {
+    auto layer = layers.begin();
+    for (auto piece = pieces_.begin(); piece != pieces_.end();) {
+      const TensorEntry& entry = *piece->entry;
+      const bool quantized = piece->found->quantized();
+      SquaredError sums;
+      for (; piece != pieces_.end() && piece->entry == &entry; ++piece) sums += piece->error;
+      if (!quantized) continue;
+      const double error = sums.relative();
+      if (layer == layers.end() || layer->name != entry.name || layer->relative_error != error || !std::isfinite(error))
+        fail(entry.name, fmt::format("reads back with a relative error of {}", error));
+      ++layer;
+    }
+    if (layer != layers.end()) fail(layer->name, "it was quantized and reads back as kept");
+  }
+
+  const Checkpoint &source_, &written_;
+  std::vector<Piece> pieces_;
+};
+
+/// Both models in memory, their files too as far as they were read, and the logits of a window.
+uint64_t judging_memory(const Checkpoint& source, const Checkpoint& written) {
+  constexpr uint64_t kFixed = uint64_t{64} << 20;
+  constexpr uint64_t kLogitCopies = 4;
+  uint64_t largest_rows = 0, codes = 0;
+  for (const TensorEntry& entry : written.tensors()) {
+    if (entry.shape.size() == 2) largest_rows = std::max(largest_rows, static_cast<uint64_t>(entry.shape[0]));
+    if (entry.quantized()) codes += static_cast<uint64_t>(element_count(entry.shape));
+  }
+  return kFixed + 2 * source.weight_bytes() + 2 * written.weight_bytes() + codes +
+         kLogitCopies * sizeof(float) * static_cast<uint64_t>(kContext) * largest_rows;
+}
+
 }  // namespace
 
-double relative_error(std::span<const float> original, std::span<const float> decoded) {
-  const size_t pieces = (original.size() + kErrorGrain - 1) / kErrorGrain;
-  std::vector<std::array<double, 2>> sums(pieces, {0, 0});
-  parallel_ranges(original.size(), kErrorGrain, [&](size_t begin, size_t end) {
-    for (size_t i = begin; i < end; ++i) {
-      const double w = original[i], d = w - static_cast<double>(decoded[i]);
-      sums[begin / kErrorGrain][0] += d * d;
-      sums[begin / kErrorGrain][1] += w * w;
-    }
-  });
-  double difference = 0, norm = 0;
-  for (const auto& [d, w] : sums) {
-    difference += d;
-    norm += w;
-  }
-  return norm == 0 ? std::sqrt(difference) : std::sqrt(difference / norm);
+uint64_t quantized_piece_memory(int64_t elements, DType dtype) {
+  // Stored, widened and decoded values; codes, packed codes, and parameters with what the allocator holds back.
+  constexpr uint64_t kOthers = 4 + 4 + 1 + 1 + 2;
+  return static_cast<uint64_t>(elements) * (size_bytes(dtype) + kOthers);
 }
 
-void verify_tensors(const Checkpoint& source, const Checkpoint& written, const std::vector<LayerResult>& layers) {
-  if (source.tensors().size() != written.tensors().size())
-    fail(written.path().string(),
-         fmt::format("{} tensors, the original has {}", written.tensors().size(), source.tensors().size()));
-  auto layer = layers.begin();
-  for (const TensorEntry& entry : source.tensors()) {
-    throw_if_interrupted();
-    const TensorEntry* found = written.find(entry.name);
-    if (found == nullptr || found->shape != entry.shape) fail(entry.name, "missing, or of another shape");
-    if (!found->quantized()) {
-      std::vector<std::byte> original(entry.stored_bytes);
-      source.read_bytes(entry, 0, original);
-      if (!std::ranges::equal(original, written.plain_bytes(*found)))
-        fail(entry.name, "its bytes differ from the original's");
-      continue;
-    }
-    const double error = relative_error(source.read_f32(entry), written.read_f32(*found));
-    if (layer == layers.end() || layer->name != entry.name || layer->relative_error != error || !std::isfinite(error))
-      fail(entry.name, fmt::format("reads back with a relative error of {}", error));
-    ++layer;
-  }
-  if (layer != layers.end()) fail(layer->name, "it was quantized and reads back as kept");
+void verify_tensors(const Checkpoint& source, const Checkpoint& written, const std::vector<LayerResult>& layers,
+                    uint64_t piece_memory) {
+  ReadBack(source, written).run(layers, piece_memory);
 }
 
-std::optional<Judgement> judge(const Checkpoint& source, const Checkpoint& written, std::string& reason) {
+std::optional<Judgement> judge(const Checkpoint& source, const Checkpoint& written, uint64_t most_memory,
+                               std::string& reason) {
   if (!std::filesystem::is_regular_file(tokenizer_path(source)) && !Tokenizer::exists_in(model_directory(source))) {
     reason = "the model has no tokenizer";
     return std::nullopt;
   }
   try {
     const Tokenizer tokenizer(tokenizer_path(source));
+    if (const uint64_t needed = judging_memory(source, written); needed > most_memory) {
+      reason = fmt::format("both models at once would take {} of memory, there is {}", format_bytes(needed),
+                           format_bytes(most_memory));
+      return std::nullopt;
+    }
     const Model original(source), quantized(written);
     Judgement j;
     j.protocol.context = std::min(kContext, original.config().context);

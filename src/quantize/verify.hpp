@@ -7,6 +7,7 @@
 #include "base/error.hpp"
 #include "checkpoint/checkpoint.hpp"
 #include "evaluate/evaluate.hpp"
+#include "quantize/journal.hpp"
 #include "recipe/recipe.hpp"
 
 namespace bitwright {
@@ -20,19 +21,21 @@ struct LayerResult {
   uint64_t bytes;
 };
 
-/// |a - b| / |a|, Euclidean, summed in a fixed order.
-double relative_error(std::span<const float> original, std::span<const float> decoded);
-
-/// Reads every tensor of `written` back: kept ones must equal `source` byte for byte, quantized ones must decode to
-/// values with the errors in `layers`. Throws Error{"verification-failed"} on any difference or non-finite value.
-void verify_tensors(const Checkpoint& source, const Checkpoint& written, const std::vector<LayerResult>& layers);
+/// Reads every tensor of `written` back, by the pieces it was written in: kept ones must equal `source` byte for byte,
+/// quantized ones must decode to values with the errors in `layers`. Pieces in work take up to `piece_memory` bytes.
+/// Throws Error{"verification-failed"} on any difference or non-finite value.
+void verify_tensors(const Checkpoint& source, const Checkpoint& written, const std::vector<LayerResult>& layers,
+                    uint64_t piece_memory);
+/// What one piece takes of memory while it is quantized or verified.
+uint64_t quantized_piece_memory(int64_t elements, DType dtype);
 
 struct Judgement {
   Quality quality;
   Protocol protocol;
 };
 /// Perplexity and divergence of `written` against `source` on the bundled text; nothing where the model cannot be run,
-/// `reason` saying why.
-std::optional<Judgement> judge(const Checkpoint& source, const Checkpoint& written, std::string& reason);
+/// or would take more than `most_memory` bytes, `reason` saying why.
+std::optional<Judgement> judge(const Checkpoint& source, const Checkpoint& written, uint64_t most_memory,
+                               std::string& reason);
 
 }  // namespace bitwright

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <nlohmann/json.hpp>
+#include <span>
 
 #include "recipe/config.hpp"
 
@@ -44,7 +45,7 @@ QuantizationSettings merge(QuantizationSettings base, const QuantizationSettings
   if (over.method) base = {.algorithm = base.algorithm, .range = base.range};
   // Of a granularity and a group size, one set for the layer replaces the other set for the model.
   if (over.granularity) base.group_size.reset();
-  if (over.group_size) base.granularity.reset();
+  if (over.group_size && base.granularity != "flat") base.granularity.reset();
   set(base.method, over.method);
   set(base.algorithm, over.algorithm);
   set(base.range, over.range);
@@ -91,10 +92,11 @@ Resolved fill_in(const QuantizationSettings& s) {
   r.symmetric = table || s.symmetric.value_or(r.bits == 8);
   const bool grouped = table || s.group_size || r.bits < 8;
   r.granularity = s.granularity.value_or(grouped ? "group" : "channel");
-  if (s.group_size && r.granularity != "group")
+  const bool sized = r.granularity == "group" || r.granularity == "flat";
+  if (s.group_size && !sized)
     contradiction(fmt::format("group_size {} and granularity {} exclude each other", *s.group_size, r.granularity),
                   "give one of them");
-  r.group_size = r.granularity == "group" ? s.group_size.value_or(kGroupSize) : 0;
+  r.group_size = sized ? s.group_size.value_or(kGroupSize) : 0;
   r.scale_dtype = s.scale_dtype.value_or(table ? "float32" : "float16");
   r.nested_scales = s.nested_scales.value_or(false);
   if (r.nested_scales && s.scale_dtype && *s.scale_dtype != "float32")
@@ -108,7 +110,8 @@ Grouping grouping_of(const Resolved& r) {
   if (r.granularity == "tensor") return Grouping::tensor();
   if (r.granularity == "channel") return Grouping::channel();
   // bitsandbytes' types are defined over the flattened weight.
-  return r.quant_type == "int" ? Grouping::along(r.group_size) : Grouping::flat(r.group_size);
+  const bool across_rows = r.granularity == "flat" || r.quant_type != "int";
+  return across_rows ? Grouping::flat(r.group_size) : Grouping::along(r.group_size);
 }
 
 /// Scales that are 8-bit codes. bitsandbytes' own for its types, which cluster around a mean that it takes off; for
@@ -159,24 +162,35 @@ std::string_view module_of(std::string_view tensor) {
   return tensor.ends_with(kWeight) ? tensor.substr(0, tensor.size() - kWeight.size()) : tensor;
 }
 
+bool any_matches(std::span<const std::string_view> patterns, std::string_view tensor) {
+  return std::ranges::any_of(patterns, [&](std::string_view pattern) { return matches(pattern, tensor); });
+}
+
+/// Tables that are looked up, of tokens, positions, segments and distances: by the names that models give them.
 bool is_embedding(std::string_view tensor) {
-  constexpr std::array<std::string_view, 6> kNames = {"embed_tokens",    "embed_in", "tok_embeddings",
-                                                      "word_embeddings", "wte",      "wpe"};
-  return std::ranges::any_of(kNames, [&](std::string_view name) { return matches(name, tensor); });
+  constexpr auto kNames = std::to_array<std::string_view>(
+      {"embed_tokens", "embed_in", "tok_embeddings", "word_embeddings", "wte", "wpe", "token_embedding",
+       "embed_positions", "position_embedding", "position_embeddings", "pos_embed", "token_type_embeddings",
+       "relative_attention_bias", "embedding"});
+  return any_matches(kNames, tensor) || tensor == "shared.weight";  // the last: T5's
 }
 
-/// Chooses the experts: small, and its mistakes send a token to the wrong weights. Kept unless a rule names it.
-bool is_router(std::string_view tensor) {
-  constexpr std::array<std::string_view, 4> kNames = {"mlp.gate", "block_sparse_moe.gate", "router",
-                                                      "shared_expert_gate"};
-  return std::ranges::any_of(kNames, [&](std::string_view name) { return matches(name, tensor); });
+/// The small matrix that sends a token to its experts: one row an expert, and an error in it changes the expert.
+bool is_router(const TensorFacts& t) {
+  constexpr auto kNames = std::to_array<std::string_view>({"gate", "router", "shared_expert_gate"});
+  constexpr int64_t kMostExperts = 1024;
+  return any_matches(kNames, t.name) && t.shape.front() <= kMostExperts && t.shape.front() < t.shape.back();
 }
 
-/// Why a tensor cannot be a linear weight, or empty.
+/// Why a tensor cannot be a linear weight, or empty. Of models of unknown kinds nothing but names, types and shapes is
+/// known, so what is not surely a matrix that multiplies is kept.
 std::string why_not_linear(const TensorFacts& t) {
   if (!t.is_float) return "not floating point";
+  if (t.bytes < 2) return "8-bit floats, whose scales are elsewhere";
   const bool experts = t.shape.size() == 3 && matches("experts", t.name);
-  if (t.shape.size() != 2 && !experts) return "not a matrix";
+  if (t.shape.size() < 2) return std::string(kNotMatrix);
+  if (t.shape.size() == 3 && !experts) return "three dimensions, and not experts";
+  if (t.shape.size() > 3) return fmt::format("a kernel of {} dimensions", t.shape.size());
   if (!std::string_view(t.name).ends_with(kWeight) && !experts) return "not a module's weight";
   if (element_count(t.shape) == 0) return "empty";
   return {};
@@ -202,7 +216,7 @@ class Resolver {
     if (rule != nullptr) settings = merge(settings, rule->settings);
     if (plan.reason.empty() && rule == nullptr && request_.skip_embeddings && is_embedding(t.name))
       plan.reason = "embedding";
-    if (plan.reason.empty() && rule == nullptr && is_router(t.name)) plan.reason = "router";
+    if (plan.reason.empty() && rule == nullptr && is_router(t)) plan.reason = "router of experts";
     if (plan.reason.empty() && !asks_for_something(settings)) plan.reason = "method none";
     if (!plan.reason.empty()) return plan;
     const Resolved r = fill_in(settings);

@@ -4,6 +4,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "algorithm/algorithm.hpp"
@@ -42,7 +43,11 @@ struct TensorFacts {
   std::string name;
   Shape shape;
   bool is_float = true;
+  size_t bytes = 2;  ///< of an element
 };
+
+/// The reason why norms and biases are kept, which goes without saying.
+inline constexpr std::string_view kNotMatrix = "not a matrix";
 
 /// What happens to one tensor.
 struct TensorPlan {

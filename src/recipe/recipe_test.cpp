@@ -18,6 +18,10 @@ std::vector<TensorFacts> model() {
           {.name = "model.layers.11.mlp.down_proj.weight", .shape = {64, 172}},
           {.name = "model.layers.0.experts.weight", .shape = {4, 64, 172}},
           {.name = "conv1.weight", .shape = {64, 64, 3}},
+          {.name = "vision.patch_embedding.weight", .shape = {64, 3, 14, 14}},
+          {.name = "vision.pos_embed.weight", .shape = {257, 64}},
+          {.name = "vision.class_embedding", .shape = {1, 64}},
+          {.name = "model.layers.1.mlp.gate.weight", .shape = {8, 64}},
           {.name = "position_ids.weight", .shape = {1, 64}, .is_float = false},
           {.name = "lm_head.weight", .shape = {512, 64}}};
 }
@@ -52,7 +56,11 @@ TEST(Recipe, IntentFillsInWhatIsLeftOpen) {
   EXPECT_EQ(scheme_of(int8, "embed_tokens"), "embedding");
   EXPECT_EQ(scheme_of(int8, "lm_head"), "skip_modules");
   EXPECT_EQ(scheme_of(int8, "layernorm"), "not a matrix");
-  EXPECT_EQ(scheme_of(int8, "conv1"), "not a matrix");
+  EXPECT_EQ(scheme_of(int8, "conv1"), "three dimensions, and not experts");
+  EXPECT_EQ(scheme_of(int8, "patch"), "a kernel of 4 dimensions");
+  EXPECT_EQ(scheme_of(int8, "pos_embed"), "embedding");
+  EXPECT_EQ(scheme_of(int8, "mlp.gate"), "router of experts");
+  EXPECT_EQ(scheme_of(int8, "class_embedding"), "not a module's weight");
   EXPECT_EQ(scheme_of(int8, "position_ids"), "not floating point");
   EXPECT_EQ(scheme_of(resolve_yaml("quantization: {method: int4}"), "q_proj"),
             "int4 asymmetric, group 64, float16 scales");
@@ -68,8 +76,8 @@ TEST(Recipe, RoutersAndHeadsOfEveryNameAreKept) {
                                             {.name = "model.layers.0.mlp.gate_proj.weight", .shape = {64, 64}},
                                             {.name = "embed_out.weight", .shape = {512, 64}}};
   const Recipe kept = resolve(read_request(config("quantization: {method: int8}")), tensors);
-  EXPECT_EQ(scheme_of(kept, "mlp.gate."), "router");
-  EXPECT_EQ(scheme_of(kept, "block_sparse_moe.gate"), "router");
+  EXPECT_EQ(scheme_of(kept, "mlp.gate."), "router of experts");
+  EXPECT_EQ(scheme_of(kept, "block_sparse_moe.gate"), "router of experts");
   EXPECT_EQ(scheme_of(kept, "gate_proj"), "int8 symmetric, per channel, float16 scales");
   EXPECT_EQ(scheme_of(kept, "embed_out"), "skip_modules");
   const Recipe named = resolve(
@@ -85,6 +93,17 @@ TEST(Recipe, ExplicitValuesWin) {
   EXPECT_EQ(scheme_of(resolve_yaml(yaml), "q_proj"), "int3 symmetric, group 32, bfloat16 scales");
   EXPECT_EQ(scheme_of(resolve_yaml("quantization: {method: int4, scheme: {granularity: tensor}}"), "q_proj"),
             "int4 asymmetric, per tensor, float16 scales");
+}
+
+TEST(Recipe, FlatGroupsCrossRows) {
+  const Recipe recipe = resolve_yaml(
+      "quantization: {method: int8, scheme: {granularity: flat, group_size: 8, scale_dtype: float32}, "
+      "layer_configs: {down_proj: {group_size: 16}, embed_tokens: {granularity: channel}}}");
+  EXPECT_EQ(scheme_of(recipe, "q_proj"), "int8 symmetric, blocks of 8, float32 scales");
+  EXPECT_EQ(scheme_of(recipe, "down_proj"), "int8 symmetric, blocks of 16, float32 scales");
+  EXPECT_EQ(scheme_of(recipe, "embed_tokens"), "int8 symmetric, per channel, float32 scales");
+  EXPECT_EQ(scheme_of(resolve_yaml("quantization: {method: int4, scheme: {granularity: flat}}"), "q_proj"),
+            "int4 asymmetric, blocks of 64, float16 scales");
 }
 
 TEST(Recipe, FirstRuleThatMatchesWinsInTheOrderWritten) {

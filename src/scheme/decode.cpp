@@ -73,10 +73,12 @@ void check_sizes(const QuantizedTensor& t, const std::string& where) {
       blocks * (type.kind == ElementKind::block_code ? static_cast<uint64_t>(type.bits) / 8 : type.code_bytes());
   if (t.codes.size() != code_bytes)
     wrong_size(where, fmt::format("{} bytes of codes where {} are needed", t.codes.size(), code_bytes));
-  if (type.bits < 8)
-    for (const std::byte code : t.codes)
-      if (std::to_integer<unsigned>(code) >> type.bits != 0)
-        wrong_size(where, fmt::format("a code has more than {} bits", type.bits));
+  if (type.bits < 8) {
+    std::byte all{0};  // no early exit, so that it is done in vectors
+    for (const std::byte code : t.codes) all |= code;
+    if (std::to_integer<unsigned>(all) >> type.bits != 0)
+      wrong_size(where, fmt::format("a code has more than {} bits", type.bits));
+  }
   check_parameter(t.scheme.scale, t.scale, t.shape, where + " (scale)");
   check_parameter(t.scheme.offset, t.offset, t.shape, where + " (offset)");
 }
@@ -101,10 +103,14 @@ void Decoder::decode(int64_t begin, std::span<float> out) const {
   const auto first = static_cast<size_t>(begin);
   const size_t bytes = type.code_bytes();
   BW_ASSERT((first + out.size()) * bytes <= tensor_.codes.size());
-  for (size_t i = 0; i < out.size(); ++i) {
-    const uint32_t code = load_code(tensor_.codes.data(), first + i, bytes);
-    out[i] = elements_.empty() ? type.decode(type, code) : elements_[code];
-  }
+  const auto dtype = dtype_of(type);
+  if (dtype && type.kind == ElementKind::floating)
+    to_f32(*dtype, std::span(tensor_.codes).subspan(first * bytes, out.size() * bytes), out);
+  else
+    for (size_t i = 0; i < out.size(); ++i) {
+      const uint32_t code = load_code(tensor_.codes.data(), first + i, bytes);
+      out[i] = elements_.empty() ? type.decode(type, code) : elements_[code];
+    }
   if (tensor_.scheme.is_plain()) return;
   const auto total = static_cast<int64_t>(out.size());
   for (int64_t i = 0; i < total;) {

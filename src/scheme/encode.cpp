@@ -7,7 +7,7 @@
 
 #include "base/error.hpp"
 #include "base/threads.hpp"
-#include "scheme/quantized_tensor.hpp"
+#include "scheme/range.hpp"
 
 namespace bitwright {
 namespace {
@@ -31,13 +31,6 @@ void check_encodable(const Scheme& scheme) {
 
 void store_code(std::vector<std::byte>& codes, int64_t i, size_t code_bytes, uint32_t code) {
   std::memcpy(codes.data() + static_cast<size_t>(i) * code_bytes, &code, code_bytes);
-}
-
-[[noreturn]] void scale_overflow(float scale, std::string_view type) {
-  throw Error({.code = "scale-overflow",
-               .what = "cannot quantize",
-               .why = fmt::format("a scale of {} does not fit {}", scale, type),
-               .fix = type == "float16" ? "use --scale-dtype float32 or bfloat16" : "skip the module"});
 }
 
 /// Plain numbers: each rounded to the element by itself.
@@ -89,8 +82,9 @@ class Encoder {
     ranges_.resize(static_cast<size_t>(groups_.group_count()));
     for_all_groups([this](int64_t g) { choose_range(g); });
     QuantizedTensor t = {.scheme = scheme_, .shape = shape_};
-    t.scale = encode_scales();
-    if (scheme_.offset_kind == OffsetKind::zero_point) t.offset = encode_zero_points();
+    parameters_ = encode_parameters(scheme_, shape_, ranges_);
+    t.scale = parameters_.scale;
+    t.offset = parameters_.offset;
     t.codes.resize(values_.size() * scheme_.element->code_bytes());
     for_all_groups([&](int64_t g) { encode_group(g, t.codes); });
     return t;
@@ -109,42 +103,17 @@ class Encoder {
     groups_.for_each_run(g, [&](GroupMap::Run run) {
       for (int64_t j = 0, i = run.start; j < run.count; ++j, i += run.stride) {
         const float value = values_[static_cast<size_t>(i)];
-        if (!std::isfinite(value))
-          throw Error({.code = "not-finite",
-                       .what = "cannot quantize",
-                       .why = fmt::format("element {} is {}", i, value),
-                       .fix = "the weights are damaged, fetch them again or retrain"});
+        if (!std::isfinite(value)) throw_not_finite(i, value);
         group.push_back(value);
       }
     });
     ranges_[static_cast<size_t>(g)] = group.empty() ? Range{0, 0} : choose_(scheme_, group);
   }
 
-  std::shared_ptr<const QuantizedTensor> encode_scales() {
-    const Scheme& stored = *scheme_.scale->scheme;
-    for (const Range& range : ranges_) {
-      scales_.push_back(ideal_scale(scheme_, range));
-      if (!std::isfinite(scales_.back())) scale_overflow(scales_.back(), "float32");
-    }
-    auto t =
-        std::make_shared<QuantizedTensor>(encode(stored, parameter_shape(scheme_.scale->grouping, shape_), scales_));
-    std::vector<float> decoded = decode(*t);
-    for (size_t g = 0; g < decoded.size(); ++g)
-      if (!std::isfinite(decoded[g])) scale_overflow(scales_[g], stored.element->name);
-    // Codes of table types are chosen before their scales are quantized again, as bitsandbytes does.
-    if (stored.is_plain() || scheme_.element->kind != ElementKind::table) scales_ = std::move(decoded);
-    return t;
-  }
-
-  std::shared_ptr<const QuantizedTensor> encode_zero_points() {
-    for (size_t g = 0; g < ranges_.size(); ++g) zeros_.push_back(zero_point(scheme_, scales_[g], ranges_[g]));
-    return std::make_shared<QuantizedTensor>(
-        encode(*scheme_.offset->scheme, parameter_shape(scheme_.offset->grouping, shape_), zeros_));
-  }
-
   void encode_group(int64_t g, std::vector<std::byte>& codes) const {
     const auto at = static_cast<size_t>(g);
-    const GroupParameters p = {.scale = scales_[at], .offset = zeros_.empty() ? 0 : zeros_[at]};
+    const GroupParameters p = {.scale = parameters_.scales[at],
+                               .offset = parameters_.zeros.empty() ? 0 : parameters_.zeros[at]};
     groups_.for_each_run(g, [&](GroupMap::Run run) {
       const bool short_block =
           scheme_.scale->grouping.kind == Grouping::Kind::flat && run.count < scheme_.scale->grouping.size;
@@ -159,15 +128,15 @@ class Encoder {
   std::span<const float> values_;
   const ChooseRange& choose_;
   GroupMap groups_;
-  std::vector<Range> ranges_;          ///< one a group
-  std::vector<float> scales_, zeros_;  ///< as codes are chosen with
+  std::vector<Range> ranges_;  ///< one a group
+  ChosenParameters parameters_;
 };
 
 }  // namespace
 
 Range min_max_range(const Scheme&, std::span<const float> values) {
   const auto [low, high] = std::minmax_element(values.begin(), values.end());
-  return {*low, *high};
+  return {*low + 0.0f, *high + 0.0f};  // of zeros the positive one, whichever came first
 }
 
 float ideal_scale(const Scheme& scheme, Range range) {
@@ -181,6 +150,27 @@ float zero_point(const Scheme& scheme, float scale, Range range) {
   const ElementType& type = *scheme.element;
   if (scale == 0) return std::max(type.lowest, 0.0f);
   return std::clamp(std::nearbyint(type.lowest - std::min(range.low, 0.0f) / scale), type.lowest, type.highest);
+}
+
+ChosenParameters encode_parameters(const Scheme& scheme, const Shape& shape, std::span<const Range> ranges) {
+  const Scheme& stored = *scheme.scale->scheme;
+  ChosenParameters chosen;
+  for (const Range& range : ranges) {
+    chosen.scales.push_back(ideal_scale(scheme, range));
+    if (!std::isfinite(chosen.scales.back())) throw_scale_overflow(chosen.scales.back(), "float32");
+  }
+  chosen.scale =
+      std::make_shared<QuantizedTensor>(encode(stored, parameter_shape(scheme.scale->grouping, shape), chosen.scales));
+  std::vector<float> decoded = decode(*chosen.scale);
+  for (size_t g = 0; g < decoded.size(); ++g)
+    if (!std::isfinite(decoded[g])) throw_scale_overflow(chosen.scales[g], stored.element->name);
+  // Codes of table types are chosen before their scales are quantized again, as bitsandbytes does.
+  if (stored.is_plain() || scheme.element->kind != ElementKind::table) chosen.scales = std::move(decoded);
+  if (scheme.offset_kind != OffsetKind::zero_point) return chosen;
+  for (size_t g = 0; g < ranges.size(); ++g) chosen.zeros.push_back(zero_point(scheme, chosen.scales[g], ranges[g]));
+  chosen.offset = std::make_shared<QuantizedTensor>(
+      encode(*scheme.offset->scheme, parameter_shape(scheme.offset->grouping, shape), chosen.zeros));
+  return chosen;
 }
 
 uint32_t encode_value(const Scheme& scheme, const GroupParameters& p, float value, bool short_block) {

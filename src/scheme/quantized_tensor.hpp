@@ -23,6 +23,13 @@ struct QuantizedTensor {
   std::vector<int32_t> group_index{};                        ///< for Grouping::Kind::index, one a column
 };
 
+/// Numbers as a file holds them, row-major: what is to be quantized. Not owned.
+struct WeightView {
+  DType dtype;
+  std::span<const std::byte> bytes;
+  size_t count() const { return bytes.size() / size_bytes(dtype); }
+};
+
 /// Equal bytes in every array.
 bool operator==(const QuantizedTensor& a, const QuantizedTensor& b);
 
@@ -36,6 +43,9 @@ class Decoder {
   explicit Decoder(const QuantizedTensor& tensor);  ///< keeps a reference
   /// out[j] = value of element begin + j.
   void decode(int64_t begin, std::span<float> out) const;
+  // Decoded, one a group; empty where the scheme has none.
+  std::span<const float> scales() const { return scale_; }
+  std::span<const float> offsets() const { return offset_; }
 
  private:
   const QuantizedTensor& tensor_;

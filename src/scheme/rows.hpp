@@ -19,6 +19,8 @@ class SortedTable {
  public:
   explicit SortedTable(std::span<const float> values);  ///< values[code]
   uint32_t nearest(float value) const;
+  std::span<const uint32_t> codes() const { return codes_; }
+  std::span<const float> midpoints() const { return midpoints_; }
 
  private:
   std::vector<uint32_t> codes_;

@@ -1,0 +1,69 @@
+#include "container/rows.hpp"
+
+#include <algorithm>
+#include <numeric>
+
+#include "base/error.hpp"
+
+namespace bitwright {
+namespace {
+
+constexpr int64_t kPieceElements = int64_t{1} << 20;  // with its codes it stays in the caches of one core
+constexpr int64_t kByteStep = 8;                      // rows of any width and any code end at a whole byte
+
+/// Multiples of how many rows hold whole groups; 0: none.
+int64_t rows_of_groups(const Grouping& grouping, const Shape& shape) {
+  const int64_t columns = shape.back();
+  switch (grouping.kind) {
+    case Grouping::Kind::axis:
+      return grouping.axis == -1 ? 1 : 0;
+    case Grouping::Kind::flat:
+      return grouping.interleaved || grouping.size <= 0 ? 0 : grouping.size / std::gcd(grouping.size, columns);
+    case Grouping::Kind::block:
+      return shape.size() == 2 ? grouping.block_rows : 0;
+    case Grouping::Kind::tensor:
+    case Grouping::Kind::index:
+      return 0;
+  }
+  return 0;
+}
+
+}  // namespace
+
+int64_t row_count(const Shape& shape) {
+  return shape.empty() || shape.back() == 0 ? 1 : element_count(shape) / shape.back();
+}
+
+StoredTensor rows_of(const StoredTensor& whole, int64_t begin, int64_t end) {
+  BW_ASSERT(whole.shape.size() >= 2 && 0 <= begin && begin <= end && end <= row_count(whole.shape));
+  StoredTensor piece = whole;
+  piece.shape = {end - begin, whole.shape.back()};
+  return piece;
+}
+
+std::optional<int64_t> row_step(const Scheme& scheme, const Shape& shape) {
+  if (shape.size() < 2 || element_count(shape) == 0 || scheme.element->kind == ElementKind::block_code)
+    return std::nullopt;
+  int64_t step = kByteStep;
+  for (const std::optional<Parameter>* p : {&scheme.scale, &scheme.offset}) {
+    if (!p->has_value()) continue;
+    const int64_t rows = rows_of_groups((*p)->grouping, shape);
+    if (rows == 0 || !(*p)->scheme->is_plain()) return std::nullopt;
+    if (rows > kPieceElements) return std::nullopt;
+    step = std::lcm(step, rows);
+  }
+  return step;
+}
+
+std::vector<RowRange> row_pieces(const Container& container, const StoredTensor& tensor) {
+  const int64_t rows = row_count(tensor.shape);
+  const auto step = container.by_rows ? row_step(tensor.scheme, tensor.shape) : std::nullopt;
+  if (!step) return {{0, rows}};
+  const int64_t wanted = kPieceElements / tensor.shape.back() / *step * *step;
+  const int64_t piece = std::max(wanted, *step);
+  std::vector<RowRange> pieces;
+  for (int64_t begin = 0; begin < rows; begin += piece) pieces.push_back({begin, std::min(rows, begin + piece)});
+  return pieces;
+}
+
+}  // namespace bitwright

@@ -1,0 +1,76 @@
+#include "container/rows.hpp"
+
+#include <gtest/gtest.h>
+
+#include <random>
+
+#include "scheme/quantized_tensor.hpp"
+
+namespace bitwright {
+namespace {
+
+std::vector<std::byte> appended(const std::vector<std::vector<NamedArray>>& pieces, size_t array) {
+  std::vector<std::byte> bytes;
+  for (const std::vector<NamedArray>& piece : pieces)
+    bytes.insert(bytes.end(), piece[array].data.begin(), piece[array].data.end());
+  return bytes;
+}
+
+Scheme integers(int bits, bool is_signed, const Grouping& grouping, bool zero) {
+  Scheme scheme = {.element = &integer_element(bits, is_signed), .scale = parameter(grouping, plain(DType::f16))};
+  if (zero) {
+    scheme.offset_kind = OffsetKind::zero_point;
+    scheme.offset = parameter(grouping, {.element = scheme.element});
+  }
+  return scheme;
+}
+
+/// Quantizing and packing by pieces must be the same as all at once: this is what makes streaming exact.
+TEST(Rows, PiecesAreTheWhole) {
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  const Container& native = *find_container("native");
+  for (const Shape& shape : {Shape{53, 33}, Shape{64, 64}, Shape{3, 24, 20}, Shape{16, 1}})
+    for (const Scheme& scheme :
+         {integers(4, false, Grouping::along(32), true), integers(3, false, Grouping::along(7), true),
+          integers(8, true, Grouping::channel(), false), integers(5, true, Grouping::flat(48), false),
+          Scheme{.element = find_element("nf4"), .scale = parameter(Grouping::flat(64), plain(DType::f32))}}) {
+      SCOPED_TRACE(describe(scheme) + " " + to_string(shape));
+      std::vector<float> values(static_cast<size_t>(element_count(shape)));
+      for (float& value : values) value = normal(random);
+      const StoredTensor whole = {.name = "w", .shape = shape, .scheme = scheme};
+      const auto expected = native.pack(whole, encode(scheme, shape, values));
+      const int64_t step = row_step(scheme, shape).value();
+      std::vector<std::vector<NamedArray>> pieces;
+      for (int64_t begin = 0; begin < row_count(shape); begin += step) {
+        const StoredTensor piece = rows_of(whole, begin, std::min(row_count(shape), begin + step));
+        const std::span<const float> part = std::span(values).subspan(static_cast<size_t>(begin * shape.back()),
+                                                                      static_cast<size_t>(element_count(piece.shape)));
+        const std::vector<ArraySpec> before = native.layout(rows_of(whole, 0, begin));
+        for (size_t a = 0; a < before.size(); ++a) EXPECT_EQ(before[a].bytes(), appended(pieces, a).size());
+        pieces.push_back(native.pack(piece, encode(scheme, piece.shape, part)));
+      }
+      for (size_t a = 0; a < expected.size(); ++a)
+        EXPECT_EQ(appended(pieces, a), expected[a].data) << expected[a].spec.name;
+    }
+}
+
+TEST(Rows, WhatReachesAcrossRowsIsWhole) {
+  const Shape shape = {4096, 4096};
+  EXPECT_EQ(row_step(integers(8, true, Grouping::tensor(), false), shape), std::nullopt);
+  EXPECT_EQ(row_step(integers(8, true, Grouping::along(64, -2), false), shape), std::nullopt);
+  EXPECT_EQ(row_step(integers(8, true, Grouping::channel(), false), {4096}), std::nullopt);
+  Scheme nested = integers(8, true, Grouping::channel(), false);
+  nested.scale = parameter(Grouping::channel(), {.element = &float_element(DType::f8_e4m3),
+                                                 .scale = parameter(Grouping::tensor(), plain(DType::f32))});
+  EXPECT_EQ(row_step(nested, shape), std::nullopt);
+  const Container& native = *find_container("native");
+  EXPECT_EQ(row_pieces(native, {.name = "w", .shape = shape, .scheme = nested}).size(), 1u);
+  const auto pieces =
+      row_pieces(native, {.name = "w", .shape = shape, .scheme = integers(8, true, Grouping::channel(), false)});
+  EXPECT_EQ(pieces.size(), 16u);
+  EXPECT_EQ(pieces.back().end, 4096);
+}
+
+}  // namespace
+}  // namespace bitwright
