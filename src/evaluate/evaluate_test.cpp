@@ -6,6 +6,7 @@
 #include <functional>
 #include <limits>
 #include <nlohmann/json.hpp>
+#include <optional>
 #include <random>
 
 #include "base/error.hpp"
@@ -345,6 +346,46 @@ TEST(ModelsEvaluate, TinyStoriesPerplexityAgreesWithItsReference) {
     ++cases;
   }
   if (cases == 0) GTEST_SKIP() << "no text here";
+  std::cout << "cases: " << cases << '\n';
+}
+
+/// `name`: a text of the shared data, .txt or .jsonl.
+std::optional<std::string> shared_text(const std::string& name) {
+  for (const char* suffix : {".txt", ".jsonl"})
+    if (const auto file = test::shared_dir() / "data/text" / (name + suffix); std::filesystem::exists(file))
+      return test::read_file(file);
+  return std::nullopt;
+}
+
+TEST(ModelsEvaluate, SmallModelsAgreeWithTheirReferences) {
+  size_t cases = 0;
+  for (const char* name : {"stories260K", "babyllama_tok105", "babyllama_tok361"}) {
+    SCOPED_TRACE(name);
+    const auto directory = test::shared_dir() / "data/models" / name;
+    const auto file = directory / "reference/reference.json";
+    if (!std::filesystem::exists(file)) continue;
+    const Json reference = parse_json(test::read_file(file), file.string());
+    const Tokenizer model_tokenizer(directory / "hf");
+    const Checkpoint checkpoint(directory / "hf");
+    const Model model(checkpoint);
+    for (const auto& [text_name, expected] : reference["eval"].items()) {
+      SCOPED_TRACE(text_name);
+      const std::optional<std::string> text = shared_text(text_name);
+      if (!text) continue;
+      const auto window = expected["window"].get<int64_t>();
+      const Protocol p = {.context = window,
+                          .stride = window,
+                          .bos = Protocol::Bos::document,
+                          .split = text_name == "wikitext2_raw_test" ? "" : "<|endoftext|>",
+                          .max_windows = expected["windows"].get<int64_t>()};
+      const Ids tokens = token_stream(model_tokenizer, *text, p);
+      const Quality q = evaluate(model, nullptr, tokens, p, model_tokenizer.bos_id());
+      EXPECT_EQ(q.tokens, expected["predicted_tokens"].get<int64_t>());
+      EXPECT_NEAR(q.perplexity / expected["ppl_per_token"].get<double>(), 1, 1e-6);
+      ++cases;
+    }
+  }
+  if (cases == 0) GTEST_SKIP() << "no models here";
   std::cout << "cases: " << cases << '\n';
 }
 

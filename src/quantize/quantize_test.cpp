@@ -9,7 +9,9 @@
 #include <random>
 
 #include "checkpoint/safetensors.hpp"
+#include "evaluate/evaluate.hpp"
 #include "kernels/decode.hpp"
+#include "model/model.hpp"
 #include "quantize/model_card.hpp"
 #include "quantize/verify.hpp"
 #include "recipe/config.hpp"
@@ -255,6 +257,38 @@ TEST(ModelCard, SaysHowMuchWorse) {
   EXPECT_NE(quality_sentence(1.005, 0.01).find("Close"), std::string::npos);
   EXPECT_NE(quality_sentence(1.005, 0.02).find("Visibly worse"), std::string::npos);
   EXPECT_NE(quality_sentence(1.5, 0.02).find("Much worse"), std::string::npos);
+}
+
+/// llama2.c's Q8_0 of stories260K: every matrix, the embeddings too, in groups that run across rows (172 is no multiple
+/// of 8). Its figures against the floats are in the shared data.
+TEST(ModelsEvaluateQuantized, FlatGroupsOfEightReproduceTheFiguresOfLlama2C) {
+  const auto model = test::shared_dir() / "data/models/stories260K";
+  const auto text = test::shared_dir() / "data/text/tinystories_train_slice_4MB.txt";
+  const auto figures = model / "reference/q8_vs_fp32.json";
+  if (!std::filesystem::exists(figures) || !std::filesystem::exists(text)) GTEST_SKIP() << "no model here";
+  const Json expected = parse_json(test::read_file(figures), figures.string());
+  const test::TemporaryDirectory dir;
+  std::vector<Warning> warnings;
+  const std::string yaml =
+      "quantization: {scheme: {bits: 8, symmetric: true, granularity: flat, group_size: 8, scale_dtype: float32}, "
+      "skip_modules: [], layer_configs: {embed_tokens: {bits: 8}}}";
+  const Checkpoint source(model / "hf");
+  quantize(source, read_request(parse_config_value(yaml, "test")),
+           {.output = {.output = dir / "q8"}, .verify = false, .container = find_container("native")}, warnings);
+  const Checkpoint written(dir / "q8");
+  const Model original(source), quantized(written);
+  const Tokenizer tokenizer(model / "hf");
+  const Protocol protocol = {.context = 512,
+                             .stride = 512,
+                             .bos = Protocol::Bos::document,
+                             .split = "<|endoftext|>",
+                             .max_windows = expected["windows"].get<int64_t>()};
+  const auto tokens = token_stream(tokenizer, test::read_file(text), protocol);
+  const Quality q = evaluate(quantized, &original, tokens, protocol, tokenizer.bos_id());
+  EXPECT_EQ(q.tokens, expected["tokens"].get<int64_t>());
+  EXPECT_NEAR(q.nll, expected["q8_nll"].get<double>(), 1e-6);
+  EXPECT_NEAR(q.reference->kl_mean, expected["mean_kl_fp32_to_q8_nats"].get<double>(), 1e-8);
+  EXPECT_NEAR(q.reference->top1_agreement, expected["top1_agreement"].get<double>(), 1e-4);
 }
 
 }  // namespace
