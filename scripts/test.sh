@@ -11,7 +11,8 @@ stage() {
 }
 sources() { find src tests -name '*.cpp' "$@"; }
 check_format() { sources -o -name '*.hpp' | xargs clang-format --dry-run --Werror; }
-check_tidy() { sources | sort | xargs -P "$(nproc)" -n 1 clang-tidy -p build/release --quiet 2>/dev/null; }
+# Tests are compiled with the same warnings; reading them by clang-tidy too would take as long again.
+check_tidy() { find src -name '*.cpp' ! -name '*_test.cpp' | sort | xargs -P "$(nproc)" -n 1 clang-tidy -p build/release --quiet 2>/dev/null; }
 
 stage packages scripts/setup.sh --packages-only
 stage layers tests/layers_test.sh

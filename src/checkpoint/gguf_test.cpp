@@ -18,7 +18,6 @@ namespace {
 
 using test::read_file;
 using test::TemporaryDirectory;
-using test::write_file;
 
 /// Little-endian pieces of a file, written by hand so that they can be wrong.
 struct Bytes {
@@ -36,7 +35,7 @@ struct Bytes {
     text += "GGUF";
     return number(version).number(tensors).number(entries);
   }
-  Bytes& tensor(std::string_view name, std::vector<uint64_t> sizes, uint32_t type, uint64_t offset) {
+  Bytes& tensor(std::string_view name, const std::vector<uint64_t>& sizes, uint32_t type, uint64_t offset) {
     string(name).number(static_cast<uint32_t>(sizes.size()));
     for (const uint64_t size : sizes) number(size);
     return number(type).number(offset);
@@ -60,7 +59,7 @@ std::string error_of(const std::string& bytes) {
 }
 
 TEST(Gguf, WhatIsWrongIsNamed) {
-  const auto one = [](const std::string& name, std::vector<uint64_t> sizes, uint32_t type, uint64_t offset = 0) {
+  const auto one = [](const std::string& name, const std::vector<uint64_t>& sizes, uint32_t type, uint64_t offset = 0) {
     return Bytes().header(1, 0).tensor(name, std::move(sizes), type, offset).data(256).text;
   };
   EXPECT_EQ(error_of(one("a", {32, 2}, 0)), "none");

@@ -250,7 +250,6 @@ WeightContents parse(std::span<const std::byte> file, const std::string& where) 
 
 }  // namespace
 
-extern const WeightFormat safetensors_format;
 const WeightFormat safetensors_format = {.name = "safetensors",
                                          .suffix = ".safetensors",
                                          .usual_name = "model.safetensors",
