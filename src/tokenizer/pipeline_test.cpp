@@ -242,6 +242,24 @@ TEST(Pipeline, UnigramPrefersTheUsersPieces) {
   EXPECT_EQ(Tokenizer(pipeline_of(v, "x")).encode("this"), (Ids{1, 2}));
 }
 
+/// Both orders of "!" and "!!" cost the same; what SentencePiece 0.1.97 says depends on what was added before.
+TEST(Pipeline, UnigramRoundsAsSentencePiece) {
+  ScoredVocabulary v = {.pieces = {{"<unk>", 0, PieceType::unknown},
+                                   {"\u2581", -1.693242073059082F},
+                                   {"b", -6.0574631690979F},
+                                   {"!", -5.9671502113342285F},
+                                   {"!!", 0, PieceType::user_defined}},
+                        .unigram = true,
+                        .single_precision = true,
+                        .normalization = {},
+                        .bos = {},
+                        .eos = {}};
+  const Tokenizer t(pipeline_of(v, "x"));
+  EXPECT_EQ(t.encode("!!!"), (Ids{1, 3, 4}));
+  EXPECT_EQ(t.encode("b!!!"), (Ids{1, 2, 4, 3}));
+  EXPECT_EQ(t.encode("bb!!!"), (Ids{1, 2, 2, 3, 4}));
+}
+
 /// Every beginning of each file of the corpus is read or refused, and the whole is read unless it says too little.
 TEST(Pipeline, TruncatedFilesAreRefused) {
   using Read = TokenizerPipeline (*)(std::string_view, const std::string&);
