@@ -420,6 +420,9 @@ bool detect(std::span<const std::byte> start) { return starts_with(start, kZip) 
 
 WeightContents parse(std::span<const std::byte> file, const std::string& where) {
   if (starts_with(file, kMagic)) return read_legacy(file, where);
+  constexpr std::array<uint8_t, 2> kPacked = {'P', 'K'};
+  if (!file.empty() && !starts_with(file, kPacked))
+    fail(where, "it begins neither as an archive nor as torch.save's older files", "give a file that torch.save wrote");
   return read_zip(file, where);
 }
 

@@ -287,6 +287,13 @@ TEST(TorchFile, RepeatsNoMoreThanTheFileHolds) {
   EXPECT_EQ(parsed(file(dict(tied))).owned.size(), 1u);
 }
 
+TEST(TorchFile, AnotherKindOfFileIsToldFromADamagedOne) {
+  std::string message;
+  EXPECT_EQ(code_of(std::string(3000, 'x'), &message), "bad-torch-file");  // llama2.c's model.bin and the like
+  EXPECT_NE(message.find("begins neither"), std::string::npos) << message;
+  EXPECT_EQ(code_of("PK\3\4" + std::string(3000, 'x')), "bad-zip");
+}
+
 // Each dict holds the one before by reference, so that a look from the top meets only known ones.
 TEST(TorchFile, ChainsOfDictsAndLongNamesAreRefused) {
   constexpr uint32_t kTensor = 1u << 30, kLength = 200'000;
