@@ -477,6 +477,7 @@ Checkpoint::~Checkpoint() = default;
 Checkpoint::Checkpoint(Checkpoint&&) noexcept = default;
 
 const fs::path& Checkpoint::path() const { return impl_->path; }
+fs::path Checkpoint::config_path() const { return facts() == nullptr ? impl_->directory / "config.json" : impl_->path; }
 const Json& Checkpoint::config() const { return impl_->config; }
 const Json& Checkpoint::quantization_metadata() const { return impl_->metadata; }
 const Json* Checkpoint::facts() const { return impl_->facts(); }

@@ -82,6 +82,7 @@ class Checkpoint {
   };
   std::vector<File> files() const;
 
+  std::filesystem::path config_path() const;  ///< of the file that config() is or would be from
   const Json& config() const;                 ///< an empty object if there is no config.json
   const Json& quantization_metadata() const;  ///< likewise for quantization_metadata.json
   /// What the weight file itself says of the model, by key (GGUF: "general.architecture", "tokenizer.ggml.tokens" …;
