@@ -65,11 +65,16 @@ struct SeriesName {
   int total = 0;
 };
 std::optional<SeriesName> series_name(const std::string& name) {
-  const size_t of = name.find("-of-");
-  int total = 0;
-  if (of == std::string::npos || of < 5 || std::sscanf(name.c_str() + of + 4, "%5d", &total) != 1 || total <= 0)
-    return std::nullopt;
-  return SeriesName{.stem = name.substr(0, of - 5), .tail = name.substr(of), .total = total};
+  constexpr std::string_view kOf = "-of-";
+  constexpr size_t kDigits = 5;
+  const size_t of = name.rfind(kOf);  // the last: "mixture-of-experts-00001-of-00002.gguf"
+  if (of == std::string::npos || of < kDigits) return std::nullopt;
+  const std::string number = name.substr(of - kDigits, kDigits), total = name.substr(of + kOf.size(), kDigits);
+  const auto is_number = [](const std::string& text) {
+    return text.size() == kDigits && text.find_first_not_of("0123456789") == std::string::npos;
+  };
+  if (!is_number(number) || !is_number(total) || std::stoi(total) == 0) return std::nullopt;
+  return SeriesName{.stem = name.substr(0, of - kDigits), .tail = name.substr(of), .total = std::stoi(total)};
 }
 
 /// Of a series without an index, all must be there.
@@ -135,7 +140,7 @@ WeightFiles find_weight_files(const fs::path& directory) {
     if (std::vector<fs::path> files = files_with_suffix(directory, *format); !files.empty())
       return {.files = std::move(files)};
   }
-  fail("no-weights", directory, "it holds no file of weights", "give a Hugging Face model directory");
+  fail("no-weights", directory, "it holds no file of weights", "give a Hugging Face model directory or a file");
 }
 
 /// Of a matrix of the last dimension; a list is a column.
@@ -186,7 +191,11 @@ struct Checkpoint::Impl {
   Impl(const fs::path& opened, const Translator& translator, Unfinished unfinished) : path(opened) {
     find_files(unfinished);
     map_arrays();
-    if (facts() == nullptr) read_json_files();  // beside a file that speaks for itself they are another model's
+    if (facts() == nullptr) {
+      read_json_files();
+    } else {  // beside a file that speaks for itself they are another model's, and so is a tokenizer
+      path = files[0];
+    }
     check_index();
     if (translator != nullptr && facts() != nullptr) translate(translator(view()));
     find_container();
@@ -201,8 +210,6 @@ struct Checkpoint::Impl {
       fail("unfinished", path, "it is an output that is being written or was interrupted",
            "wait for the run that writes it, or repeat its command with --resume");
     if (fs::is_directory(path)) {
-      if (!fs::exists(path / "config.json"))
-        fail("no-config", path, "it holds no config.json", "give a Hugging Face model directory");
       WeightFiles found = find_weight_files(path);
       files = std::move(found.files);
       index = std::move(found.index);
@@ -212,7 +219,11 @@ struct Checkpoint::Impl {
   }
 
   void read_json_files() {
-    if (fs::exists(directory / "config.json")) config = read_json_object(directory / "config.json");
+    if (fs::exists(directory / "config.json")) {
+      config = read_json_object(directory / "config.json");
+    } else if (fs::is_directory(path)) {
+      fail("no-config", path, "it holds no config.json", "give a Hugging Face model directory");
+    }
     if (fs::exists(directory / kMetadata)) metadata = read_json_object(directory / kMetadata);
   }
 
@@ -226,7 +237,6 @@ struct Checkpoint::Impl {
       fail("missing-shard", path, fmt::format("it is one of {} parts, its name does not say which", count.dump()),
            "give it the name it had, NAME-00001-of-00003.gguf");
     files = files_of_series(directory, *series);
-    path = files[0];
     mapped.clear();
     for (const fs::path& file : files) mapped.emplace_back(file);
   }
@@ -467,6 +477,7 @@ Checkpoint::~Checkpoint() = default;
 Checkpoint::Checkpoint(Checkpoint&&) noexcept = default;
 
 const fs::path& Checkpoint::path() const { return impl_->path; }
+fs::path Checkpoint::config_path() const { return facts() == nullptr ? impl_->directory / "config.json" : impl_->path; }
 const Json& Checkpoint::config() const { return impl_->config; }
 const Json& Checkpoint::quantization_metadata() const { return impl_->metadata; }
 const Json* Checkpoint::facts() const { return impl_->facts(); }

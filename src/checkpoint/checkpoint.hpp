@@ -59,8 +59,8 @@ class Checkpoint {
  public:
   /// An output that is not finished is refused, but for whoever is writing it.
   enum class Unfinished { refuse, allow };
-  /// A directory (config.json; weights in one file or several, with or without an index; the links of a Hugging Face
-  /// cache) or one file of weights of a known kind, with config.json beside it or not.
+  /// A directory (config.json, not needed with GGUF; weights in one file or several, with or without an index; the
+  /// links of a Hugging Face cache) or one file of weights of a known kind, with config.json beside it or not.
   /// Throws Error naming the file and what is wrong with it.
   /// translate: applied where the file has facts of its own (GGUF); null leaves everything as it is stored.
   explicit Checkpoint(const std::filesystem::path& path, const Translator& translate = nullptr,
@@ -68,7 +68,7 @@ class Checkpoint {
   ~Checkpoint();
   Checkpoint(Checkpoint&&) noexcept;
 
-  const std::filesystem::path& path() const;  ///< as it was opened; of a file in parts the first
+  const std::filesystem::path& path() const;  ///< as it was opened; of GGUF always the file, the first of several
   /// Reads every file through and compares it with the digest that quantization_metadata.json records, where it does.
   /// Throws Error{"digest-mismatch"}.
   void verify_digests() const;
@@ -82,6 +82,7 @@ class Checkpoint {
   };
   std::vector<File> files() const;
 
+  std::filesystem::path config_path() const;  ///< of the file that config() is or would be from
   const Json& config() const;                 ///< an empty object if there is no config.json
   const Json& quantization_metadata() const;  ///< likewise for quantization_metadata.json
   /// What the weight file itself says of the model, by key (GGUF: "general.architecture", "tokenizer.ggml.tokens" …;

@@ -236,6 +236,11 @@ TEST_F(Shards, TheUsualNamesComeFirst) {
   EXPECT_EQ(code_of_open(dir.path()), "missing-shard");
   std::filesystem::remove(dir / "model-00002-of-00002.safetensors");
   EXPECT_EQ(names_of(dir.path()), Names{"c"}) << "the only series";
+  std::filesystem::rename(dir / "consolidated-00001-of-00001.safetensors",
+                          dir / "mixture-of-experts-00001-of-00001.safetensors");
+  EXPECT_EQ(names_of(dir.path()), Names{"c"}) << "the last \"-of-\" counts";
+  std::filesystem::rename(dir / "mixture-of-experts-00001-of-00001.safetensors",
+                          dir / "consolidated-00001-of-00001.safetensors");
   std::filesystem::remove(dir / "consolidated-00001-of-00001.safetensors");
   EXPECT_EQ(names_of(dir.path()), Names{"layers.0.attention.wq.weight"}) << "the only file";
   write_file(dir / "other.safetensors", one_tensor("d", "F32", "[1]", 4));
@@ -322,7 +327,7 @@ TEST(Checkpoint, TensorsOfEveryKind) {
 TEST(Checkpoint, WhatIsNoModelIsRefused) {
   const TemporaryDirectory dir;
   EXPECT_EQ(code_of_open(dir / "none"), "cannot-open");
-  EXPECT_EQ(code_of_open(dir.path()), "no-config");
+  EXPECT_EQ(code_of_open(dir.path()), "no-weights");
   write_file(dir / "config.json", "{");
   EXPECT_EQ(code_of_open(dir.path()), "no-weights");
   write_file(dir / "model.safetensors", kGood);
@@ -333,6 +338,8 @@ TEST(Checkpoint, WhatIsNoModelIsRefused) {
   EXPECT_EQ(code_of_open(dir.path()), "unsupported-container");
   write_file(dir / "config.json", "{}");
   EXPECT_EQ(code_of_open(dir.path()), "none");
+  std::filesystem::remove(dir / "config.json");
+  EXPECT_EQ(code_of_open(dir.path()), "no-config");
   write_file(dir / "model.safetensors", "");
   EXPECT_EQ(code_of_open(dir.path()), "bad-safetensors");
   EXPECT_EQ(code_of_open(dir / "model.safetensors"), "bad-safetensors");

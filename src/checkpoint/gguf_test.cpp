@@ -247,6 +247,9 @@ TEST_F(GgufParts, AreJoined) {
   for (int32_t i = 0; i < 3; ++i) write("m-0000" + std::to_string(i + 1) + "-of-00003.gguf", i);
   EXPECT_EQ(code("m-00001-of-00003.gguf"), "none");
   EXPECT_EQ(code("m-00002-of-00003.gguf"), "none");
+  EXPECT_EQ(code("."), "none");
+  EXPECT_EQ(Checkpoint(dir.path()).path(), dir / "m-00001-of-00003.gguf");
+  EXPECT_EQ(Checkpoint(dir / "m-00002-of-00003.gguf").path(), dir / "m-00001-of-00003.gguf");
   std::filesystem::copy(dir / "m-00001-of-00003.gguf", dir / "renamed.gguf");
   EXPECT_EQ(code("renamed.gguf"), "missing-shard");
   write("m-00001-of-00003.gguf", 0, 4);

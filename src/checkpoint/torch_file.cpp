@@ -23,7 +23,8 @@ using Kind = PickleValue::Kind;
 using Ref = uint32_t;
 
 constexpr size_t kMaxRank = 8;
-constexpr int kMaxDepth = 16;  // of dicts in dicts
+constexpr int kMaxDepth = 16;          // of dicts in dicts
+constexpr size_t kLongestName = 1024;  // of a tensor: a dict's key may be long and stand before thousands of others
 constexpr std::string_view kDamaged = "the download is incomplete or damaged, fetch it again";
 
 /// What a pickle of tensors may ask for.
@@ -130,9 +131,10 @@ class StateDict {
   View view(Ref ref, const std::string& name, const Storages& storages) const;
   std::span<const std::byte> gathered(const View& view, const std::string& name);
 
+  void check_depth(int depth) const;
   bool has_tensors(Ref ref, int depth = 0);
   Ref innermost();
-  void collect(Ref dict, const std::string& prefix, const Storages& storages);
+  void collect(Ref dict, const std::string& prefix, const Storages& storages, int depth = 0);
   void add(const std::string& name, Ref tensor, const Storages& storages);
 
   Pickle pickle_;
@@ -269,12 +271,16 @@ std::span<const std::byte> StateDict::gathered(const View& view, const std::stri
   return known->second = contents_.owned.back();
 }
 
+void StateDict::check_depth(int depth) const {
+  if (depth > kMaxDepth) fail(where_, fmt::format("it has dicts nested more than {} deep", kMaxDepth), "");
+}
+
 bool StateDict::has_tensors(Ref ref, int depth) {
   if (is_tensor(ref)) return true;
   if (at(ref).kind != Kind::dict) return false;
   const auto [known, is_new] = has_tensors_.try_emplace(ref, false);
   if (!is_new) return known->second;
-  if (depth > kMaxDepth) fail(where_, fmt::format("it has dicts nested more than {} deep", kMaxDepth), "");
+  check_depth(depth);
   bool any = false;
   for (size_t i = 1; i < at(ref).items.size(); i += 2) any = has_tensors(at(ref).items[i], depth + 1) || any;
   return has_tensors_[ref] = any;
@@ -301,8 +307,9 @@ Ref StateDict::innermost() {
   }
 }
 
-void StateDict::collect(Ref dict, const std::string& prefix, const Storages& storages) {
+void StateDict::collect(Ref dict, const std::string& prefix, const Storages& storages, int depth) {
   if (!collected_.insert(dict).second) fail(where_, "a dict of tensors in it appears twice", "");
+  check_depth(depth);  // here too: has_tensors stops at dicts that it knows
   const std::vector<Ref>& items = at(dict).items;
   for (size_t i = 0; i < items.size(); i += 2) {
     if (!has_tensors(items[i + 1])) continue;
@@ -310,10 +317,13 @@ void StateDict::collect(Ref dict, const std::string& prefix, const Storages& sto
     if (key.kind != Kind::string && key.kind != Kind::integer) fail(where_, "a tensor in it has no name");
     const std::string name =
         prefix + (key.kind == Kind::string ? std::string(key.text) : fmt::format("{}", key.integer));
+    if (name.size() > kLongestName)
+      fail(where_,
+           fmt::format("the name '{}' has {} bytes, the most are {}", printable(name), name.size(), kLongestName));
     if (is_tensor(items[i + 1]))
       add(name, items[i + 1], storages);
     else
-      collect(items[i + 1], name + ".", storages);
+      collect(items[i + 1], name + ".", storages, depth + 1);
   }
 }
 
@@ -410,6 +420,9 @@ bool detect(std::span<const std::byte> start) { return starts_with(start, kZip) 
 
 WeightContents parse(std::span<const std::byte> file, const std::string& where) {
   if (starts_with(file, kMagic)) return read_legacy(file, where);
+  constexpr std::array<uint8_t, 2> kPacked = {'P', 'K'};
+  if (!file.empty() && !starts_with(file, kPacked))
+    fail(where, "it begins neither as an archive nor as torch.save's older files", "give a file that torch.save wrote");
   return read_zip(file, where);
 }
 

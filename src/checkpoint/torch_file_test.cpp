@@ -287,6 +287,32 @@ TEST(TorchFile, RepeatsNoMoreThanTheFileHolds) {
   EXPECT_EQ(parsed(file(dict(tied))).owned.size(), 1u);
 }
 
+TEST(TorchFile, AnotherKindOfFileIsToldFromADamagedOne) {
+  std::string message;
+  EXPECT_EQ(code_of(std::string(3000, 'x'), &message), "bad-torch-file");  // llama2.c's model.bin and the like
+  EXPECT_NE(message.find("begins neither"), std::string::npos) << message;
+  EXPECT_EQ(code_of("PK\3\4" + std::string(3000, 'x')), "bad-zip");
+}
+
+// Each dict holds the one before by reference, so that a look from the top meets only known ones.
+TEST(TorchFile, ChainsOfDictsAndLongNamesAreRefused) {
+  constexpr uint32_t kTensor = 1u << 30, kLength = 200'000;
+  const auto put = [](uint32_t at) { return "r" + little(at, 4); };
+  const auto got = [](uint32_t at) { return "j" + little(at, 4); };
+  std::string items = text("a") + dict(text("t") + tensor({4}, {1}) + put(kTensor)) + put(0);
+  for (uint32_t k = 1; k < kLength; ++k)
+    items += text(k + 1 == kLength ? "model" : "b") +
+             dict(text("w") + dict(text("t") + got(kTensor)) + text("z") + got(k - 1)) + put(k);
+  std::string message;
+  EXPECT_EQ(code_of(file(dict(items)), &message), "bad-torch-file");
+  EXPECT_NE(message.find("nested more than 16 deep"), std::string::npos) << message;
+
+  const auto named = [&](size_t size) { return file(dict(text(std::string(size, 'n')) + tensor({4}, {1}))); };
+  EXPECT_EQ(code_of(named(1024)), "none");
+  EXPECT_EQ(code_of(named(1025), &message), "bad-torch-file");
+  EXPECT_NE(message.find("1025 bytes, the most are 1024"), std::string::npos) << message;
+}
+
 TEST(TorchFile, NestedDicts) {
   const std::string t = tensor({2}, {1});
   const auto names = [](const std::string& body) {

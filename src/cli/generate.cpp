@@ -62,7 +62,9 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
   checkpoint.verify_digests();
   const Tokenizer tokenizer(tokenizer_path(checkpoint));
   const Model model(checkpoint);
-  const std::vector<int32_t> ends = end_tokens(checkpoint.config(), model_directory(checkpoint));
+  // Beside a file that speaks for itself generation_config.json is another model's.
+  const auto directory = checkpoint.facts() == nullptr ? model_directory(checkpoint) : std::filesystem::path();
+  const std::vector<int32_t> ends = end_tokens(checkpoint.config(), directory);
   std::vector<int32_t> tokens = prompt_tokens(tokenizer, *arguments.text("--prompt"));
   const auto prompt = static_cast<int64_t>(tokens.size());
   int64_t wanted = arguments.integer("--tokens").value_or(kDefaultTokens);

@@ -26,7 +26,7 @@ std::vector<int32_t> read(const Json& json, const std::string& where) {
 
 std::vector<int32_t> end_tokens(const Json& config, const std::filesystem::path& directory) {
   const std::filesystem::path path = directory / "generation_config.json";
-  if (std::filesystem::exists(path))
+  if (!directory.empty() && std::filesystem::exists(path))
     if (std::vector<int32_t> ids = read(parse_json(read_text_file(path), path.string()), path.string()); !ids.empty())
       return ids;
   return read(config, (directory / "config.json").string());

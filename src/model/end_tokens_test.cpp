@@ -29,6 +29,7 @@ TEST(ModelEndTokens, GenerationConfigWins) {
   EXPECT_EQ(end_tokens(config, dir.path()), Ids({2}));
   test::write_file(dir / "generation_config.json", R"({"eos_token_id": [128001, 128009]})");
   EXPECT_EQ(end_tokens(config, dir.path()), Ids({128001, 128009}));
+  EXPECT_EQ(end_tokens(config, ""), Ids({2}));
   test::write_file(dir / "generation_config.json", "{");
   EXPECT_THROW(end_tokens(config, dir.path()), Error);
 }

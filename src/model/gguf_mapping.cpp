@@ -26,6 +26,8 @@ constexpr auto kKeys = std::to_array<GgufKey>({
     {"rope.freq_base", "rope_theta"},
 });
 
+constexpr int64_t kMostNumbers = 1 << 16;  // of a tensor that becomes configuration
+
 constexpr auto kTensors = std::to_array<GgufTensor>({
     {"token_embd", "model.embed_tokens"},
     {"output_norm", "model.norm"},
@@ -88,6 +90,9 @@ Json GgufFacts::numbers(const std::string& tensor) const {
   if (found == stored_.arrays.end()) return {};
   const ArraySpec& spec = found->second;
   if (spec.block != nullptr || !info(spec.dtype).is_float) fail(fmt::format("tensor '{}' holds no floats", tensor));
+  if (element_count(spec.shape) > kMostNumbers)
+    fail(fmt::format("tensor '{}' has the shape {}, at most {} numbers are read", tensor, to_string(spec.shape),
+                     kMostNumbers));
   std::vector<float> values(static_cast<size_t>(element_count(spec.shape)));
   to_f32(spec.dtype, stored_.bytes(tensor), values);
   return values;
@@ -111,18 +116,20 @@ void set_partial_rotation(const GgufFacts& facts, Json& config) {
 
 void set_gguf_rope(const GgufFacts& facts, Json& config) {
   set_partial_rotation(facts, config);
-  const Json* const type = facts.own("rope.scaling.type");
-  const double factor = facts.number("rope.scaling.factor", 0);
-  if (type == nullptr || *type == "none" || factor == 0) return;
-  if (!type->is_string() || !is_utf8(type->get_ref<const std::string&>()))
+  const double factor = facts.number("rope.scaling.factor", facts.number("rope.scale_linear", 0));  // the older name
+  const Json* const given = facts.own("rope.scaling.type");
+  const Json type = given == nullptr ? Json("linear") : *given;  // as llama.cpp, src/llama-model.cpp
+  if (type == "none" || factor == 0) return;
+  if (!type.is_string() || !is_utf8(type.get_ref<const std::string&>()))
     facts.fail("key 'rope.scaling.type' is no text");
-  Json& scaling = config["rope_scaling"] = {{"rope_type", *type}, {"factor", factor}};
+  if (given == nullptr && factor == 1) return;
+  Json& scaling = config["rope_scaling"] = {{"rope_type", type}, {"factor", factor}};
   if (const int64_t original = facts.integer("rope.scaling.original_context_length", 1, kMost, 0))
     scaling["original_max_position_embeddings"] = original;
   for (const auto& [key, name] :
        {std::pair("rope.scaling.yarn_beta_fast", "beta_fast"), std::pair("rope.scaling.yarn_beta_slow", "beta_slow")})
     if (facts.own(key) != nullptr) scaling[name] = facts.number(key, 0);
-  for (const char* key : {"rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"})
+  for (const char* key : {"rope.scaling.attn_factor", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"})
     if (facts.number(key, 1) != 1) facts.fail(fmt::format("key '{}' is not 1, which is not supported", key));
 }
 

@@ -73,8 +73,8 @@ struct GgufMapping {
 // What most have in common, because they are Llama with differences.
 extern const std::span<const GgufKey> kGgufLlamaKeys;
 extern const std::span<const GgufTensor> kGgufLlamaTensors;  ///< as Llama but for the order of q's and k's rows
-/// rope_scaling from rope.scaling.*, partial_rotary_factor from rope.dimension_count; nothing where there is nothing
-/// to say.
+/// rope_scaling from rope.scaling.* (without a type it is linear, as in llama.cpp), partial_rotary_factor from
+/// rope.dimension_count; nothing where there is nothing to say.
 void set_gguf_rope(const GgufFacts& facts, Json& config);
 
 /// rope_scaling from the tensor rope_freqs.weight, by which each pair's frequency is divided (Llama 3.1).

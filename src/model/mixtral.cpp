@@ -44,13 +44,18 @@ constexpr auto kGgufTensors = std::to_array<GgufTensor>({
     {"blk.{0}.ffn_up_exps", "model.layers.{0}.block_sparse_moe.experts.{1}.w3", GgufRows::experts},
 });
 
+void complete_gguf(const GgufFacts& facts, Json& config) {
+  set_gguf_rope(facts, config);
+  set_gguf_rope_factors(facts, config);
+}
+
 const GgufMapping kGguf = {.architecture = "llama",
                            .routed = true,
                            .keys = kGgufLlamaKeys,
                            .own_keys = kGgufKeys,
                            .tensors = kGgufTensors,
                            .shared_tensors = kGgufLlamaTensors,
-                           .complete = set_gguf_rope};
+                           .complete = complete_gguf};
 
 }  // namespace
 

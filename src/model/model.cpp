@@ -22,8 +22,7 @@ constexpr size_t kRowsATask = 16;  // of loops over single tokens
 
 ModelConfig configure(const Checkpoint& checkpoint) {
   const Architecture* const architecture = find_architecture(checkpoint.config());
-  if (architecture != nullptr)
-    return architecture->configure(checkpoint.config(), (checkpoint.path() / "config.json").string());
+  if (architecture != nullptr) return architecture->configure(checkpoint.config(), checkpoint.config_path().string());
   std::string known;
   for (const Architecture* row : all_architectures()) known += (known.empty() ? "" : ", ") + std::string(row->name);
   throw Error({.code = "unknown-architecture",

@@ -8,6 +8,7 @@
 #include <set>
 
 #include "base/error.hpp"
+#include "model/gguf_mapping.hpp"
 #include "model/model.hpp"
 #include "tests/checkpoints.hpp"
 #include "tests/gguf_models.hpp"
@@ -157,6 +158,116 @@ TEST(OpenModel, WhatDoesNotAgreeIsRefused) {
   EXPECT_EQ(code("llama", 2, "blk.0.attn_q.weight", {8, 0}), "bad-config");
   EXPECT_EQ(code("gptneox", 2, "blk.0.attn_qkv.weight", {8, 4}), "bad-config");
   EXPECT_EQ(code("llama", 2, "blk.0.attn_q.weight", {8, 4}), "bad-config");  // num_hidden_layers is missing
+}
+
+/// A value as GGUF stores it.
+struct Raw {
+  GgufValueType type;
+  bool is_array;
+  uint64_t count;
+  std::string bytes;
+};
+template <class T>
+Raw raw(GgufValueType type, std::vector<T> values, bool is_array) {
+  return {type, is_array, values.size(),
+          std::string(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T))};
+}
+GgufEntry entry_of(std::string_view key, const Raw& value) {
+  return {key, value.type, value.is_array, value.count, std::as_bytes(std::span(value.bytes))};
+}
+
+/// A file of one layer of two heads and two experts, with one of its keys replaced.
+void write_odd_model(const fs::path& path, const std::string& architecture, bool routed, const std::string& key,
+                     const Raw& value) {
+  GgufMetadata metadata;
+  metadata.add("general.architecture", architecture);
+  const std::pair<const char*, uint32_t> usual[] = {
+      {"block_count", 1},       {"embedding_length", 8},           {"feed_forward_length", 8},
+      {"context_length", 16},   {"attention.head_count", 2},       {"attention.head_count_kv", 2},
+      {"expert_used_count", 1}, {"expert_feed_forward_length", 8}, {"expert_count", routed ? 2 : 0}};
+  for (const auto& [name, number] : usual)
+    if (key != name) metadata.add(architecture + "." + name, number);
+  for (const char* name : {"attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon"})
+    if (key != name) metadata.add(architecture + "." + name, 1e-5F);
+  const std::string whole = architecture + "." + key;
+  metadata.add(entry_of(whole, value));
+  const std::vector<ArraySpec> specs = {
+      {"token_embd.weight", DType::f32, {4, 8}},      {"output_norm.weight", DType::f32, {8}},
+      {"blk.0.attn_q.weight", DType::f32, {8, 8}},    {"blk.0.attn_k.weight", DType::f32, {8, 8}},
+      {"blk.0.attn_qkv.weight", DType::f32, {24, 8}}, {"blk.0.ffn_gate_exps.weight", DType::f32, {2, 8, 8}},
+      {"rope_freqs.weight", DType::f32, {2}},         {"rope_factors_long.weight", DType::f32, {2}},
+      {"rope_factors_short.weight", DType::f32, {2}}};
+  GgufWriter writer(path, metadata, specs);
+  for (const ArraySpec& spec : specs) writer.add(std::vector<std::byte>(spec.bytes(), std::byte{0x3f}));
+  writer.finish();
+}
+
+// Whatever a key says, the file is refused with an Error that names something (its tensors are too few to run).
+TEST(OpenModel, OddMetadataIsRefused) {
+  const Raw odd[] = {raw<uint32_t>(GgufValueType::u32, {0}, false),
+                     raw<uint64_t>(GgufValueType::u64, {uint64_t{1} << 60}, false),
+                     raw<int32_t>(GgufValueType::i32, {-1}, false),
+                     raw<float>(GgufValueType::f32, {std::nanf("")}, false),
+                     {GgufValueType::string, false, 1, std::string("\2\0\0\0\0\0\0\0\xff\xfe", 10)},
+                     raw<uint32_t>(GgufValueType::u32, {2, 3}, true)};
+  const TemporaryDirectory dir;
+  size_t cases = 0;
+  for (const Architecture* row : all_architectures()) {
+    if (row->gguf == nullptr) continue;
+    std::set<std::string> keys = {"expert_count",
+                                  "rope.dimension_count",
+                                  "rope.scaling.type",
+                                  "rope.scaling.factor",
+                                  "rope.scale_linear",
+                                  "attention.sliding_window_pattern",
+                                  "rope.freq_base_swa",
+                                  "attention.key_length",
+                                  "rope.scaling.original_context_length",
+                                  "attention.sliding_window",
+                                  "rope.scaling.attn_factor"};
+    for (const std::span<const GgufKey> list : {row->gguf->keys, row->gguf->own_keys})
+      for (const GgufKey& key : list) keys.emplace(key.gguf);
+    for (const std::string& key : keys)
+      for (const Raw& value : odd) {
+        SCOPED_TRACE(std::string(row->name) + " " + key);
+        write_odd_model(dir / "x.gguf", std::string(row->gguf->architecture), row->gguf->routed, key, value);
+        EXPECT_NE(code_of(dir / "x.gguf"), "none");
+        ++cases;
+      }
+  }
+  std::cout << "cases: " << cases << '\n';
+}
+
+Json rope_scaling(const std::vector<std::pair<std::string, Raw>>& keys) {
+  const TemporaryDirectory dir;
+  GgufMetadata metadata;
+  metadata.add("general.architecture", "qwen2");
+  for (const auto& [key, value] : keys) metadata.add(entry_of(key, value));
+  GgufWriter(dir / "x.gguf", metadata, {}).finish();
+  return open_model(dir / "x.gguf").config().value("rope_scaling", Json());
+}
+
+// As llama.cpp reads them (src/llama-model.cpp): no type is linear, and there is an older name of the factor.
+TEST(OpenModel, RopeScalingWithoutAType) {
+  const Raw four = raw<float>(GgufValueType::f32, {4}, false), one = raw<float>(GgufValueType::f32, {1}, false);
+  const Raw none = {GgufValueType::string, false, 1, std::string("\4\0\0\0\0\0\0\0none", 12)};
+  const Json linear = {{"rope_type", "linear"}, {"factor", 4.0}};
+  EXPECT_EQ(rope_scaling({{"qwen2.rope.scaling.factor", four}}), linear);
+  EXPECT_EQ(rope_scaling({{"qwen2.rope.scale_linear", four}}), linear);
+  EXPECT_EQ(rope_scaling({{"qwen2.rope.scale_linear", one}}), Json());
+  EXPECT_EQ(rope_scaling({{"qwen2.rope.scaling.factor", four}, {"qwen2.rope.scaling.type", none}}), Json());
+  EXPECT_EQ(rope_scaling({}), Json());
+  EXPECT_THROW(rope_scaling({{"qwen2.rope.scaling.factor", four}, {"qwen2.rope.scaling.attn_factor", four}}), Error);
+}
+
+// The directory's own files are another model's, but the weights are found there.
+TEST(OpenModel, ADirectoryOfOneGgufFile) {
+  const TemporaryDirectory dir;
+  test::write_gguf_model(test::example_model(), dir / "some name.gguf", "Q8_0");
+  const std::vector<float> expected = logits_of(open_model(dir / "some name.gguf"));
+  EXPECT_EQ(logits_of(open_model(dir.path())), expected);
+  test::write_file(dir / "config.json", R"({"architectures": ["Other"]})");
+  EXPECT_EQ(logits_of(open_model(dir.path())), expected);
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include "tests/support.hpp"
 #include "tokenizer/formats.hpp"
 #include "tokenizer/gguf_vocabulary.hpp"
+#include "tokenizer/scored_vocabulary.hpp"
 #include "tokenizer/tokenizer.hpp"
 
 namespace bitwright {
@@ -220,6 +221,43 @@ TEST(Pipeline, GgufVocabularies) {
     damage(damaged);
     EXPECT_THROW(Tokenizer::from_gguf(damaged, "x.gguf"), Error);
   }
+}
+
+/// As SentencePiece 0.1.97 does: a piece of the user's costs 0.1, however long it is and rare the others are.
+TEST(Pipeline, UnigramPrefersTheUsersPieces) {
+  ScoredVocabulary v = {.pieces = {{"<unk>", 0, PieceType::unknown},
+                                   {"t", -2},
+                                   {"his", -3},
+                                   {"is", -4},
+                                   {"th", 0, PieceType::user_defined},
+                                   {"h", -9}},
+                        .unigram = true,
+                        .normalization = {},
+                        .bos = {},
+                        .eos = {}};
+  v.normalization.add_dummy_prefix = false;
+  EXPECT_EQ(Tokenizer(pipeline_of(v, "x")).encode("this"), (Ids{4, 3}));
+  v.pieces[4].type = PieceType::normal;
+  v.pieces[4].score = -2;
+  EXPECT_EQ(Tokenizer(pipeline_of(v, "x")).encode("this"), (Ids{1, 2}));
+}
+
+/// Both orders of "!" and "!!" cost the same; what SentencePiece 0.1.97 says depends on what was added before.
+TEST(Pipeline, UnigramRoundsAsSentencePiece) {
+  ScoredVocabulary v = {.pieces = {{"<unk>", 0, PieceType::unknown},
+                                   {"\u2581", -1.693242073059082F},
+                                   {"b", -6.0574631690979F},
+                                   {"!", -5.9671502113342285F},
+                                   {"!!", 0, PieceType::user_defined}},
+                        .unigram = true,
+                        .single_precision = true,
+                        .normalization = {},
+                        .bos = {},
+                        .eos = {}};
+  const Tokenizer t(pipeline_of(v, "x"));
+  EXPECT_EQ(t.encode("!!!"), (Ids{1, 3, 4}));
+  EXPECT_EQ(t.encode("b!!!"), (Ids{1, 2, 4, 3}));
+  EXPECT_EQ(t.encode("bb!!!"), (Ids{1, 2, 2, 3, 4}));
 }
 
 /// Every beginning of each file of the corpus is read or refused, and the whole is read unless it says too little.

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
 
 #include "tokenizer/byte_level.hpp"
 #include "tokenizer/decoders.hpp"
@@ -54,14 +55,17 @@ std::unique_ptr<Model> bpe_of(const ScoredVocabulary& vocabulary, const Special&
 }
 
 std::unique_ptr<Model> unigram_of(const ScoredVocabulary& vocabulary, const Special& special) {
-  UnigramRules rules = {.pieces = {}, .unknown = special.unknown, .bytes = special.bytes};
-  double best = 0;
+  UnigramRules rules = {.pieces = {},
+                        .single_precision = vocabulary.single_precision,
+                        .unknown = special.unknown,
+                        .bytes = special.bytes};
+  double best = std::numeric_limits<float>::min();  // as SentencePiece begins: scores are logarithms, none is above it
   for (const ScoredPiece& piece : vocabulary.pieces) {
     if (piece.type != PieceType::normal) continue;
     const bool first = rules.pieces.empty();
     const auto id = static_cast<int32_t>(&piece - vocabulary.pieces.data());
     rules.worst_score = first ? piece.score : std::min<double>(rules.worst_score, piece.score);
-    best = first ? piece.score : std::max<double>(best, piece.score);
+    best = std::max<double>(best, piece.score);
     rules.pieces.push_back({piece.text, piece.score, id});
   }
   for (const ScoredPiece& piece : vocabulary.pieces) {

@@ -23,6 +23,7 @@ struct ScoredVocabulary {
   std::vector<ScoredPiece> pieces;
   bool unigram =
       false;  ///< else byte-pair encoding: two neighbours that are a piece together are joined, best score first
+  bool single_precision = false;  ///< UnigramRules'
   SentencePieceNormalization normalization;
   std::optional<int32_t> unknown{};    ///< absent: the first piece of that type
   bool user_defined_verbatim = false;  ///< the user's own pieces stand in plain text; else in normalized text

@@ -131,6 +131,7 @@ TokenizerPipeline read(const std::filesystem::path& path) {
 
 TokenizerPipeline read_sentencepiece(std::string_view bytes, const std::string& file) {
   ScoredVocabulary vocabulary;
+  vocabulary.single_precision = true;
   read_trainer("", file, vocabulary);
   Message field(bytes, file);
   while (field.next()) {

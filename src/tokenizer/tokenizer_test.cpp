@@ -341,5 +341,20 @@ TEST(Tokenizer, RefusesIdsThatAreNoTokens) {
     expect_error([&] { t.decode(Ids{'a', id}); }, "bad-token", std::to_string(id) + " is not a token");
 }
 
+TEST(Tokenizer, TheMapTellsWhichAddedTokensAreSpecial) {
+  const test::TemporaryDirectory dir;
+  test::write_file(dir / "vocab.json", R"({"a": 0, "b": 1, "<": 2, ">": 3})");
+  test::write_file(dir / "merges.txt", "");
+  test::write_file(dir / "added_tokens.json", R"({"<a>": 4, "<b>": 5, "ab": 6})");
+  const std::vector<int32_t> all = {4, 5, 6};
+  EXPECT_EQ(Tokenizer(dir.path()).encode("<a><b>ab"), all);
+  EXPECT_EQ(Tokenizer(dir.path()).decode(all), "") << "without the map all are";
+  test::write_file(dir / "special_tokens_map.json",
+                   R"({"bos_token": {"content": "<a>"}, "additional_special_tokens": ["<b>"]})");
+  EXPECT_EQ(Tokenizer(dir.path()).encode("<a><b>ab"), all);
+  EXPECT_EQ(Tokenizer(dir.path()).decode(all), "ab");
+  EXPECT_EQ(Tokenizer(dir.path()).encode("<a>ab", false), (std::vector<int32_t>{2, 0, 3, 6}));
+}
+
 }  // namespace
 }  // namespace bitwright

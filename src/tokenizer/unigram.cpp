@@ -22,7 +22,7 @@ constexpr uint32_t kUnreached = UINT32_MAX;
 
 Unigram::Unigram(UnigramRules rules) : rules_(std::move(rules)) {
   for (size_t i = 0; i < rules_.pieces.size(); ++i) trie_.add(rules_.pieces[i].text, static_cast<int32_t>(i));
-  unknown_score_ = rules_.worst_score - kUnknownPenalty;
+  unknown_score_ = rounded(rules_.worst_score - kUnknownPenalty);
 }
 
 void Unigram::encode(std::string_view piece, PieceCache& cache, std::vector<int32_t>& ids) const {
@@ -43,8 +43,10 @@ void Unigram::add_unknown(std::string_view text, std::vector<int32_t>& ids) cons
 void Unigram::encode_new(std::string_view piece, std::vector<int32_t>& ids) const {
   std::vector<Best> best(piece.size() + 1, Best{0, kUnreached, kUnknown});
   const auto offer = [&](size_t begin, size_t end, int32_t number, double score) {
-    const double sum = best[begin].score + score;
-    if (best[end].begin == kUnreached || sum > best[end].score) best[end] = {sum, static_cast<uint32_t>(begin), number};
+    double sum = best[begin].score + score;
+    if (number == kUnknown) sum = rounded(sum);  // SentencePiece compares the others' exact sums with rounded ones
+    if (best[end].begin == kUnreached || sum > best[end].score)
+      best[end] = {rounded(sum), static_cast<uint32_t>(begin), number};
   };
   for (size_t at = 0; at < piece.size();) {
     const size_t length = first_character(piece.substr(at)).length;

@@ -92,15 +92,27 @@ void add_from_config(const JsonPart& config, const TokenIds& vocabulary, Tokeniz
   }
 }
 
-/// added_tokens.json: {"text": id}. special_tokens_map.json tells which are special.
+/// Adds the texts of {"bos_token": "…" or {"content": "…"}, "additional_special_tokens": [either, …], …}.
+void add_texts(const Json& json, std::unordered_set<std::string>& texts) {
+  if (json.is_string()) texts.insert(json.get<std::string>());
+  if (json.is_object() && json.contains("content")) return add_texts(json["content"], texts);
+  if (json.is_structured())
+    for (const Json& member : json) add_texts(member, texts);
+}
+
+/// added_tokens.json: {"text": id}. special_tokens_map.json tells which are special; without it all are.
 void add_from_directory(const std::filesystem::path& directory, const TokenIds& vocabulary, TokenizerPipeline& out) {
   const auto path = file_in(directory, "added_tokens.json");
   if (!path) return;
   const Json json = parse_json(read_text_file(*path), path->string());
   const JsonPart part = {json, path->string(), ""};
   if (!json.is_object()) part.bad("not an object");
+  std::unordered_set<std::string> special;
+  const auto map = file_in(directory, "special_tokens_map.json");
+  if (map) add_texts(parse_json(read_text_file(*map), map->string()), special);
   for (const auto& [text, id] : json.items())
-    if (!text.empty()) add(part, vocabulary, {.id = part.id(id, text), .text = text, .special = true}, out);
+    if (!text.empty())
+      add(part, vocabulary, {.id = part.id(id, text), .text = text, .special = !map || special.contains(text)}, out);
 }
 
 std::optional<std::filesystem::path> find(const std::filesystem::path& directory) {
