@@ -69,7 +69,7 @@ echo "cases: $kills ($killed kills, $resumed resumed, $finished had finished)"
 rm -rf out .out.partial
 "$program" quantize model -o out "${options[@]}" >term.log 2>&1 &
 pid=$!
-until [ -s .out.partial/.bitwright-partial ]; do sleep 0.005; done
+until [ "$(du -sk .out.partial 2>/dev/null | cut -f1)" -gt 4000 ] 2>/dev/null; do sleep 0.005; done  # pieces are done
 kill -TERM "$pid"
 status=0 && wait "$pid" || status=$?
 [ "$status" = 130 ] && [ "$(cat term.log)" = "error: interrupted; --resume goes on" ] || fail "TERM: $status $(cat term.log)"
@@ -77,9 +77,26 @@ status=0 && wait "$pid" || status=$?
 grep -q -e '--resume to go on with it or --force to start again' twice.log || fail "$(cat twice.log)"
 "$program" quantize model -o out "${options[@]}" --resume --method int8 >other.log 2>&1 && fail "another recipe was resumed"
 grep -q 'the recipe changed' other.log || fail "$(cat other.log)"
+mv .out.partial/model-00001-of-*.safetensors .
+"$program" quantize model -o out "${options[@]}" --no-verify --resume >lost.log 2>&1 && fail "a lost shard became zeros"
+grep -q 'model-00001-of-.* is missing' lost.log || fail "$(cat lost.log)"
+mv model-00001-of-*.safetensors .out.partial
 touch model/model-00001-of-00002.safetensors
 "$program" quantize model -o out "${options[@]}" --resume >other.log 2>&1 && fail "another model was resumed"
 grep -q 'the model changed' other.log || fail "$(cat other.log)"
+
+# What was started to outlive its terminal (nohup) does.
+rm -rf .out.partial
+(trap '' HUP; exec "$program" quantize model -o out "${options[@]}" >/dev/null 2>hup.log) &
+pid=$!
+until [ -s .out.partial/.bitwright-partial ]; do sleep 0.005; done
+kill -HUP "$pid"
+wait "$pid" || fail "nohup: $(cat hup.log)"
+[ "$(digest out)" = "$expected" ] || fail "nohup: other bytes"
+"$program" quantize model -o out "${options[@]}" --resume >twice.log 2>&1 && fail "a complete output was resumed"
+grep -q 'complete: nothing is left to resume' twice.log || fail "$(cat twice.log)"
+
+rm -rf out
 
 # A full disk keeps the journal; with room again the run goes on to the same bytes.
 rm -rf .out.partial
@@ -97,4 +114,4 @@ truncate -s 100000 cut/model-00001-of-00002.safetensors cut/model-00002-of-00002
 status=0 && wait "$pid" || status=$?
 [ "$status" = 1 ] && [ "$(wc -l <cut.log)" = 1 ] && grep -q 'changed' cut.log || fail "cut: $status $(cat cut.log)"
 [ ! -e out ] && [ ! -e .out.partial ] || fail "cut: something is left"
-echo "faults: interruption, other recipe, other model, full disk, cut input"
+echo "faults: interruption, other recipe, other model, lost shard, lost terminal, full disk, cut input"

@@ -193,25 +193,6 @@ TEST(Size, ParsesWhatPeopleWrite) {
   EXPECT_EQ(free_disk("/no/such/place"), std::nullopt);
 }
 
-TEST(DType, FindsTheFirstThatIsNotFinite) {
-  for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
-    std::vector<std::byte> bytes(10'007 * size_bytes(dtype));
-    EXPECT_EQ(find_non_finite(dtype, bytes), std::nullopt);
-    for (const size_t at : {10'006u, 4096u, 5u}) {  // from the last to the first
-      const float bad = at == 4096 ? -INFINITY : NAN;
-      if (dtype == DType::f64) {
-        const double wide = static_cast<double>(bad);
-        std::memcpy(bytes.data() + at * sizeof wide, &wide, sizeof wide);
-      } else {
-        from_f32(dtype, std::span(&bad, 1), std::span(bytes).subspan(at * size_bytes(dtype), size_bytes(dtype)));
-      }
-      const auto found = find_non_finite(dtype, bytes);
-      ASSERT_TRUE(found.has_value());
-      EXPECT_EQ(found->first, at);
-    }
-  }
-}
-
 TEST(Output, AnUnfinishedRunIsKeptAndResumed) {
   const TemporaryDirectory dir;
   const auto target = dir / "out", staging = dir / ".out.partial";
@@ -236,6 +217,18 @@ TEST(Output, AnUnfinishedRunIsKeptAndResumed) {
   EXPECT_FALSE(std::filesystem::exists(staging));
   EXPECT_FALSE(is_unfinished(target));
   EXPECT_EQ(test::files_in(target).size(), 1u);  // no journal
+}
+
+TEST(Output, AJournalIsEmptiedBeforeItsFilesGo) {
+  if (::geteuid() == 0) GTEST_SKIP() << "root may remove anything";
+  const TemporaryDirectory dir;
+  const auto target = dir / "out", staging = dir / ".out.partial";
+  std::filesystem::create_directories(staging / "locked/in");
+  write_file(staging / ".bitwright-partial", "{}\n");
+  std::filesystem::permissions(staging / "locked", std::filesystem::perms::owner_read);
+  EXPECT_ANY_THROW(OutputDirectory(target, Existing::replace));  // stopped while it clears
+  EXPECT_EQ(read_file(staging / ".bitwright-partial"), "");
+  std::filesystem::permissions(staging / "locked", std::filesystem::perms::owner_all);
 }
 
 TEST(Output, KilledWhileItGetsItsName) {

@@ -273,27 +273,6 @@ void from_f32(DType dtype, std::span<const float> values, std::span<std::byte> d
   }
 }
 
-std::optional<std::pair<size_t, float>> find_non_finite(DType dtype, std::span<const std::byte> data) {
-  constexpr size_t kPiece = 4096;
-  std::array<float, kPiece> values;
-  const size_t width = size_bytes(dtype), count = data.size() / width;
-  for (size_t begin = 0; begin < count; begin += kPiece) {
-    const std::span<float> part = std::span(values).first(std::min(kPiece, count - begin));
-    to_f32(dtype, data.subspan(begin * width, part.size() * width), part);
-    // Finite times zero is zero, all else NaN, and a NaN stays in a sum: no branch, so that it is done in vectors.
-    std::array<float, 8> sums = {};
-    for (size_t i = 0; i + sums.size() <= part.size(); i += sums.size())
-      for (size_t lane = 0; lane < sums.size(); ++lane) sums[lane] += part[i + lane] * 0.0f;
-    for (size_t i = part.size() / sums.size() * sums.size(); i < part.size(); ++i) sums[0] += part[i] * 0.0f;
-    float sum = 0;
-    for (const float lane : sums) sum += lane;
-    if (sum == 0) continue;
-    for (size_t i = 0; i < part.size(); ++i)
-      if (!std::isfinite(part[i])) return std::pair(begin + i, part[i]);
-  }
-  return std::nullopt;
-}
-
 float round_to(DType dtype, float value) {
   std::array<std::byte, 8> stored;
   const std::span<std::byte> bytes = std::span(stored).first(size_bytes(dtype));

@@ -6,7 +6,6 @@
 #include <span>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 namespace bitwright {
@@ -72,8 +71,6 @@ uint8_t f32_to_e8m0(
 void to_f32(DType dtype, std::span<const std::byte> data, std::span<float> out);
 /// data: values.size() numbers of `dtype`, each values[i] rounded as above; integers round half to even and saturate.
 void from_f32(DType dtype, std::span<const float> values, std::span<std::byte> data);
-/// The first of the numbers that is NaN or infinite as f32, and its value; nothing: all are finite.
-std::optional<std::pair<size_t, float>> find_non_finite(DType dtype, std::span<const std::byte> data);
 /// `value` as `dtype` would hold it.
 float round_to(DType dtype, float value);
 

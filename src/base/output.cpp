@@ -35,13 +35,6 @@ constexpr const char* kComplete = ".bitwright-complete";
                .resumable = true});
 }
 
-void sync_directory(const fs::path& path) {
-  const int fd = ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (fd < 0) return;  // a directory we may write to but not list: its entries cannot be synced one by one
-  ::fsync(fd);
-  ::close(fd);
-}
-
 /// `--force` replaces models and empty directories, never somebody's home.
 bool may_replace(const fs::path& target) {
   if (!fs::is_directory(target)) return false;
@@ -52,14 +45,15 @@ bool may_replace(const fs::path& target) {
   return false;
 }
 
-void check_target(const fs::path& target, bool force) {
+void check_target(const fs::path& target, bool force, bool resumes) {
   std::error_code ignored;
   if (!fs::exists(fs::symlink_status(target, ignored))) return;
   if (!force)
     throw Error({.code = "output-exists",
                  .what = "cannot write output",
                  .where = target.string(),
-                 .why = "it exists already",
+                 .why = resumes && may_replace(target) ? "it is there and complete: nothing is left to resume"
+                                                       : "it exists already",
                  .fix = "choose another name or add --force"});
   if (!may_replace(target))
     throw Error({.code = "output-exists",
@@ -110,13 +104,14 @@ bool is_resumable(const fs::path& staging) {
   return fs::file_size(staging / kJournal) > 0;
 }
 
-/// The mark goes last: killed in between, what is left is still known as ours.
+/// The journal is emptied first, so that it never speaks of files that are gone, and stays as the mark: killed in
+/// between, what is left is still known as ours.
 void clear_staging(const fs::path& staging) {
+  if (is_there(staging / kJournal)) fs::resize_file(staging / kJournal, 0);
   std::vector<fs::path> stale;
   for (const fs::directory_entry& entry : fs::directory_iterator(staging))
     if (entry.path().filename() != kJournal) stale.push_back(entry.path());
   for (const fs::path& path : stale) fs::remove_all(path);
-  if (is_there(staging / kJournal)) fs::resize_file(staging / kJournal, 0);
 }
 
 /// A run that was killed between giving the output its name and tidying up: what it replaced is still beside it.
@@ -208,6 +203,15 @@ void write_text_file(const fs::path& path, std::string_view text) {
   file.finish();
 }
 
+void sync_directory(const fs::path& path) {
+  const int fd = ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+  if (fd < 0) return;  // a directory we may write to but not list: its entries cannot be synced one by one
+  const bool synced = ::fsync(fd) == 0 || errno == EINVAL;  // EINVAL: a file system that has no such thing
+  const int error = errno;
+  ::close(fd);
+  if (!synced) cannot_write(path, error);
+}
+
 bool is_unfinished(const fs::path& directory) {
   if (is_there(directory / kJournal)) return true;
   if (!is_there(directory / kComplete)) return false;
@@ -227,10 +231,10 @@ OutputDirectory::OutputDirectory(const fs::path& target, Existing existing)
                  .status = ExitStatus::usage});
   staging_ = target_.parent_path() / fmt::format(".{}.partial", target_.filename().string());
   tidy_up(target_, staging_);
-  check_target(target_, replace_);
+  const bool resumes = existing == Existing::resume || existing == Existing::resume_replace;
+  check_target(target_, replace_, resumes);
   fd_ = open_staging(target_, staging_);
   try {
-    const bool resumes = existing == Existing::resume || existing == Existing::resume_replace;
     const bool resumable = is_resumable(staging_);
     if (resumable && existing == Existing::refuse)
       throw Error({.code = "output-unfinished",
@@ -258,7 +262,7 @@ OutputDirectory::~OutputDirectory() {
       clear_staging(staging_);
       fs::remove_all(staging_);
     }
-  } catch (const fs::filesystem_error&) {  // it still bears our mark: the next run clears it
+  } catch (const std::exception&) {  // it still bears our mark: the next run clears it
   }
   ::close(fd_);
 }
@@ -272,7 +276,7 @@ void OutputDirectory::commit() {
   fs::rename(staging_ / kJournal, staging_ / kComplete);
   sync_directory(staging_);
   if (replace_ && is_there(target_)) {
-    check_target(target_, replace_);
+    check_target(target_, replace_, false);
     exchange(staging_, target_);  // so that the name is never without a complete directory
     sync_directory(parent());
     std::error_code ignored;

@@ -34,6 +34,9 @@ class OutputFile {
 
 void write_text_file(const std::filesystem::path& path, std::string_view text);
 
+/// Makes the names in a directory last: fsync of a file alone does not promise that it is found after a power cut.
+void sync_directory(const std::filesystem::path& path);
+
 /// Is `directory` one that a run is writing or left unfinished? It holds no complete model, whatever is in it.
 bool is_unfinished(const std::filesystem::path& directory);
 

@@ -197,6 +197,7 @@ ShardWriter::ShardWriter(const std::filesystem::path& directory, ShardPlan plan)
     files_.back().resize(file.bytes);
     files_.back().write_at(0, std::as_bytes(std::span(file.header)));
   }
+  sync_directory(directory);
 }
 
 void ShardWriter::write(size_t tensor, size_t array, uint64_t offset, std::span<const std::byte> data) {

@@ -46,7 +46,8 @@ ShardPlan plan_shards(std::span<const std::vector<ArraySpec>> tensors, uint64_t 
 /// Writes the files of a plan, at any place and from several threads, and the index of several.
 class ShardWriter {
  public:
-  /// Existing files keep what they hold: what was written before an interruption.
+  /// Existing files keep what they hold: what was written before an interruption. The files' names are on stable
+  /// storage when this returns.
   ShardWriter(const std::filesystem::path& directory, ShardPlan plan);
   const ShardPlan& plan() const { return plan_; }
   void write(size_t tensor, size_t array, uint64_t offset, std::span<const std::byte> data);

@@ -106,7 +106,7 @@ bool encodes_in_pieces(const Scheme& scheme, const Shape& shape, DType stored) {
          group_runs(scheme.scale->grouping, shape);
 }
 
-void check_finite(WeightView weight, int64_t first, const KernelLevel& level) {
+std::optional<NonFinite> find_non_finite(WeightView weight, const KernelLevel& level) {
   const auto grain = static_cast<size_t>(kChunk);
   const size_t bytes = size_bytes(weight.dtype), pieces = (weight.count() + grain - 1) / grain;
   std::vector<char> damaged(pieces);
@@ -119,11 +119,16 @@ void check_finite(WeightView weight, int64_t first, const KernelLevel& level) {
       damaged[begin / grain] = !std::ranges::all_of(widen(piece), [](float v) { return std::isfinite(v); });
   });
   const size_t found = static_cast<size_t>(std::ranges::find(damaged, char{1}) - damaged.begin());
-  if (found == pieces) return;
+  if (found == pieces) return std::nullopt;
   const size_t begin = found * grain, count = std::min(grain, weight.count() - begin);
   const std::vector<float> values = widen({weight.dtype, weight.bytes.subspan(begin * bytes, count * bytes)});
-  for (size_t i = 0; i < count; ++i)
-    if (!std::isfinite(values[i])) throw_not_finite(first + static_cast<int64_t>(begin + i), values[i]);
+  const auto bad = std::ranges::find_if(values, [](float v) { return !std::isfinite(v); }) - values.begin();
+  return NonFinite{.position = begin + static_cast<size_t>(bad), .value = values.at(static_cast<size_t>(bad))};
+}
+
+void check_finite(WeightView weight, int64_t first, const KernelLevel& level) {
+  if (const auto bad = find_non_finite(weight, level))
+    throw_not_finite(first + static_cast<int64_t>(bad->position), bad->value);
 }
 
 GroupEncoder::GroupEncoder(const Scheme& scheme, const Shape& shape, RangeRule rule, const KernelLevel& level)

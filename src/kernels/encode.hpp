@@ -39,6 +39,12 @@ struct GroupEncoding {
 QuantizedTensor encode(const Scheme& scheme, const Shape& shape, WeightView weight, RangeRule rule,
                        const KernelLevel& level = active_kernel_level());
 
+/// The first number that is NaN or infinite as f32, and its value; nothing: all are finite.
+struct NonFinite {
+  size_t position;
+  float value;
+};
+std::optional<NonFinite> find_non_finite(WeightView weight, const KernelLevel& level = active_kernel_level());
 /// Throws Error{"not-finite"} for the first NaN or infinity. first: position of the first value in its tensor.
 void check_finite(WeightView weight, int64_t first = 0, const KernelLevel& level = active_kernel_level());
 

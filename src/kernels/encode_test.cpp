@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <cstring>
 #include <random>
 
 #include "base/error.hpp"
@@ -110,6 +111,25 @@ std::vector<Grouping> groupings() {
 }
 
 class KernelsEncodeTypes : public testing::TestWithParam<DType> {};
+
+TEST(KernelsEncode, FindsTheFirstThatIsNotFinite) {
+  for (const DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
+    std::vector<std::byte> bytes(1'000'007 * size_bytes(dtype));
+    EXPECT_FALSE(find_non_finite({dtype, bytes}).has_value());
+    for (const size_t at : {1'000'006u, 4096u, 5u}) {  // from the last to the first
+      const float bad = at == 4096 ? -INFINITY : NAN;
+      if (dtype == DType::f64) {
+        const double wide = static_cast<double>(bad);
+        std::memcpy(bytes.data() + at * sizeof wide, &wide, sizeof wide);
+      } else {
+        from_f32(dtype, std::span(&bad, 1), std::span(bytes).subspan(at * size_bytes(dtype), size_bytes(dtype)));
+      }
+      const auto found = find_non_finite({dtype, bytes});
+      ASSERT_TRUE(found.has_value());
+      EXPECT_EQ(found->position, at);
+    }
+  }
+}
 
 TEST_P(KernelsEncodeTypes, IsTheDefinition) {
   for (const int64_t columns : {1, 7, 63, 64, 65, 515})

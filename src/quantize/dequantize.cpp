@@ -2,8 +2,10 @@
 
 #include <nlohmann/json.hpp>
 
+#include "base/mapped_file.hpp"
 #include "base/output.hpp"
 #include "base/size.hpp"
+#include "kernels/encode.hpp"
 #include "quantize/model_files.hpp"
 #include "quantize/quantize.hpp"
 #include "quantize/stream.hpp"
@@ -17,13 +19,13 @@ bool becomes_float(const TensorEntry& entry) { return entry.quantized() || info(
 
 /// Damaged weights, and weights too large for the type asked for, do not leave unnoticed.
 void check_finite(const std::string& name, DType dtype, std::span<const std::byte> bytes, int64_t first) {
-  const auto bad = find_non_finite(dtype, bytes);
+  const auto bad = find_non_finite({dtype, bytes});
   if (!bad) return;
   throw Error({.code = "not-finite",
                .what = "cannot dequantize",
                .where = fmt::format("tensor '{}'", printable(name)),
-               .why = fmt::format("element {} would be {} as {}", first + static_cast<int64_t>(bad->first), bad->second,
-                                  info(dtype).name),
+               .why = fmt::format("element {} would be {} as {}", first + static_cast<int64_t>(bad->position),
+                                  bad->value, info(dtype).name),
                .fix = "the weights are damaged, or too large for the type: try --dtype float32"});
 }
 
@@ -39,7 +41,9 @@ class Plain {
                .pieces = {},
                .produce = [this](const Piece& piece) { return produce(piece); },
                .prefetch = [](const Piece&) {}};
+    std::string schemes;  // of some containers config.json says how the bytes are read
     for (const TensorEntry& entry : source_.tensors()) {
+      schemes += fmt::format("{} {}\n", entry.name, entry.quantized() ? to_json(entry.scheme).dump() : "plain");
       const size_t i = job.arrays.size();
       job.arrays.push_back({{entry.name, becomes_float(entry) ? dtype_ : entry.dtype, entry.shape}});
       for (const RowRange rows : entry.quantized() ? source_.row_pieces(entry) : element_pieces(entry.shape)) {
@@ -49,6 +53,7 @@ class Plain {
         job.pieces.push_back({.tensor = i, .rows = rows, .bytes = elements * size_bytes(dtype_), .memory = memory});
       }
     }
+    job.identity["recipe"] = sha256(schemes);
     return job;
   }
 
@@ -114,13 +119,14 @@ OrderedJson dequantize(const Checkpoint& source, const OutputOptions& options, D
   job.identity["max_shard_size"] = std::to_string(options.max_shard_bytes);
   job.identity["model"] = files;
   Journal journal(directory.journal(), job.identity);
+  check_resumable(journal, job, shards, directory.staging());
+  copy_side_files(source, directory.staging());  // first: one that cannot be read does not cost the work on the weights
   resumable(directory, [&] {
     ShardWriter writer(directory.staging(), std::move(shards));
     stream(job, expected.piece_memory, writer, journal);
     writer.finish();
     check_unchanged(source, files);
     write_config(source, directory.staging(), dtype);
-    copy_side_files(source, directory.staging());
     directory.commit();
   });
   return {{"output", options.output.string()},

@@ -82,6 +82,8 @@ class Pipeline {
         recipe_.tensors, [](const TensorPlan& p) { return p.scheme && p.options.range == RangeRule::mse; });
     estimate_ = estimate(job_, bytes_out_, source.tensors().size(), searches ? kSecondsAByteSearching : kSecondsAByte,
                          options.output.max_memory);
+    if (options.verify) not_judged_ = why_not_judged(source);
+    if (!not_judged_.empty()) check_no_limits(not_judged_);
   }
 
   OrderedJson run(std::vector<Warning>& warnings) {
@@ -94,12 +96,13 @@ class Pipeline {
     job_.identity["max_shard_size"] = std::to_string(options_.output.max_shard_bytes);
     job_.identity["model"] = files;
     Journal journal(output.journal(), job_.identity);
+    check_resumable(journal, job_, shards_, staging_);
+    copy_side_files(source_, staging_);  // first: one that cannot be read does not cost the work on the weights
     OrderedJson record;
     resumable(output, [&] {
       write_weights(journal);
       check_unchanged(source_, files);
       warn_of_lost_layers(warnings);
-      copy_side_files(source_, staging_);
       write_metadata(OrderedJson::object());  // the written model must open before it can be verified
       record = make_record();
       record["verification"] = verify(record, warnings);
@@ -323,15 +326,12 @@ class Pipeline {
     if (!options_.verify) return {{"read_back", false}, {"reason", "verification was switched off"}};
     const Checkpoint written(staging_, nullptr, Checkpoint::Unfinished::allow);
     verify_tensors(source_, written, layers_, estimate_.piece_memory);
-    std::string reason;
-    const std::optional<Judgement> judgement =
-        judge(source_, written, options_.output.max_memory.value_or(available_memory()), reason);
+    std::string reason = not_judged_;
+    std::optional<Judgement> judgement;
+    if (reason.empty())
+      judgement = judge(source_, written, options_.output.max_memory.value_or(available_memory()), reason);
     if (!judgement) {
-      if (options_.max_kl || options_.max_perplexity_increase_percent)
-        throw Error({.code = "not-judged",
-                     .what = "cannot hold a limit on the loss",
-                     .why = reason,
-                     .fix = "leave --max-kl and --max-perplexity-increase out"});
+      check_no_limits(reason);
       warnings.push_back({"NOT_JUDGED", reason});
       return {{"read_back", true}, {"reason", reason}};
     }
@@ -346,6 +346,15 @@ class Pipeline {
             {"top1_agreement", rounded(d.top1_agreement)},
             {"tokens", judgement->quality.tokens},
             {"protocol", to_json(judgement->protocol, bundled_text(), judgement->quality.windows)}};
+  }
+
+  /// Of a model that is not judged.
+  void check_no_limits(const std::string& reason) const {
+    if (options_.max_kl || options_.max_perplexity_increase_percent)
+      throw Error({.code = "not-judged",
+                   .what = "cannot hold a limit on the loss",
+                   .why = reason,
+                   .fix = "leave --max-kl and --max-perplexity-increase out"});
   }
 
   void check_limits(const Quality& quality) const {
@@ -372,6 +381,7 @@ class Pipeline {
   Estimate estimate_{};
   uint64_t bytes_out_ = 0;
   std::filesystem::path staging_;
+  std::string not_judged_;  ///< why, if it is known beforehand
   std::vector<LayerResult> layers_;
 };
 

@@ -138,6 +138,17 @@ TEST_F(Quantize, FailuresLeaveNothing) {
   EXPECT_EQ(code("quantization: {method: int4}"), "not-finite");
 }
 
+TEST_F(Quantize, WhatCannotBeJudgedIsSaidBeforeTheWork) {
+  write_file(model() / "tokenizer.json", "{damaged");
+  std::filesystem::create_directory(dir / ".out.partial");
+  write_file(dir / ".out.partial/.bitwright-partial", "{}\n");  // of hours of work
+  EXPECT_THROW(run("quantization: {method: int4}", [](QuantizeOptions& o) { o.output.existing = Existing::resume; }),
+               Error);
+  EXPECT_EQ(read_file(dir / ".out.partial/.bitwright-partial"), "{}\n");
+  std::filesystem::remove_all(dir / ".out.partial");
+  EXPECT_EQ(run("quantization: {method: int4}", [](QuantizeOptions& o) { o.verify = false; })["layers"].size(), 2u);
+}
+
 TEST_F(Quantize, ScalesTooSmallForTheirTypeAreSaid) {
   std::string bytes = read_file(model() / "model.safetensors");
   const size_t data = bytes.size() - 16 - 4 * 64 - 4 * 24 * 33 - 4 * 40 * 64;

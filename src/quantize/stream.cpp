@@ -9,6 +9,8 @@
 #include <limits>
 #include <mutex>
 #include <nlohmann/json.hpp>
+#include <set>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -168,6 +170,34 @@ void announce(const Estimate& e, const std::filesystem::path& directory, uint64_
                  .where = directory.string(),
                  .why = fmt::format("it needs {}, {} are free there", format_bytes(needed), format_bytes(*room)),
                  .fix = "free some space or choose another place"});
+}
+
+void check_resumable(const Journal& journal, const Job& job, const ShardPlan& shards,
+                     const std::filesystem::path& directory) {
+  const auto refuse = [&](const std::string& why) {
+    throw Error({.code = "cannot-resume",
+                 .what = "cannot resume",
+                 .where = directory.string(),
+                 .why = why,
+                 .fix = "add --force without --resume to start again"});
+  };
+  if (journal.done().size() > job.pieces.size())
+    refuse(fmt::format("its journal counts {} pieces, there are {}", journal.done().size(), job.pieces.size()));
+  std::set<std::string> ours;
+  for (const ShardPlan::File& file : shards.files) {
+    ours.insert(file.name);
+    // Without this, what is missing would be zeros that count as done.
+    std::error_code missing;
+    const auto size = std::filesystem::file_size(directory / file.name, missing);
+    if (!journal.done().empty() && (missing || size != file.bytes))
+      refuse(fmt::format("{} is missing, or not as the run left it", file.name));
+  }
+  std::vector<std::filesystem::path> others;
+  for (const auto& entry : std::filesystem::directory_iterator(directory)) {
+    const std::string name = entry.path().filename().string();
+    if (!name.starts_with(".") && !ours.contains(name)) others.push_back(entry.path());
+  }
+  for (const std::filesystem::path& path : others) std::filesystem::remove_all(path);
 }
 
 std::vector<SquaredError> stream(const Job& job, uint64_t piece_memory, ShardWriter& writer, Journal& journal) {

@@ -63,6 +63,11 @@ OrderedJson to_json(const Estimate& estimate);
 /// Says it on stderr. Throws Error{"disk-full"} where `directory` has less room.
 void announce(const Estimate& estimate, const std::filesystem::path& directory, uint64_t already_there);
 
+/// Before a run goes on with `directory`: is all there that the journal counts on? Throws Error{"cannot-resume"}. What
+/// else an interrupted run left is removed, since it is written anew.
+void check_resumable(const Journal& journal, const Job& job, const ShardPlan& shards,
+                     const std::filesystem::path& directory);
+
 /// Produces what is not done yet on all threads and writes it. Meanwhile the journal follows what is on stable storage.
 /// Returns the error of each piece. Throws what `produce` throws, after what was done is recorded.
 std::vector<SquaredError> stream(const Job& job, uint64_t piece_memory, ShardWriter& writer, Journal& journal);

@@ -72,6 +72,42 @@ TEST(StreamThreads, AFailureIsResumedToTheSame) {
   EXPECT_EQ(read_file(broken / "model.safetensors"), read_file(whole / "model.safetensors"));
 }
 
+TEST(Resume, NeedsWhatTheJournalCountsOn) {
+  std::atomic<size_t> produced = 0;
+  const TemporaryDirectory dir;
+  write_file(dir / ".journal", "");
+  const Job job = job_of(produced, 150);
+  const ShardPlan shards = plan_shards(job.arrays, 1 << 20);
+  const auto check = [&](size_t pieces = kPieces) {
+    Job fewer = job;
+    fewer.pieces.resize(pieces);
+    try {
+      check_resumable(Journal(dir / ".journal", job.identity), fewer, shards, dir.path());
+    } catch (const Error& error) {
+      EXPECT_EQ(error.code(), "cannot-resume");
+      return std::string(error.what());
+    }
+    return std::string();
+  };
+  EXPECT_EQ(check(), "");  // nothing is done: nothing is needed
+  {
+    Journal journal(dir / ".journal", job.identity);
+    ShardWriter writer(dir.path(), shards);
+    EXPECT_THROW(stream(job, 1000, writer, journal), Error);
+  }
+  write_file(dir / "tokenizer.json", "of a model that has none any more");
+  EXPECT_EQ(check(), "");
+  EXPECT_EQ(test::files_in(dir.path()).size(), 2u);  // the journal and the weights
+  EXPECT_NE(check(149).find("its journal counts 150 pieces, there are 149"), std::string::npos);
+  const std::string whole = read_file(dir / "model.safetensors");
+  for (const auto& damage :
+       {std::optional(whole.substr(1)), std::optional(whole + "x"), std::optional<std::string>()}) {
+    std::filesystem::remove(dir / "model.safetensors");
+    if (damage) write_file(dir / "model.safetensors", *damage);
+    EXPECT_NE(check().find("model.safetensors is missing, or not as the run left it"), std::string::npos);
+  }
+}
+
 TEST(Journal, ATornOrStrangeEndIsIgnored) {
   const TemporaryDirectory dir;
   const auto path = dir / "journal";

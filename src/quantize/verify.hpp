@@ -33,8 +33,11 @@ struct Judgement {
   Quality quality;
   Protocol protocol;
 };
-/// Perplexity and divergence of `written` against `source` on the bundled text; nothing where the model cannot be run,
-/// or would take more than `most_memory` bytes, `reason` saying why.
+/// Why a model cannot be judged, as far as it is known without its weights; empty: nothing speaks against it. A damaged
+/// tokenizer or configuration is an Error now, before hours of work instead of after.
+std::string why_not_judged(const Checkpoint& source);
+/// Perplexity and divergence of `written` against `source` on the bundled text, where why_not_judged() is empty;
+/// nothing where the model cannot be run, or would take more than `most_memory` bytes, `reason` saying why.
 std::optional<Judgement> judge(const Checkpoint& source, const Checkpoint& written, uint64_t most_memory,
                                std::string& reason);
 
