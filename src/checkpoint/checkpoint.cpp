@@ -140,7 +140,7 @@ WeightFiles find_weight_files(const fs::path& directory) {
     if (std::vector<fs::path> files = files_with_suffix(directory, *format); !files.empty())
       return {.files = std::move(files)};
   }
-  fail("no-weights", directory, "it holds no file of weights", "give a Hugging Face model directory or a file");
+  fail("no-weights", directory, "it holds no file of weights", "give a Hugging Face model directory");
 }
 
 /// Of a matrix of the last dimension; a list is a column.

@@ -57,8 +57,8 @@ struct EncodedRequest {
 };
 /// As lm-evaluation-harness does: white space at the end of the context goes to the continuation, both are encoded as
 /// one text, and the context counts as many tokens as it has alone. `bos`: a token before it. At most `most` + 1
-/// tokens, the last. An empty context without BOS is one EOS. Throws Error{"no-bos"} where there is none either, and
-/// Error{"bad-task"} where the continuation alone has more than `most` tokens.
+/// tokens, the last. An empty context without `bos` is the tokenizer's BOS, else EOS. Throws Error{"no-bos"} where it
+/// has neither, and Error{"bad-task"} where the continuation alone has more than `most` tokens.
 EncodedRequest encode_request(const Tokenizer& tokenizer, const Request& request, std::optional<int32_t> bos,
                               int64_t most);
 

@@ -4,6 +4,7 @@
 #include <fmt/format.h>
 #include <pcre2.h>
 
+#include <algorithm>
 #include <array>
 
 #include "base/error.hpp"
@@ -12,7 +13,7 @@
 namespace bitwright {
 namespace {
 
-constexpr uint32_t kMatchLimit = 10'000'000;  // steps of one search, and four more for each byte of the text
+constexpr uint32_t kMatchLimit = 10'000'000;  // steps of one search, and two more for each byte of the text
 
 [[noreturn]] void unsupported(std::string_view expression, const std::string& why) {
   throw Error({.code = "unsupported-tokenizer",
@@ -111,7 +112,8 @@ std::vector<Pattern::Match> Pattern::matches(std::string_view text) const {
   const std::unique_ptr<pcre2_match_data, Impl::Free> data(pcre2_match_data_create(1, nullptr));
   const std::unique_ptr<pcre2_match_context, Impl::Free> context(pcre2_match_context_create(nullptr));
   BW_ASSERT(data != nullptr && context != nullptr);
-  pcre2_set_match_limit(context.get(), kMatchLimit + 4 * static_cast<uint32_t>(text.size() >> 1));
+  const uint64_t limit = std::min<uint64_t>(kMatchLimit + 2 * uint64_t{text.size()}, UINT32_MAX);
+  pcre2_set_match_limit(context.get(), static_cast<uint32_t>(limit));
   const size_t* const bounds = pcre2_get_ovector_pointer(data.get());
   const auto search = [&](size_t at, uint32_t options) {
     // Escaped bytes are three bytes as any character, though UTF-8 proper lacks them: no check.
