@@ -73,7 +73,7 @@ TokenDecoder fuse() {
   return [](std::vector<std::string>& texts) {
     std::string all;
     for (const std::string& text : texts) all += text;
-    texts.assign(1, std::move(all));
+    texts = {std::move(all)};
   };
 }
 

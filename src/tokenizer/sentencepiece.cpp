@@ -116,7 +116,7 @@ bool is_model(std::string_view bytes) {
 
 std::optional<std::filesystem::path> find(const std::filesystem::path& directory) {
   for (const char* name : {"tokenizer.model", "spiece.model", "sentencepiece.bpe.model"})
-    if (const auto path = file_in(directory, name); path && is_model(MappedFile(*path).text())) return path;
+    if (auto path = file_in(directory, name); path && is_model(MappedFile(*path).text())) return path;
   return std::nullopt;
 }
 
