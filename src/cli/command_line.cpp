@@ -205,7 +205,8 @@ class Parser {
     CLI::App* sub = app_.add_subcommand(std::string(command.name), std::string(command.summary));
     sub->allow_extras();
     // A missing MODEL may come from the configuration; whoever needs it says so.
-    if (command.takes_model) sub->add_option("MODEL", model_, "directory, or a file of weights (.safetensors, .gguf, .pt)")->type_name("");
+    if (command.takes_model)
+      sub->add_option("MODEL", model_, "directory, or a file of weights (.safetensors, .gguf, .pt)")->type_name("");
     add_options(command.name, options_of(command), *sub);
     subcommands_.emplace_back(&command, sub);
   }
