@@ -24,7 +24,7 @@ std::filesystem::path fixture(const std::string& name) { return "tests/golden/to
 
 std::string little(uint64_t value, size_t bytes) {
   std::string out;
-  for (size_t i = 0; i < bytes; ++i) out += static_cast<char>(value >> (8 * i));
+  for (size_t i = 0; i < bytes; ++i) out += i < sizeof value ? static_cast<char>(value >> (8 * i)) : char{0};
   return out;
 }
 
