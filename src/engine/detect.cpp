@@ -55,7 +55,8 @@ using Reader = void (*)(const Json& q, DetectedQuantization& found);
 
 /// GPTQ, AWQ, AutoRound and what looks like them: integers in groups along the input.
 void read_integers(const Json& q, DetectedQuantization& found) {
-  set_bits(found, number(first_of(q, {"bits", "w_bit", "nbits"})), integer(first_of(q, {"group_size", "q_group_size"})));
+  set_bits(found, number(first_of(q, {"bits", "w_bit", "nbits"})),
+           integer(first_of(q, {"group_size", "q_group_size"})));
   found.scheme = "int";
   copy(q, found.facts, {"sym", "desc_act", "zero_point", "version"});
   // GPTQModel: "-:pattern" leaves modules out
@@ -79,7 +80,8 @@ void read_fp8(const Json& q, DetectedQuantization& found) {
   const bool blocks = block.is_array() && !block.empty();
   set_bits(found, 8, blocks ? integer(block.back()) : 0);
   found.facts.erase("group_size");
-  found.scheme = blocks && block.size() == 2 ? fmt::format("fp8 block {}x{}", integer(block[0]), integer(block[1])) : "fp8";
+  found.scheme =
+      blocks && block.size() == 2 ? fmt::format("fp8 block {}x{}", integer(block[0]), integer(block[1])) : "fp8";
   if (blocks) found.facts["weight_block_size"] = block;
   copy(q, found.facts, {"activation_scheme", "fmt", "scale_fmt"});
 }
@@ -191,7 +193,9 @@ void read_hqq(const Json& q, DetectedQuantization& found) {
   add_skipped(member(q, "skip_modules"), found);
   if (parts.empty()) return;
   const double bits = number(first_of(*parts[0], {"nbits", "bits"}));
-  const bool mixed = std::ranges::any_of(parts, [&](const Json* p) { return number(first_of(*p, {"nbits", "bits"})) != bits; });
+  const bool mixed = std::ranges::any_of(parts, [&](const Json* p) {
+    return number(first_of(*p, {"nbits", "bits"})) != bits;
+  });
   set_bits(found, mixed ? 0 : bits, integer(member(*parts[0], "group_size")));
   if (mixed) found.scheme = "mixed";
 }
@@ -200,12 +204,15 @@ void read_quanto(const Json& q, DetectedQuantization& found) {
   const std::string weights = text(member(q, "weights"));
   found.scheme = weights;
   const size_t digit = weights.find_first_of("0123456789");
-  if (digit != std::string::npos) set_bits(found, weights[digit] - '0', weights.starts_with("int") && weights[digit] != '8' ? 128 : -1);
+  if (digit != std::string::npos)
+    set_bits(found, weights[digit] - '0', weights.starts_with("int") && weights[digit] != '8' ? 128 : -1);
 }
 
 void read_aqlm(const Json& q, DetectedQuantization& found) {
   const double in = number(member(q, "in_group_size")), out = std::max(1.0, number(member(q, "out_group_size")));
-  if (in > 0) set_bits(found, number(member(q, "nbits_per_codebook")) * number(member(q, "num_codebooks")) / (in * out), integer(member(q, "in_group_size")));
+  if (in > 0)
+    set_bits(found, number(member(q, "nbits_per_codebook")) * number(member(q, "num_codebooks")) / (in * out),
+             integer(member(q, "in_group_size")));
   found.scheme = "codebook";
   add_skipped(member(q, "linear_weights_not_to_quantize"), found);
 }
@@ -228,7 +235,8 @@ void read_bitnet(const Json&, DetectedQuantization& found) {
 }
 
 void read_other(const Json& q, DetectedQuantization& found) {
-  set_bits(found, number(first_of(q, {"bits", "nbits", "w_bit", "num_bits"})), integer(first_of(q, {"group_size", "q_group_size"})));
+  set_bits(found, number(first_of(q, {"bits", "nbits", "w_bit", "num_bits"})),
+           integer(first_of(q, {"group_size", "q_group_size"})));
   copy(q, found.facts, {"sym"});
 }
 
@@ -299,11 +307,13 @@ DetectedQuantization read_config(const Json& q, const std::string& evidence) {
 /// config.json and what is shaped like it: quantization_config, at the top or of the text model, and older names.
 DetectedQuantization from_config(const Json& config, const std::string& file) {
   // MLX writes the same block under both names; "quantization" marks it as MLX's
-  if (const Json& q = member(config, "quantization"); q.is_object() && q.contains("bits") && !q.contains("quant_method"))
+  if (const Json& q = member(config, "quantization");
+      q.is_object() && q.contains("bits") && !q.contains("quant_method"))
     return read_as("mlx", q, file + " quantization");
   for (const Json* at : {&config, &member(config, "text_config"), &member(config, "llm_config")})
     for (const char* name : {"quantization_config", "compression_config"})
-      if (DetectedQuantization found = read_config(member(*at, name), file + " " + name); !found.method.empty()) return found;
+      if (DetectedQuantization found = read_config(member(*at, name), file + " " + name); !found.method.empty())
+        return found;
   if (const Json& q = member(config, "quantization"); q.is_string()) return read_as("mlc", q, file + " quantization");
   if (const Json& q = member(config, "aqlm"); q.is_object()) return read_as("aqlm", q, file + " aqlm");
   return {};
@@ -311,7 +321,8 @@ DetectedQuantization from_config(const Json& config, const std::string& file) {
 
 DetectedQuantization from_modelopt(const Json& document, const std::string& file) {
   const Json& q = member(document, "quantization");
-  return q.is_object() && q.contains("quant_algo") ? read_as("modelopt", q, file + " quantization") : DetectedQuantization{};
+  return q.is_object() && q.contains("quant_algo") ? read_as("modelopt", q, file + " quantization")
+                                                   : DetectedQuantization{};
 }
 
 DetectedQuantization from_whole(const Json& document, const std::string& file) { return read_config(document, file); }
@@ -338,8 +349,20 @@ constexpr std::array<Place, 8> kPlaces = {{
 
 /// Hints in names, as people write them; the longer first.
 std::string hint_of(std::string_view name) {
-  constexpr std::array<std::string_view, 14> kHints = {"compressed-tensors", "w4a16", "w8a8", "gptq", "awq", "gguf", "nvfp4", "mxfp4",
-                                                       "fp8", "fp4", "bnb", "hqq", "exl2", "mlx"};
+  constexpr std::array<std::string_view, 14> kHints = {"compressed-tensors",
+                                                       "w4a16",
+                                                       "w8a8",
+                                                       "gptq",
+                                                       "awq",
+                                                       "gguf",
+                                                       "nvfp4",
+                                                       "mxfp4",
+                                                       "fp8",
+                                                       "fp4",
+                                                       "bnb",
+                                                       "hqq",
+                                                       "exl2",
+                                                       "mlx"};
   std::string lower(name);
   for (char& c : lower) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
   for (const std::string_view hint : kHints)
@@ -353,7 +376,8 @@ DetectedQuantization detect_model_quantization(const ModelDocuments& documents, 
   for (const Place& place : kPlaces) {
     const auto document = documents.find(place.file);
     if (document == documents.end()) continue;
-    if (DetectedQuantization found = place.read(document->second, std::string(place.file)); !found.method.empty()) return found;
+    if (DetectedQuantization found = place.read(document->second, std::string(place.file)); !found.method.empty())
+      return found;
   }
   DetectedQuantization nothing;
   nothing.hint = hint_of(name);
@@ -370,9 +394,12 @@ Json model_facts(const Json& config) {
   const auto put = [&](const char* name, const Json& value, auto is_good) {
     if (is_good(value)) facts[name] = value;
   };
-  const auto is_count = [](const Json& v) { return v.is_number_unsigned() && v.get<uint64_t>() > 0 && v.get<uint64_t>() < (1ULL << 31); };
+  const auto is_count = [](const Json& v) {
+    return v.is_number_unsigned() && v.get<uint64_t>() > 0 && v.get<uint64_t>() < (1ULL << 31);
+  };
   const auto is_text = [](const Json& v) { return v.is_string(); };
-  if (const Json& arch = member(config, "architectures"); arch.is_array() && !arch.empty()) put("arch", arch[0], is_text);
+  if (const Json& arch = member(config, "architectures"); arch.is_array() && !arch.empty())
+    put("arch", arch[0], is_text);
   put("model_type", get({"model_type"}), is_text);
   put("layers", get({"num_hidden_layers", "n_layer", "num_layers", "n_layers"}), is_count);
   put("hidden_size", get({"hidden_size", "n_embd", "d_model"}), is_count);

@@ -27,7 +27,8 @@ std::map<std::string, std::string> manifest() {
     const size_t bold = line.find("**");
     if (!line.starts_with(kFolder) || bold == std::string::npos) continue;
     const size_t end = line.find(" |", kFolder.size());
-    said[line.substr(kFolder.size(), end - kFolder.size())] = line.substr(bold + 2, line.find("**", bold + 2) - bold - 2);
+    said[line.substr(kFolder.size(), end - kFolder.size())] =
+        line.substr(bold + 2, line.find("**", bold + 2) - bold - 2);
   }
   return said;
 }
@@ -94,7 +95,8 @@ void check_file(const std::string& name, const Json& document, const std::string
   if (method == "aqlm") {
     EXPECT_EQ(found.bits, 2);
   }
-  const bool integers = std::set<std::string>{"gptq", "awq", "mlx", "auto-round", "openvino", "compressed-tensors"}.contains(method);
+  const bool integers =
+      std::set<std::string>{"gptq", "awq", "mlx", "auto-round", "openvino", "compressed-tensors"}.contains(method);
   if (integers) {
     const Json* bits = find_number(document, {"bits", "w_bit", "num_bits"});
     const Json* group = find_number(document, {"group_size", "q_group_size"});
@@ -125,7 +127,8 @@ TEST(Configs, EveryRealConfigIsRead) {
 }
 
 TEST(Detect, ANameIsAHintAndNoEvidence) {
-  const auto found = detect_model_quantization({{"config.json", Json::parse(R"({"model_type": "llama"})")}}, "Llama-3-8B-AWQ");
+  const auto found =
+      detect_model_quantization({{"config.json", Json::parse(R"({"model_type": "llama"})")}}, "Llama-3-8B-AWQ");
   EXPECT_EQ(found.method, "");
   EXPECT_EQ(found.hint, "awq");
   const auto declared = detect_model_quantization(
@@ -138,16 +141,19 @@ TEST(Detect, ConfigComesBeforeModelOptsFile) {
   const Json config = Json::parse(R"({"quantization_config": {"quant_method": "awq", "bits": 4}})");
   const Json modelopt = Json::parse(R"({"quantization": {"quant_algo": "NVFP4"}})");
   EXPECT_EQ(detect_model_quantization({{"config.json", config}, {"hf_quant_config.json", modelopt}}).method, "awq");
-  EXPECT_EQ(detect_model_quantization({{"config.json", Json::object()}, {"hf_quant_config.json", modelopt}}).method, "modelopt");
+  EXPECT_EQ(detect_model_quantization({{"config.json", Json::object()}, {"hf_quant_config.json", modelopt}}).method,
+            "modelopt");
 }
 
 TEST(Detect, MembersOfTheWrongTypeAreAbsent) {
-  for (const char* config : {R"([])", R"(7)", R"({"quantization_config": []})", R"({"quantization_config": {"quant_method": 7}})",
-                             R"({"quantization_config": {"quant_method": "gptq", "bits": "four", "group_size": {}, "dynamic": 3}})",
-                             R"({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"a": 3}, "ignore": {"x": 1}}})",
-                             R"({"quantization_config": {"quant_method": "fp8", "weight_block_size": "x"}})",
-                             R"({"quantization_config": {"quant_method": "gptq", "group_size": 1e300}})",
-                             R"({"quantization": {"bits": 1e300}, "text_config": 4, "architectures": "x", "num_hidden_layers": -4})"}) {
+  for (
+      const char* config :
+      {R"([])", R"(7)", R"({"quantization_config": []})", R"({"quantization_config": {"quant_method": 7}})",
+       R"({"quantization_config": {"quant_method": "gptq", "bits": "four", "group_size": {}, "dynamic": 3}})",
+       R"({"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"a": 3}, "ignore": {"x": 1}}})",
+       R"({"quantization_config": {"quant_method": "fp8", "weight_block_size": "x"}})",
+       R"({"quantization_config": {"quant_method": "gptq", "group_size": 1e300}})",
+       R"({"quantization": {"bits": 1e300}, "text_config": 4, "architectures": "x", "num_hidden_layers": -4})"}) {
     SCOPED_TRACE(config);
     EXPECT_NO_THROW(detect_model_quantization({{"config.json", Json::parse(config)}}));
     EXPECT_NO_THROW(model_facts(Json::parse(config)));

@@ -10,24 +10,28 @@
 namespace bitwright {
 namespace {
 
-using Type = Json::value_t;
 using Problems = std::vector<std::string>;
+
+/// Kinds of JSON values, as a set.
+using Types = unsigned;
+constexpr Types kText = 1, kList = 2, kObject = 4, kFlag = 8, kWhole = 16, kReal = 32, kNull = 64;
 
 /// A member a document may have. Every member must be known: a misspelt one would silently say nothing.
 struct Member {
   std::string_view name;
-  std::initializer_list<Type> types;
+  Types types;
   bool required = false;
 };
 
-constexpr auto kText = Type::string;
-constexpr auto kList = Type::array;
-constexpr auto kObject = Type::object;
-constexpr auto kFlag = Type::boolean;
-constexpr auto kWhole = Type::number_unsigned;
-constexpr auto kReal = Type::number_float;
-
-bool is_type(const Json& value, Type type) { return value.type() == type || (type == kReal && value.is_number()); }
+Types type_of(const Json& value) {
+  return value.is_string()            ? kText
+         : value.is_array()           ? kList
+         : value.is_object()          ? kObject
+         : value.is_boolean()         ? kFlag
+         : value.is_number_unsigned() ? kWhole | kReal
+         : value.is_number()          ? kReal
+                                      : kNull;
+}
 
 void check_members(const Json& object, std::span<const Member> members, const std::string& where, Problems& problems) {
   if (!object.is_object()) return problems.push_back(where + ": an object is needed");
@@ -38,7 +42,7 @@ void check_members(const Json& object, std::span<const Member> members, const st
     const auto member = std::ranges::find(members, std::string_view(name), &Member::name);
     if (member == members.end())
       problems.push_back(fmt::format("{}: no member is called '{}'", where, name));
-    else if (std::ranges::none_of(member->types, [&](Type type) { return is_type(value, type); }))
+    else if ((member->types & type_of(value)) == 0)
       problems.push_back(fmt::format("{}.{}: a {} does not belong here", where, name, value.type_name()));
   }
 }
@@ -55,9 +59,9 @@ void check_when(const Json& row, const std::string& where, Problems& problems) {
 
 /// What a rule says: a code, how grave it is, and to whom it helps.
 void check_diagnostic(const Json& row, const std::string& where, Problems& problems) {
-  static const std::array kMembers = {Member{"code", {kText}, true}, Member{"severity", {kText}},
-                                      Member{"say", {kText}, true},  Member{"instead", {kList}},
-                                      Member{"when", {kObject}},     Member{"file", {kText}}};
+  static const std::array kMembers = {Member{"code", kText, true}, Member{"severity", kText},
+                                      Member{"say", kText, true},  Member{"instead", kList},
+                                      Member{"when", kObject},     Member{"file", kText}};
   check_members(row, kMembers, where, problems);
   const Json error = "error";
   const Json& severity = member_or(row, "severity", error);
@@ -68,21 +72,22 @@ void check_diagnostic(const Json& row, const std::string& where, Problems& probl
 
 void check_flags(const Json& engine, Problems& problems) {
   static const std::array kMembers = {
-      Member{"flag", {kText}, true}, Member{"aliases", {kList}},
-      Member{"type", {kText}},       Member{"default", {kText, kList, kObject, kFlag, kWhole, Type::null}},
-      Member{"values", {kList}},     Member{"open_ended", {kFlag}},
-      Member{"lower_case", {kFlag}}, Member{"same", {kObject}},
-      Member{"refused", {kList}},    Member{"place", {kText}},
-      Member{"entries", {kList}},    Member{"since", {kText}},
-      Member{"classes", {kObject}},  Member{"help", {kText}},
-      Member{"file", {kText}, true}};
+      Member{"flag", kText, true}, Member{"aliases", kList},
+      Member{"type", kText},       Member{"default", kText | kList | kObject | kFlag | kWhole | kNull},
+      Member{"values", kList},     Member{"open_ended", kFlag},
+      Member{"lower_case", kFlag}, Member{"same", kObject},
+      Member{"refused", kList},    Member{"place", kText},
+      Member{"entries", kList},    Member{"since", kText},
+      Member{"classes", kObject},  Member{"help", kText},
+      Member{"file", kText, true}};
   const Json none = Json::array();
   for (const Json& flag : member_or(engine, "flags", none)) {
     const std::string where = "flags." + value_text(member_or(flag, "flag", none));
     check_members(flag, kMembers, where, problems);
     for (const Json& refused : member_or(flag, "refused", none)) {
-      static const std::array kRefused = {Member{"value", {kText}, true}, Member{"code", {kText}, true},
-                                          Member{"severity", {kText}}, Member{"say", {kText}, true}};
+      static const std::array kRefused = {Member{"value", kText, true}, Member{"code", kText, true},
+                                          Member{"severity", kText}, Member{"say", kText, true},
+                                          Member{"since", kText}};
       check_members(refused, kRefused, where + ".refused", problems);
     }
   }
@@ -90,11 +95,11 @@ void check_flags(const Json& engine, Problems& problems) {
 
 void check_methods(const Json& engine, Problems& problems) {
   static const std::array kMembers = {
-      Member{"mode", {kList}, true},   Member{"min_sm", {kWhole}},      Member{"max_sm", {kWhole}},
-      Member{"native_sm", {kWhole}},   Member{"vendors", {kList}},      Member{"activations", {kList}},
-      Member{"experts_only", {kFlag}}, Member{"is", {kText}},           Member{"over", {kList}},
-      Member{"rules", {kList}},        Member{"named_when", {kObject}}, Member{"format", {kText}},
-      Member{"file", {kText}, true}};
+      Member{"mode", kList, true},   Member{"min_sm", kWhole},      Member{"max_sm", kWhole},
+      Member{"native_sm", kWhole},   Member{"vendors", kList},      Member{"activations", kList},
+      Member{"experts_only", kFlag}, Member{"is", kText},           Member{"over", kList},
+      Member{"rules", kList},        Member{"named_when", kObject}, Member{"format", kText},
+      Member{"file", kText, true}};
   const Json none = Json::object(), no_rules = Json::array();
   for (const auto& [name, method] : member_or(engine, "methods", none).items()) {
     const std::string where = "methods." + name;
@@ -106,10 +111,9 @@ void check_methods(const Json& engine, Problems& problems) {
 }
 
 void check_checkpoints(const Json& engine, Problems& problems) {
-  static const std::array kMembers = {Member{"when", {kObject}, true}, Member{"method", {kText}},
-                                      Member{"accepts", {kList}},      Member{"min_sm", {kWhole}},
-                                      Member{"max_sm", {kWhole}},      Member{"native_sm", {kWhole}},
-                                      Member{"rules", {kList}},        Member{"file", {kText}}};
+  static const std::array kMembers = {
+      Member{"when", kObject, true}, Member{"method", kText},     Member{"accepts", kList}, Member{"min_sm", kWhole},
+      Member{"max_sm", kWhole},      Member{"native_sm", kWhole}, Member{"rules", kList},   Member{"file", kText}};
   const Json none = Json::array();
   for (const Json& row : member_or(engine, "checkpoints", none)) {
     const std::string where = "checkpoints." + value_text(member_or(row, "when", none));
@@ -120,8 +124,8 @@ void check_checkpoints(const Json& engine, Problems& problems) {
 }
 
 void check_candidates(const Json& candidates, const std::string& where, Problems& problems) {
-  static const std::array kMembers = {Member{"when", {kObject}}, Member{"args", {kObject}},  Member{"env", {kObject}},
-                                      Member{"say", {kList}},    Member{"default", {kText}}, Member{"file", {kText}}};
+  static const std::array kMembers = {Member{"when", kObject}, Member{"args", kObject},  Member{"env", kObject},
+                                      Member{"say", kList},    Member{"default", kText}, Member{"file", kText}};
   if (!candidates.is_array() || candidates.empty())
     return problems.push_back(where + ": a list of candidates is needed");
   const Json none = Json::array();
@@ -133,9 +137,9 @@ void check_candidates(const Json& candidates, const std::string& where, Problems
 }
 
 void check_map(const Json& engine, Problems& problems) {
-  static const std::array kFields = {Member{"gemm_dtype", {kObject}},    Member{"moe_dtype", {kObject}},
-                                     Member{"kvcache_dtype", {kObject}}, Member{"attention_dtype", {kObject}},
-                                     Member{"intent", {kObject}},        Member{"backend_method", {kObject}}};
+  static const std::array kFields = {Member{"gemm_dtype", kObject},    Member{"moe_dtype", kObject},
+                                     Member{"kvcache_dtype", kObject}, Member{"attention_dtype", kObject},
+                                     Member{"intent", kObject},        Member{"backend_method", kObject}};
   const Json none = Json::object();
   const Json& map = member_or(engine, "map", none);
   check_members(map, kFields, "map", problems);
@@ -156,10 +160,10 @@ void check_derived_flags(const Json& engine, Problems& problems) {
 }
 
 void check_choices(const Json& rows, std::string_view member, const std::string& where, Problems& problems) {
-  static const std::array kMembers = {Member{"name", {kText}, true}, Member{"first", {kList}, true},
-                                      Member{"resolved", {kFlag}}};
-  static const std::array kFirst = {Member{"when", {kObject}},
-                                    Member{"is", {kText, kList, kObject, kFlag, kWhole, Type::null}, true}};
+  static const std::array kMembers = {Member{"name", kText, true}, Member{"first", kList, true},
+                                      Member{"resolved", kFlag}};
+  static const std::array kFirst = {Member{"when", kObject},
+                                    Member{"is", kText | kList | kObject | kFlag | kWhole | kNull, true}};
   const Json none = Json::array();
   for (const Json& row : member_or(rows, member, none)) {
     const std::string here = where + "." + value_text(member_or(row, "name", none));
@@ -173,14 +177,14 @@ void check_choices(const Json& rows, std::string_view member, const std::string&
 
 Problems check_engine(const Json& engine) {
   static const std::array kMembers = {
-      Member{"name", {kText}, true},      Member{"aliases", {kList}},         Member{"summary", {kText}, true},
-      Member{"source", {kObject}, true},  Member{"version", {kText}, true},   Member{"entries", {kObject}, true},
-      Member{"entry", {kText}, true},     Member{"flags", {kList}, true},     Member{"removed_flags", {kObject}},
-      Member{"unknown_flags", {kObject}}, Member{"method_flag", {kText}},     Member{"dtype_flag", {kText}},
-      Member{"method_facts", {kList}},    Member{"methods", {kObject}, true}, Member{"checkpoints", {kList}, true},
-      Member{"before", {kList}},          Member{"after", {kList}},           Member{"overridden_by", {kObject}},
-      Member{"map", {kObject}, true},     Member{"checks", {kList}, true},    Member{"already_quantized", {kObject}},
-      Member{"memory", {kObject}},        Member{"facts", {kObject}},         Member{"config_file", {kText}}};
+      Member{"name", kText, true},      Member{"aliases", kList},         Member{"summary", kText, true},
+      Member{"source", kObject, true},  Member{"version", kText, true},   Member{"entries", kObject, true},
+      Member{"entry", kText, true},     Member{"flags", kList, true},     Member{"removed_flags", kObject},
+      Member{"unknown_flags", kObject}, Member{"method_flag", kText},     Member{"dtype_flag", kText},
+      Member{"method_facts", kList},    Member{"methods", kObject, true}, Member{"checkpoints", kList, true},
+      Member{"before", kList},          Member{"after", kList},           Member{"overridden_by", kObject},
+      Member{"map", kObject, true},     Member{"checks", kList, true},    Member{"already_quantized", kObject},
+      Member{"memory", kObject},        Member{"facts", kObject},         Member{"config_file", kText}};
   Problems problems;
   check_members(engine, kMembers, "engine", problems);
   check_flags(engine, problems);
@@ -199,13 +203,13 @@ Problems check_engine(const Json& engine) {
 }
 
 Problems check_hardware(const Json& hardware) {
-  static const std::array kMembers = {Member{"name", {kText}, true},   Member{"aliases", {kList}},
-                                      Member{"vendor", {kText}, true}, Member{"kind", {kText}, true},
-                                      Member{"architecture", {kText}}, Member{"sm", {kWhole}},
-                                      Member{"memory_gib", {kReal}},   Member{"bandwidth_gbps", {kReal}},
-                                      Member{"unified", {kFlag}},      Member{"dtypes", {kList}, true},
-                                      Member{"source", {kText}, true}, Member{"note", {kText}},
-                                      Member{"instructions", {kList}}, Member{"gfx", {kText}}};
+  static const std::array kMembers = {Member{"name", kText, true},   Member{"aliases", kList},
+                                      Member{"vendor", kText, true}, Member{"kind", kText, true},
+                                      Member{"architecture", kText}, Member{"sm", kWhole},
+                                      Member{"memory_gib", kReal},   Member{"bandwidth_gbps", kReal},
+                                      Member{"unified", kFlag},      Member{"dtypes", kList, true},
+                                      Member{"source", kText, true}, Member{"note", kText},
+                                      Member{"instructions", kList}, Member{"gfx", kText}};
   Problems problems;
   check_members(hardware, kMembers, "hardware", problems);
   if (problems.empty() && hardware["vendor"] == "nvidia" && !hardware.contains("sm"))
@@ -217,9 +221,9 @@ Problems check_hardware(const Json& hardware) {
 }
 
 Problems check_kinds(const Json& document) {
-  static const std::array kMembers = {Member{"name", {kText}, true}, Member{"source", {kText}},
-                                      Member{"first", {kList}, true}};
-  static const std::array kFirst = {Member{"when", {kObject}, true}, Member{"kinds", {kList}, true}};
+  static const std::array kMembers = {Member{"name", kText, true}, Member{"source", kText},
+                                      Member{"first", kList, true}};
+  static const std::array kFirst = {Member{"when", kObject, true}, Member{"kinds", kList, true}};
   Problems problems;
   check_members(document, kMembers, "checkpoints", problems);
   const Json none = Json::array();
@@ -231,10 +235,10 @@ Problems check_kinds(const Json& document) {
 }
 
 Problems check_preset(const Json& preset) {
-  static const std::array kMembers = {Member{"name", {kText}, true},    Member{"aliases", {kList}},
-                                      Member{"summary", {kText}},       Member{"gemm_dtype", {kText}},
-                                      Member{"kvcache_dtype", {kText}}, Member{"attention_dtype", {kText}},
-                                      Member{"moe_dtype", {kText}}};
+  static const std::array kMembers = {Member{"name", kText, true},    Member{"aliases", kList},
+                                      Member{"summary", kText},       Member{"gemm_dtype", kText},
+                                      Member{"kvcache_dtype", kText}, Member{"attention_dtype", kText},
+                                      Member{"moe_dtype", kText}};
   Problems problems;
   check_members(preset, kMembers, "preset", problems);
   return problems;

@@ -456,7 +456,8 @@ void Planner::judge_value(const NamedParameter& parameter) {
     return bad("a whole number is needed");
   const Json value = canonical_value(&row, parameter.value);
   for (const Json& refused : member(row, "refused"))
-    if (same_value(refused["value"], value))
+    if (same_value(refused["value"], value) &&
+        (!refused.contains("since") || compare_versions(plan_.version, text_of(refused, "since")) >= 0))
       return say(text_of(refused, "code"),
                  text_of(refused, "severity") == "warning" ? Severity::warning : Severity::error,
                  fmt::format("{} {}: {}", parameter.flag, value_text(value), text_of(refused, "say")));

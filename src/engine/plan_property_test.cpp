@@ -63,10 +63,12 @@ class RandomRequests {
     const Json& row = engine["flags"][random_() % engine["flags"].size()];
     std::string name = row["flag"];
     if (chance(3)) name = plain_flag(name);
-    if (std::ranges::any_of(r.parameters, [&](const auto& p) { return plain_flag(p.first) == plain_flag(name); })) return;
+    if (std::ranges::any_of(r.parameters, [&](const auto& p) { return plain_flag(p.first) == plain_flag(name); }))
+      return;
     Json value = pick(words_);
     if (row.contains("values") && !chance(5)) value = row["values"][random_() % row["values"].size()];
-    if (row.value("type", "") == "json" && !chance(5)) value = {{chance(2) ? "linear" : "moe", pick(words_)}, {"quant_method", pick(words_)}};
+    if (row.value("type", "") == "json" && !chance(5))
+      value = {{chance(2) ? "linear" : "moe", pick(words_)}, {"quant_method", pick(words_)}};
     if (row.value("type", "") == "int" && !chance(5)) value = random_() % 9;
     if (row.value("type", "") == "bool") value = true;
     r.parameters.emplace_back(std::move(name), std::move(value));
@@ -75,15 +77,22 @@ class RandomRequests {
   std::mt19937_64 random_;
   std::vector<const Json*> engines_ = Facts::standard().all("engines"), hardware_ = Facts::standard().all("hardware");
   std::vector<std::string> versions_ = {"0.1", "1.2.0", "1.3.0rc27", "0.28.0", "99", "b9000", "", "x"};
-  std::vector<std::string> checkpoints_ = {"awq", "gptq", "fp8", "bitsandbytes", "compressed-tensors", "modelopt", "modelopt_fp4", "mxfp4", "gguf", "mlx",
-                                           "hqq", "quanto", "torchao", "w4afp8", "fp_quant", "auto-round", "quark", "aqlm", "bitwright", "nonsense"};
-  std::vector<std::string> schemes_ = {"w8a8_fp8", "w8a16_fp8", "w8a8_int8", "wNa16", "w4a4_nvfp4", "w4a8_fp8", "w4a4_mxfp4", "mixed"};
+  std::vector<std::string> checkpoints_ = {
+      "awq",        "gptq",         "fp8",     "bitsandbytes", "compressed-tensors",
+      "modelopt",   "modelopt_fp4", "mxfp4",   "gguf",         "mlx",
+      "hqq",        "quanto",       "torchao", "w4afp8",       "fp_quant",
+      "auto-round", "quark",        "aqlm",    "bitwright",    "nonsense"};
+  std::vector<std::string> schemes_ = {"w8a8_fp8",   "w8a16_fp8", "w8a8_int8",  "wNa16",
+                                       "w4a4_nvfp4", "w4a8_fp8",  "w4a4_mxfp4", "mixed"};
   std::vector<std::string> algos_ = {"FP8", "NVFP4", "W4A16_AWQ", "W4A8_AWQ", "MIXED_PRECISION", "INT8", "W4A16_MXFP4"};
-  std::vector<std::string> words_ = {"fp8", "auto", "int8", "nonsense", "fp8_per_tensor", "hqq", "bitsandbytes", "{broken", "'; rm -rf /", "online", "gptq"};
+  std::vector<std::string> words_ = {"fp8", "auto",         "int8",    "nonsense",    "fp8_per_tensor",
+                                     "hqq", "bitsandbytes", "{broken", "'; rm -rf /", "online",
+                                     "gptq"};
 };
 
 std::string shown(const PlanRequest& r) {
-  std::string text = r.engine + " " + r.version + " ckpt " + r.checkpoint + " hardware " + r.hardware.dump() + " model " + r.model.dump() + " intent " + r.intent.method;
+  std::string text = r.engine + " " + r.version + " ckpt " + r.checkpoint + " hardware " + r.hardware.dump() +
+                     " model " + r.model.dump() + " intent " + r.intent.method;
   for (const auto& [field, value] : r.fields) text += " " + field + "=" + value;
   for (const auto& [name, value] : r.parameters) text += " " + name + "=" + value.dump();
   return text;
@@ -94,17 +103,22 @@ void check_derived(const Json& engine, const Argument& argument, const std::stri
   const Json* row = find_flag(engine, argument.flag, entry);
   ASSERT_NE(row, nullptr) << argument.flag;
   if (!row->contains("values") || argument.rule.starts_with("backend_method")) return;
-  if (engine.value("method_flag", "") == argument.flag && engine["methods"].contains(value_text(argument.value))) return;
+  if (engine.value("method_flag", "") == argument.flag && engine["methods"].contains(value_text(argument.value)))
+    return;
   const auto& values = (*row)["values"];
-  EXPECT_TRUE(std::ranges::any_of(values, [&](const Json& one) { return same_value(one, argument.value); })) << argument.flag << " " << argument.value;
+  EXPECT_TRUE(std::ranges::any_of(values, [&](const Json& one) { return same_value(one, argument.value); }))
+      << argument.flag << " " << argument.value;
 }
 
 /// Is the user's parameter still there as given?
 bool is_kept(const EnginePlan& plan, const Json& engine, const NamedParameter& parameter) {
   const std::string flag = parameter.path.empty() ? parameter.flag : parameter.flag + "." + parameter.path;
-  if (std::ranges::any_of(plan.args, [&](const Argument& a) { return a.given && a.flag == flag && a.value == parameter.value; })) return true;
+  if (std::ranges::any_of(plan.args,
+                          [&](const Argument& a) { return a.given && a.flag == flag && a.value == parameter.value; }))
+    return true;
   if (parameter.row == nullptr || !parameter.row->contains("place")) return false;
-  if (const Json* value = look_up(plan.config_file, parameter.flag); value != nullptr && *value == parameter.value) return true;
+  if (const Json* value = look_up(plan.config_file, parameter.flag); value != nullptr && *value == parameter.value)
+    return true;
   if (const Json* value = look_up(plan.api, parameter.flag); value != nullptr && *value == parameter.value) return true;
   static_cast<void>(engine);
   return plan.api.contains("class") && parameter.value.is_object();  // a configuration object stands as its members
@@ -133,7 +147,8 @@ void check_plan(const PlanRequest& request, const EnginePlan& plan) {
       EXPECT_FALSE(request.checkpoint.empty());
     }
   }
-  const bool has_error = std::ranges::any_of(plan.diagnostics, [](const Diagnostic& d) { return d.severity == Severity::error; });
+  const bool has_error =
+      std::ranges::any_of(plan.diagnostics, [](const Diagnostic& d) { return d.severity == Severity::error; });
   EXPECT_EQ(has_error, plan.outcome == "error");
   for (const Diagnostic& d : plan.diagnostics) {
     EXPECT_FALSE(d.code.empty());

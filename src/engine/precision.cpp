@@ -119,7 +119,10 @@ std::vector<OrderedJson> expand_quantization_presets(const OrderedJson& quant_co
 
 PrecisionFields resolve_fields(const OrderedJson& quant_config, const Facts& facts) {
   const std::vector<OrderedJson> expanded = expand_quantization_presets(quant_config, facts);
-  if (expanded.size() > 1) bad("quant_config.presets", fmt::format("{} presets make {} plans, one is needed here", expanded.size(), expanded.size()), "give one preset");
+  if (expanded.size() > 1)
+    bad("quant_config.presets",
+        fmt::format("{} presets make {} plans, one is needed here", expanded.size(), expanded.size()),
+        "give one preset");
   const OrderedJson& one = expanded.front();
   PrecisionFields fields;
   if (!one.is_object()) return fields;
@@ -150,9 +153,12 @@ std::string get_quant_config_summary(const OrderedJson& quant_config) {
   for (const auto& [key, shown] : kShown) {
     const auto found = quant_config.find(key);
     if (found != quant_config.end() || presets.empty())
-      parts.push_back(fmt::format("{}: {}", shown, found != quant_config.end() ? (found->is_string() ? found->get<std::string>() : found->dump()) : "auto"));
+      parts.push_back(fmt::format(
+          "{}: {}", shown,
+          found != quant_config.end() ? (found->is_string() ? found->get<std::string>() : found->dump()) : "auto"));
   }
-  std::string line = presets.empty() ? "" : fmt::format("Preset{}: {}", presets.size() > 1 ? "s" : "", fmt::join(presets, ", "));
+  std::string line =
+      presets.empty() ? "" : fmt::format("Preset{}: {}", presets.size() > 1 ? "s" : "", fmt::join(presets, ", "));
   if (!parts.empty()) line += fmt::format("{}{}", line.empty() ? "" : "; ", fmt::join(parts, ", "));
   return line;
 }
@@ -208,7 +214,8 @@ Intent intent_of(const OrderedJson& quantization) {
   Intent intent;
   if (!quantization.is_object()) return intent;
   const auto text = [&](const char* key, std::string& out) {
-    if (const auto found = quantization.find(key); found != quantization.end() && found->is_string()) out = found->get<std::string>();
+    if (const auto found = quantization.find(key); found != quantization.end() && found->is_string())
+      out = found->get<std::string>();
   };
   text("method", intent.method);
   text("backend_method", intent.backend_method);
@@ -235,10 +242,13 @@ EnginePlan to_backend_params(const OrderedJson& config, std::string_view engine,
     }
   }
   PlanRequest request = request_for(engine, around);
-  if (const auto quantization = own.find("quantization"); quantization != own.end()) request.intent = intent_of(*quantization);
-  if (const auto quant_config = own.find("quant_config"); quant_config != own.end()) request.fields = resolve_fields(*quant_config, facts);
+  if (const auto quantization = own.find("quantization"); quantization != own.end())
+    request.intent = intent_of(*quantization);
+  if (const auto quant_config = own.find("quant_config"); quant_config != own.end())
+    request.fields = resolve_fields(*quant_config, facts);
   if (const auto parameters = own.find("parameters"); parameters != own.end() && parameters->is_object())
-    for (const auto& [key, value] : parameters->items()) request.parameters.emplace_back(key, Json::parse(value.dump()));
+    for (const auto& [key, value] : parameters->items())
+      request.parameters.emplace_back(key, Json::parse(value.dump()));
   return plan_engine(request, facts);
 }
 

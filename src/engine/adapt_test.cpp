@@ -1,0 +1,106 @@
+#include "engine/adapt.hpp"
+
+#include <gtest/gtest.h>
+
+#include "engine/memory.hpp"
+
+namespace bitwright {
+namespace {
+
+std::string changes_of(const PlanRequest& request) {
+  const auto adapted = adapt_plan(request);
+  if (!adapted) return "nothing works";
+  EXPECT_NE(adapted->plan.outcome, "error");
+  std::string text;
+  for (const Change& change : adapted->changes) text += change.field + " " + change.from + " -> " + change.to + "; ";
+  return text;
+}
+const Json kHopper = {{"vendor", "nvidia"}, {"sm", 90}};
+
+TEST(Adapt, WhatWorksStays) {
+  EXPECT_EQ(changes_of({.engine = "vllm", .hardware = kHopper, .fields = {{"gemm_dtype", "fp8"}}}), "");
+}
+
+TEST(Adapt, TheNearestThatWorksIsTaken) {
+  EXPECT_EQ(changes_of({.engine = "sglang", .hardware = kHopper, .fields = {{"kvcache_dtype", "int8"}}}),
+            "kvcache_dtype int8 -> fp8_e4m3; ");
+  EXPECT_EQ(
+      changes_of(
+          {.engine = "vllm", .hardware = {{"vendor", "nvidia"}, {"sm", 75}}, .fields = {{"gemm_dtype", "bfloat16"}}}),
+      "gemm_dtype bfloat16 -> float16; ");
+  EXPECT_EQ(
+      changes_of(
+          {.engine = "vllm", .hardware = kHopper, .checkpoint = "fp8", .fields = {{"kvcache_dtype", "fp8_e5m2"}}}),
+      "kvcache_dtype fp8_e5m2 -> fp8_e4m3; ");
+  EXPECT_EQ(changes_of({.engine = "vllm", .hardware = kHopper, .intent = {.method = "fp8", .weight_only = true}}),
+            "weight_only true -> false; ");
+}
+
+TEST(Adapt, TheUsersParametersNeverGiveWay) {
+  const PlanRequest request = {.engine = "vllm",
+                               .hardware = kHopper,
+                               .fields = {{"kvcache_dtype", "fp8"}},
+                               .parameters = {{"quantization", "int8"}}};
+  EXPECT_EQ(changes_of(request), "nothing works");
+}
+
+TEST(Adapt, EveryPresetWorksOnEveryEngineAfterwards) {
+  const std::map<std::string, std::string> aggressive = {
+      {"gemm_dtype", "bfloat16"}, {"kvcache_dtype", "fp8_e5m2"}, {"attention_dtype", "fp8"}, {"moe_dtype", "w4afp8"}};
+  for (const Json* engine : Facts::standard().all("engines")) {
+    const PlanRequest request = {
+        .engine = (*engine)["name"], .hardware = kHopper, .model = {{"moe", true}}, .fields = aggressive};
+    EXPECT_TRUE(adapt_plan(request)) << request.engine;
+  }
+}
+
+Json llama8b() {
+  return {{"layers", 32},         {"hidden_size", 4096},        {"heads", 32},      {"kv_heads", 8}, {"head_dim", 128},
+          {"vocabulary", 128256}, {"intermediate_size", 14336}, {"context", 131072}};
+}
+
+TEST(Memory, CacheOfAnOrdinaryModel) {
+  // 2 x 32 layers x 8 heads x 128 = 65536 elements a token
+  EXPECT_EQ(kv_cache_elements(llama8b(), 1), 65536);
+  EXPECT_EQ(kv_cache_elements(llama8b(), 8192), 65536.0 * 8192);
+  EXPECT_NEAR(parameters_of(llama8b()), 8.03e9, 0.02e9);
+}
+
+TEST(Memory, CacheOfLatentAndWindowedAttention) {
+  const Json deepseek = {
+      {"layers", 61}, {"kv_lora_rank", 512}, {"qk_rope_head_dim", 64}, {"heads", 128}, {"head_dim", 56}};
+  EXPECT_EQ(kv_cache_elements(deepseek, 10), 61.0 * 576 * 10);
+  Json windowed = llama8b();
+  windowed["sliding_layers"] = 16;
+  windowed["sliding_window"] = 1024;
+  EXPECT_EQ(kv_cache_elements(windowed, 4096), 2048.0 * (16 * 4096 + 16 * 1024));
+}
+
+TEST(Memory, ElementsByType) {
+  EXPECT_EQ(kv_element_bytes("auto", 128), 2);
+  EXPECT_EQ(kv_element_bytes("fp8_e4m3", 128), 1);
+  EXPECT_EQ(kv_element_bytes("q8_0", 128), 34.0 / 32);
+  EXPECT_EQ(kv_element_bytes("int8_per_token_head", 128), 1 + 4.0 / 128);
+}
+
+TEST(Memory, FitsAndTheMostThatDoes) {
+  const EnginePlan plan = plan_engine({.engine = "vllm", .hardware = kHopper, .fields = {{"kvcache_dtype", "fp8"}}});
+  const MemoryEstimate estimate =
+      estimate_memory(llama8b(), 16.06e9, plan, {.context = 8192, .batch = 4, .memory_bytes = 24e9});
+  EXPECT_EQ(estimate.weights_bytes, 16.06e9);
+  EXPECT_EQ(estimate.kv_cache_bytes, 4 * 8192 * 65536.0);
+  ASSERT_TRUE(estimate.fits);
+  EXPECT_EQ(*estimate.fits, estimate.total_bytes <= 24e9);
+  const double left = 24e9 - (estimate.total_bytes - estimate.kv_cache_bytes);
+  EXPECT_LE(static_cast<double>(*estimate.most_batch) * 8192 * 65536, left);
+  EXPECT_GT(static_cast<double>(*estimate.most_batch + 1) * 8192 * 65536, left);
+  EXPECT_LE(static_cast<double>(*estimate.most_context) * 4 * 65536, left);
+  const MemoryEstimate two =
+      estimate_memory(llama8b(), 16.06e9, plan, {.context = 8192, .batch = 4, .tensor_parallel = 2});
+  EXPECT_EQ(two.weights_bytes * 2, estimate.weights_bytes);
+  EXPECT_EQ(two.kv_cache_bytes * 2, estimate.kv_cache_bytes);
+  EXPECT_FALSE(two.fits);
+}
+
+}  // namespace
+}  // namespace bitwright
