@@ -18,10 +18,10 @@ using ModelDocuments = std::map<std::string, Json, std::less<>>;
 
 /// What a checkpoint says about its own quantization.
 struct DetectedQuantization {
-  std::string method;      ///< as its owner calls it: "gptq", "compressed-tensors", "modelopt"; empty: none declared
+  std::string method{};    ///< as its owner calls it: "gptq", "compressed-tensors", "modelopt"; empty: none declared
   double bits = 0;         ///< of a weight's code; 0: not declared, or mixed
   int64_t group_size = 0;  ///< weights that share a scale; -1: a whole row (channel); 0: not declared or a tensor
-  std::string scheme;      ///< "int", "fp8", "fp8 block 128x128", "nf4", "NVFP4", "mixed" ...
+  std::string scheme{};    ///< "int", "fp8", "fp8 block 128x128", "nf4", "NVFP4", "mixed" ...
   std::vector<std::string> skipped{};  ///< modules that are not quantized: names, prefixes or patterns
   std::string evidence{};              ///< the file and member that say so
   std::string hint{};                  ///< what the name suggests and nothing confirms; never evidence
