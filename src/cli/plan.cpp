@@ -238,11 +238,13 @@ OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, cons
   PlanRequest request = request_of(config, quant_config, model, hardware);
   OrderedJson changes = OrderedJson::array();
   EnginePlan plan = plan_engine(request);
-  if (arguments.flag("--adapt") && plan.outcome == "error") {
+  OrderedJson nearest = OrderedJson::array();
+  if (plan.outcome == "error") {
+    const bool adapt = arguments.flag("--adapt");
     if (auto adapted = adapt_plan(request)) {
-      plan = std::move(adapted->plan);
       for (const Change& change : adapted->changes)
-        changes.push_back({{"field", change.field}, {"from", change.from}, {"to", change.to}});
+        (adapt ? changes : nearest).push_back({{"field", change.field}, {"from", change.from}, {"to", change.to}});
+      if (adapt) plan = std::move(adapted->plan);
     }
   }
   OrderedJson engine = plan_json(plan, arguments.model);
@@ -258,6 +260,7 @@ OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, cons
   result["predicted"] = predicted(model, plan, deployment_of(arguments, hardware, request));
   result["engine"] = std::move(engine);
   if (!changes.empty()) result["changes"] = std::move(changes);
+  if (!nearest.empty()) result["nearest"] = std::move(nearest);
   result["explain"] = arguments.flag("--explain");
   result["errors"] = std::move(errors);
   return result;
@@ -337,6 +340,12 @@ void print_one(const OrderedJson& plan) {
   for (const OrderedJson& e : plan["errors"]) {
     fmt::print("error[{}]: {}\n", e["code"].get<std::string>(), e["message"].get<std::string>());
     for (const OrderedJson& instead : e["instead"]) fmt::print("  instead: {}\n", instead.get<std::string>());
+  }
+  if (plan.contains("nearest")) {
+    fmt::print("nearest plan that works (--adapt):\n");
+    for (const OrderedJson& c : plan["nearest"])
+      fmt::print("  {}: {} -> {}\n", c["field"].get<std::string>(), c["from"].get<std::string>(),
+                 c["to"].get<std::string>());
   }
   if (plan["errors"].empty()) fmt::print("\n{}\n", engine["command"].get<std::string>());
 }

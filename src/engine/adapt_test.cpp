@@ -2,7 +2,9 @@
 
 #include <gtest/gtest.h>
 
+#include "engine/detect.hpp"
 #include "engine/memory.hpp"
+#include "tests/support.hpp"
 
 namespace bitwright {
 namespace {
@@ -64,6 +66,20 @@ TEST(Memory, CacheOfAnOrdinaryModel) {
   EXPECT_EQ(kv_cache_elements(llama8b(), 1), 65536);
   EXPECT_EQ(kv_cache_elements(llama8b(), 8192), 65536.0 * 8192);
   EXPECT_NEAR(parameters_of(llama8b()), 8.03e9, 0.02e9);
+}
+
+TEST(Memory, ParametersAreThoseTheModelsAreNamedFor) {
+  const auto folder = test::shared_dir() / "data/quant_configs";
+  if (!std::filesystem::is_directory(folder)) GTEST_SKIP() << "no real configs here";
+  for (const auto& [file, billions] :
+       std::map<std::string, double>{{"aiconfigurator__deepseek-ai--DeepSeek-V3_config.json", 671},
+                                     {"aiconfigurator__Qwen--Qwen3-235B-A22B-FP8_config.json", 235},
+                                     {"aiconfigurator__Qwen--Qwen3-32B-FP8-Static-PerTensor_config.json", 32.8},
+                                     {"aiconfigurator__openai--gpt-oss-120b_config.json", 116.8},
+                                     {"aiconfigurator__openai--gpt-oss-20b_config.json", 20.9}}) {
+    const Json config = parse_json(test::read_file(folder / file), file);
+    EXPECT_NEAR(parameters_of(model_facts(config)) / 1e9, billions, billions / 100) << file;
+  }
 }
 
 TEST(Memory, CacheOfLatentAndWindowedAttention) {

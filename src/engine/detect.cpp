@@ -413,6 +413,13 @@ Json model_facts(const Json& config) {
   put("vocabulary", get({"vocab_size"}), is_count);
   put("intermediate_size", get({"intermediate_size", "n_inner", "ffn_hidden_size"}), is_count);
   put("experts", get({"n_routed_experts", "num_local_experts", "num_experts", "moe_num_experts"}), is_count);
+  put("moe_intermediate_size", get({"moe_intermediate_size", "expert_intermediate_size"}), is_count);
+  put("shared_experts", get({"n_shared_experts"}), is_count);
+  put("dense_layers", get({"first_k_dense_replace"}), is_count);
+  put("q_lora_rank", get({"q_lora_rank"}), is_count);
+  put("qk_nope_head_dim", get({"qk_nope_head_dim"}), is_count);
+  put("v_head_dim", get({"v_head_dim"}), is_count);
+  if (is_true(get({"tie_word_embeddings"}))) facts["tied"] = true;
   put("dtype", get({"torch_dtype", "dtype"}), is_text);
   if (const Json& types = get({"layer_types"}); types.is_array()) {
     const auto sliding = std::ranges::count(types, Json("sliding_attention"));

@@ -45,6 +45,16 @@ double bits_at_load(const EnginePlan& plan) {
   return 0;
 }
 
+double attention_parameters(const Json& model) {
+  const double hidden = count(model, "hidden_size"), heads = count(model, "heads"), head = count(model, "head_dim");
+  const double latent = count(model, "kv_lora_rank");
+  if (latent == 0) return hidden * head * (2 * heads + 2 * count(model, "kv_heads", heads));
+  const double rope = count(model, "qk_rope_head_dim"), nope = count(model, "qk_nope_head_dim", head);
+  const double value = count(model, "v_head_dim", nope), rank = count(model, "q_lora_rank");
+  const double query = rank > 0 ? hidden * rank + rank * heads * (nope + rope) : hidden * heads * (nope + rope);
+  return query + hidden * (latent + rope) + latent * heads * (nope + value) + heads * value * hidden;
+}
+
 /// The largest n for which `fits(n)`, below `most`; 0 if not even 1 does. `fits` must hold up to some n only.
 template <class Fits>
 int64_t largest(int64_t most, Fits fits) {
@@ -114,14 +124,14 @@ double kv_cache_elements(const Json& model, int64_t tokens) {
 }
 
 double parameters_of(const Json& model) {
-  const double hidden = count(model, "hidden_size"), layers = count(model, "layers"),
-               vocabulary = count(model, "vocabulary");
-  const double inner = count(model, "intermediate_size");
-  if (hidden == 0 || layers == 0 || vocabulary == 0 || inner == 0) return 0;
-  const double heads = count(model, "heads"), head = count(model, "head_dim");
-  const double attention = hidden * head * (2 * heads + 2 * count(model, "kv_heads", heads));
-  const double experts = std::max(1.0, count(model, "experts"));
-  return 2 * vocabulary * hidden + layers * (attention + 3 * hidden * inner * experts);
+  const double hidden = count(model, "hidden_size"), layers = count(model, "layers");
+  const double vocabulary = count(model, "vocabulary"), inner = count(model, "intermediate_size");
+  const double expert = count(model, "moe_intermediate_size", inner), experts = count(model, "experts");
+  if (hidden == 0 || layers == 0 || vocabulary == 0 || expert == 0) return 0;
+  const double dense = experts > 1 ? std::min(layers, count(model, "dense_layers")) : layers;
+  const double sparse = (layers - dense) * (experts + count(model, "shared_experts")) * 3 * hidden * expert;
+  const double embeddings = (look_up(model, "tied") != nullptr ? 1 : 2) * vocabulary * hidden;
+  return embeddings + layers * attention_parameters(model) + dense * 3 * hidden * inner + sparse;
 }
 
 MemoryEstimate estimate_memory(const Json& model, double stored_bytes, const EnginePlan& plan,
@@ -130,10 +140,13 @@ MemoryEstimate estimate_memory(const Json& model, double stored_bytes, const Eng
   const auto parts = static_cast<double>(std::max<int64_t>(1, deployment.tensor_parallel));
   const auto head = static_cast<int64_t>(count(model, "head_dim"));
   const double hidden = count(model, "hidden_size");
-  estimate.weights_bytes = stored_bytes > 0 ? stored_bytes : 2 * parameters_of(model);
-  if (const double bits = bits_at_load(plan); bits > 0) {
+  // without files: what the checkpoint declares, a 16-bit scale for each group, else 16 bits
+  const double declared = count(model, "bits"), group = count(model, "group_size");
+  const double bits = declared > 0 ? declared + (group > 0 ? 16 / group : 0) : 16;
+  estimate.weights_bytes = stored_bytes > 0 ? stored_bytes : parameters_of(model) * bits / 8;
+  if (const double at_load = bits_at_load(plan); at_load > 0 && declared == 0) {
     const double kept = 2 * 2 * count(model, "vocabulary") * hidden;  // embeddings and head stay as they are, 16 bits
-    if (estimate.weights_bytes > kept) estimate.weights_bytes = kept + (estimate.weights_bytes - kept) * bits / 16;
+    if (estimate.weights_bytes > kept) estimate.weights_bytes = kept + (estimate.weights_bytes - kept) * at_load / 16;
   }
   estimate.weights_bytes /= parts;
   constexpr int64_t kContext = 8192;
