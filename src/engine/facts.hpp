@@ -29,9 +29,10 @@ class Facts {
   const Json* find(std::string_view kind, std::string_view name) const;
   /// All documents of a kind, in the order of their names.
   std::vector<const Json*> all(std::string_view kind) const;
+  /// Adds or replaces one file ("engines/mine.json"). Throws like the constructor.
+  void add(const std::string& file, std::string_view text);
 
  private:
-  void add(const std::string& file, std::string_view text);
   std::map<std::string, Json, std::less<>> documents_;  ///< by "engines/vllm.json"; one file may hold several in a list
 };
 

@@ -14,7 +14,8 @@ using Problems = std::vector<std::string>;
 
 /// Kinds of JSON values, as a set.
 using Types = unsigned;
-constexpr Types kText = 1, kList = 2, kObject = 4, kFlag = 8, kWhole = 16, kReal = 32, kNull = 64;
+constexpr Types kText = 1, kList = 2, kObject = 4, kFlag = 8, kWhole = 16, kReal = 32, kNull = 64, kTexts = 128,
+                kTextMap = 256;
 
 /// A member a document may have. Every member must be known: a misspelt one would silently say nothing.
 struct Member {
@@ -23,10 +24,12 @@ struct Member {
   bool required = false;
 };
 
+/// A list of texts is a list too, an object of texts an object.
 Types type_of(const Json& value) {
+  const bool texts = value.is_structured() && std::ranges::all_of(value, [](const Json& v) { return v.is_string(); });
   return value.is_string()            ? kText
-         : value.is_array()           ? kList
-         : value.is_object()          ? kObject
+         : value.is_array()           ? kList | (texts ? kTexts : 0)
+         : value.is_object()          ? kObject | (texts ? kTextMap : 0)
          : value.is_boolean()         ? kFlag
          : value.is_number_unsigned() ? kWhole | kReal
          : value.is_number()          ? kReal
@@ -60,7 +63,7 @@ void check_when(const Json& row, const std::string& where, Problems& problems) {
 /// What a rule says: a code, how grave it is, and to whom it helps.
 void check_diagnostic(const Json& row, const std::string& where, Problems& problems) {
   static const std::array kMembers = {Member{"code", kText, true}, Member{"severity", kText},
-                                      Member{"say", kText, true},  Member{"instead", kList},
+                                      Member{"say", kText, true},  Member{"instead", kTexts},
                                       Member{"when", kObject},     Member{"file", kText}};
   check_members(row, kMembers, where, problems);
   const Json error = "error";
@@ -72,13 +75,13 @@ void check_diagnostic(const Json& row, const std::string& where, Problems& probl
 
 void check_flags(const Json& engine, Problems& problems) {
   static const std::array kMembers = {
-      Member{"flag", kText, true}, Member{"aliases", kList},
+      Member{"flag", kText, true}, Member{"aliases", kTexts},
       Member{"type", kText},       Member{"default", kText | kList | kObject | kFlag | kWhole | kNull},
       Member{"values", kList},     Member{"open_ended", kFlag},
-      Member{"lower_case", kFlag}, Member{"same", kObject},
+      Member{"lower_case", kFlag}, Member{"same", kTextMap},
       Member{"refused", kList},    Member{"place", kText},
-      Member{"entries", kList},    Member{"since", kText},
-      Member{"classes", kObject},  Member{"help", kText},
+      Member{"entries", kTexts},   Member{"since", kText},
+      Member{"classes", kTextMap}, Member{"help", kText},
       Member{"file", kText, true}};
   const Json none = Json::array();
   for (const Json& flag : member_or(engine, "flags", none)) {
@@ -95,9 +98,9 @@ void check_flags(const Json& engine, Problems& problems) {
 
 void check_methods(const Json& engine, Problems& problems) {
   static const std::array kMembers = {
-      Member{"mode", kList, true},   Member{"min_sm", kWhole},      Member{"max_sm", kWhole},
-      Member{"native_sm", kWhole},   Member{"vendors", kList},      Member{"activations", kList},
-      Member{"experts_only", kFlag}, Member{"is", kText},           Member{"over", kList},
+      Member{"mode", kTexts, true},  Member{"min_sm", kWhole},      Member{"max_sm", kWhole},
+      Member{"native_sm", kWhole},   Member{"vendors", kTexts},     Member{"activations", kTexts},
+      Member{"experts_only", kFlag}, Member{"is", kText},           Member{"over", kTexts},
       Member{"rules", kList},        Member{"named_when", kObject}, Member{"format", kText},
       Member{"file", kText, true}};
   const Json none = Json::object(), no_rules = Json::array();
@@ -112,8 +115,8 @@ void check_methods(const Json& engine, Problems& problems) {
 
 void check_checkpoints(const Json& engine, Problems& problems) {
   static const std::array kMembers = {
-      Member{"when", kObject, true}, Member{"method", kText},     Member{"accepts", kList}, Member{"min_sm", kWhole},
-      Member{"max_sm", kWhole},      Member{"native_sm", kWhole}, Member{"rules", kList},   Member{"file", kText}};
+      Member{"when", kObject, true}, Member{"method", kText},     Member{"accepts", kTexts}, Member{"min_sm", kWhole},
+      Member{"max_sm", kWhole},      Member{"native_sm", kWhole}, Member{"rules", kList},    Member{"file", kText}};
   const Json none = Json::array();
   for (const Json& row : member_or(engine, "checkpoints", none)) {
     const std::string where = "checkpoints." + value_text(member_or(row, "when", none));
@@ -150,13 +153,15 @@ void check_map(const Json& engine, Problems& problems) {
 
 /// Every flag a rule sets must be in the table of flags: a plan never makes one up.
 void check_derived_flags(const Json& engine, Problems& problems) {
+  const auto is_listed = [&](const std::string& flag) {
+    return std::ranges::any_of(engine["flags"], [&](const Json& row) { return row["flag"] == flag; });
+  };
   const Json no_args = Json::object();
   for (const auto& [field, values] : engine["map"].items())
     for (const auto& [value, candidates] : values.items())
       for (const Json& candidate : candidates)
         for (const auto& [flag, setting] : member_or(candidate, "args", no_args).items())
-          if (std::ranges::none_of(engine["flags"], [&](const Json& row) { return row["flag"] == flag; }))
-            problems.push_back(fmt::format("map.{}.{}: {} is none of 'flags'", field, value, flag));
+          if (!is_listed(flag)) problems.push_back(fmt::format("map.{}.{}: {} is none of 'flags'", field, value, flag));
 }
 
 void check_choices(const Json& rows, std::string_view member, const std::string& where, Problems& problems) {
@@ -175,16 +180,32 @@ void check_choices(const Json& rows, std::string_view member, const std::string&
   }
 }
 
+/// The small tables of an engine: what took a flag's place, which flags answer a field, what quantized checkpoints say.
+void check_tables(const Json& engine, Problems& problems) {
+  static const std::array kRemoved = {Member{"say", kText, true}, Member{"since", kText}};
+  static const std::array kMemory = {Member{"overhead_gib", kReal}, Member{"source", kText}};
+  const Json none = Json::object();
+  for (const auto& [flag, row] : member_or(engine, "removed_flags", none).items())
+    check_members(row, kRemoved, "removed_flags." + flag, problems);
+  for (const auto& [field, row] : member_or(engine, "already_quantized", none).items())
+    check_diagnostic(row, "already_quantized." + field, problems);
+  check_members(member_or(engine, "memory", none), kMemory, "memory", problems);
+  for (const auto& [field, values] : member_or(engine, "overridden_by", none).items())
+    for (const auto& [value, flags] : values.items())
+      if ((type_of(flags) & kTexts) == 0)
+        problems.push_back(fmt::format("overridden_by.{}.{}: a list of flags is needed", field, value));
+}
+
 Problems check_engine(const Json& engine) {
   static const std::array kMembers = {
-      Member{"name", kText, true},      Member{"aliases", kList},         Member{"summary", kText, true},
-      Member{"source", kObject, true},  Member{"version", kText, true},   Member{"entries", kObject, true},
-      Member{"entry", kText, true},     Member{"flags", kList, true},     Member{"removed_flags", kObject},
-      Member{"unknown_flags", kObject}, Member{"method_flag", kText},     Member{"dtype_flag", kText},
-      Member{"method_facts", kList},    Member{"methods", kObject, true}, Member{"checkpoints", kList, true},
-      Member{"before", kList},          Member{"after", kList},           Member{"overridden_by", kObject},
-      Member{"map", kObject, true},     Member{"checks", kList, true},    Member{"already_quantized", kObject},
-      Member{"memory", kObject},        Member{"facts", kObject},         Member{"config_file", kText}};
+      Member{"name", kText, true},       Member{"aliases", kTexts},        Member{"summary", kText, true},
+      Member{"source", kObject, true},   Member{"version", kText, true},   Member{"entries", kTextMap, true},
+      Member{"entry", kText, true},      Member{"flags", kList, true},     Member{"removed_flags", kObject},
+      Member{"unknown_flags", kTextMap}, Member{"method_flag", kText},     Member{"dtype_flag", kText},
+      Member{"method_facts", kTexts},    Member{"methods", kObject, true}, Member{"checkpoints", kList, true},
+      Member{"before", kList},           Member{"after", kList},           Member{"overridden_by", kObject},
+      Member{"map", kObject, true},      Member{"checks", kList, true},    Member{"already_quantized", kObject},
+      Member{"memory", kObject},         Member{"facts", kObject},         Member{"config_file", kText}};
   Problems problems;
   check_members(engine, kMembers, "engine", problems);
   check_flags(engine, problems);
@@ -193,6 +214,7 @@ Problems check_engine(const Json& engine) {
   check_map(engine, problems);
   check_choices(engine, "before", "before", problems);
   check_choices(engine, "after", "after", problems);
+  check_tables(engine, problems);
   const Json none = Json::array();
   for (const Json& rule : member_or(engine, "checks", none))
     check_diagnostic(rule, "checks." + value_text(member_or(rule, "when", none)), problems);
@@ -203,13 +225,13 @@ Problems check_engine(const Json& engine) {
 }
 
 Problems check_hardware(const Json& hardware) {
-  static const std::array kMembers = {Member{"name", kText, true},   Member{"aliases", kList},
-                                      Member{"vendor", kText, true}, Member{"kind", kText, true},
-                                      Member{"architecture", kText}, Member{"sm", kWhole},
-                                      Member{"memory_gib", kReal},   Member{"bandwidth_gbps", kReal},
-                                      Member{"unified", kFlag},      Member{"dtypes", kList, true},
-                                      Member{"source", kText, true}, Member{"note", kText},
-                                      Member{"instructions", kList}, Member{"gfx", kText}};
+  static const std::array kMembers = {Member{"name", kText, true},    Member{"aliases", kTexts},
+                                      Member{"vendor", kText, true},  Member{"kind", kText, true},
+                                      Member{"architecture", kText},  Member{"sm", kWhole},
+                                      Member{"memory_gib", kReal},    Member{"bandwidth_gbps", kReal},
+                                      Member{"unified", kFlag},       Member{"dtypes", kTexts, true},
+                                      Member{"source", kText, true},  Member{"note", kText},
+                                      Member{"instructions", kTexts}, Member{"gfx", kText}};
   Problems problems;
   check_members(hardware, kMembers, "hardware", problems);
   if (problems.empty() && hardware["vendor"] == "nvidia" && !hardware.contains("sm"))
@@ -223,7 +245,7 @@ Problems check_hardware(const Json& hardware) {
 Problems check_kinds(const Json& document) {
   static const std::array kMembers = {Member{"name", kText, true}, Member{"source", kText},
                                       Member{"first", kList, true}};
-  static const std::array kFirst = {Member{"when", kObject, true}, Member{"kinds", kList, true}};
+  static const std::array kFirst = {Member{"when", kObject, true}, Member{"kinds", kTexts, true}};
   Problems problems;
   check_members(document, kMembers, "checkpoints", problems);
   const Json none = Json::array();
@@ -235,7 +257,7 @@ Problems check_kinds(const Json& document) {
 }
 
 Problems check_preset(const Json& preset) {
-  static const std::array kMembers = {Member{"name", kText, true},    Member{"aliases", kList},
+  static const std::array kMembers = {Member{"name", kText, true},    Member{"aliases", kTexts},
                                       Member{"summary", kText},       Member{"gemm_dtype", kText},
                                       Member{"kvcache_dtype", kText}, Member{"attention_dtype", kText},
                                       Member{"moe_dtype", kText}};

@@ -49,7 +49,7 @@ const Json& member(const Json& object, std::string_view name) {
 }
 std::string text_of(const Json& object, std::string_view name, std::string otherwise = {}) {
   const Json& value = member(object, name);
-  return value.is_string() ? value.get<std::string>() : otherwise;
+  return value.is_string() ? value.get<std::string>() : std::move(otherwise);
 }
 
 /// Puts `value` at "a.b.c" of an object, over what is there.

@@ -111,7 +111,7 @@ void check_derived(const Json& engine, const Argument& argument, const std::stri
 }
 
 /// Is the user's parameter still there as given?
-bool is_kept(const EnginePlan& plan, const Json& engine, const NamedParameter& parameter) {
+bool is_kept(const EnginePlan& plan, const NamedParameter& parameter) {
   const std::string flag = parameter.path.empty() ? parameter.flag : parameter.flag + "." + parameter.path;
   if (std::ranges::any_of(plan.args,
                           [&](const Argument& a) { return a.given && a.flag == flag && a.value == parameter.value; }))
@@ -120,7 +120,6 @@ bool is_kept(const EnginePlan& plan, const Json& engine, const NamedParameter& p
   if (const Json* value = look_up(plan.config_file, parameter.flag); value != nullptr && *value == parameter.value)
     return true;
   if (const Json* value = look_up(plan.api, parameter.flag); value != nullptr && *value == parameter.value) return true;
-  static_cast<void>(engine);
   return plan.api.contains("class") && parameter.value.is_object();  // a configuration object stands as its members
 }
 
@@ -129,7 +128,7 @@ void check_plan(const PlanRequest& request, const EnginePlan& plan) {
   for (const Argument& argument : plan.args)
     if (!argument.given) check_derived(engine, argument, plan.entry);
   for (const NamedParameter& parameter : name_parameters(engine, plan.entry, request.parameters))
-    EXPECT_TRUE(is_kept(plan, engine, parameter)) << parameter.flag << " " << parameter.value;
+    EXPECT_TRUE(is_kept(plan, parameter)) << parameter.flag << " " << parameter.value;
   for (const auto& [field, value] : request.fields) {
     if (value == "auto") continue;
     const auto answer = std::ranges::find(plan.answers, field, &Answer::field);
