@@ -266,6 +266,19 @@ Problems check_preset(const Json& preset) {
   return problems;
 }
 
+Problems check_backend(const Json& backend) {
+  static const std::array kMembers = {Member{"name", kText, true},       Member{"aliases", kTexts},
+                                      Member{"runs", kTexts, true},      Member{"four_bits", kText, true},
+                                      Member{"eight_bits", kText, true}, Member{"usable_memory", kReal, true},
+                                      Member{"fallback", kText, true},   Member{"rules", kList, true},
+                                      Member{"source", kText, true},     Member{"eight_bits_below", kReal}};
+  Problems problems;
+  check_members(backend, kMembers, "backend", problems);
+  const Json none = Json::array();
+  for (const Json& rule : member_or(backend, "rules", none)) check_diagnostic(rule, "rules", problems);
+  return problems;
+}
+
 }  // namespace
 
 std::vector<std::string> check_facts(std::string_view kind, const Json& document) {
@@ -274,7 +287,8 @@ std::vector<std::string> check_facts(std::string_view kind, const Json& document
     Problems (*check)(const Json&);
   };
   static constexpr std::array kKinds = {Kind{"engines", check_engine}, Kind{"hardware", check_hardware},
-                                        Kind{"checkpoints", check_kinds}, Kind{"presets", check_preset}};
+                                        Kind{"checkpoints", check_kinds}, Kind{"presets", check_preset},
+                                        Kind{"backends", check_backend}};
   const auto* row = std::ranges::find(kKinds, kind, &Kind::name);
   if (row == kKinds.end()) return {fmt::format("no facts are called '{}'", kind)};
   return row->check(document);
