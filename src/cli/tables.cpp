@@ -3,7 +3,7 @@
 #include "algorithm/algorithm.hpp"
 #include "cli/command.hpp"
 #include "container/container.hpp"
-#include "engine/facts.hpp"
+#include "engine/matrix.hpp"
 #include "scheme/scheme.hpp"
 
 namespace bitwright {
@@ -43,7 +43,8 @@ void print_methods(const OrderedJson& result) {
   fmt::print("\nelements:{}\n", names);
 }
 
-OrderedJson run_engines(const Arguments&, std::vector<Warning>&) {
+OrderedJson run_engines(const Arguments& arguments, std::vector<Warning>&) {
+  if (arguments.flag("--matrix")) return {{"matrix", precision_matrix()}};
   OrderedJson engines = OrderedJson::array();
   for (const Json* engine : Facts::standard().all("engines")) {
     OrderedJson fields = OrderedJson::object();
@@ -65,6 +66,10 @@ OrderedJson run_engines(const Arguments&, std::vector<Warning>&) {
 }
 
 void print_engines(const OrderedJson& result) {
+  if (result.contains("matrix")) {
+    fmt::print("{}", result["matrix"].get<std::string>());
+    return;
+  }
   for (const OrderedJson& e : result["engines"])
     fmt::print("{:<14} {:<14} {}\n", e["name"].get<std::string>(), e["version"].get<std::string>(),
                e["summary"].get<std::string>());
@@ -113,6 +118,10 @@ const Command methods_command = {.name = "methods",
 const Command engines_command = {.name = "engines",
                                  .summary = "engines that plans are made for",
                                  .takes_model = false,
+                                 .options = {{.name = "--matrix",
+                                              .type = Option::Type::flag,
+                                              .value_name = "",
+                                              .help = "Markdown table: each precision field on each engine"}},
                                  .run = run_engines,
                                  .print = print_engines};
 const Command hardware_command = {.name = "hardware",
