@@ -126,21 +126,45 @@ Json local_hardware(std::vector<Warning>& warnings) {
   return *Facts::standard().find("hardware", "cpu");
 }
 
-/// The configuration: --config, then the options, which win.
-OrderedJson read_configuration(const Arguments& arguments) {
+[[noreturn]] void unknown_key(const std::string& where, const std::string& path, std::string_view name,
+                              const std::vector<std::string>& known) {
+  throw Error({.code = "unknown-key",
+               .what = "bad configuration",
+               .where = where,
+               .why = fmt::format("unknown key '{}'", printable(path)),
+               .fix = suggest(name, known),
+               .status = ExitStatus::usage});
+}
+
+/// Every key of a configuration must be one that INTERFACES names, those of an engine's own section too.
+void check_keys(const OrderedJson& config, const std::string& where) {
   static const std::vector<std::string> kKeys = {"model",   "quantization", "quant_config", "engine",
                                                  "engines", "hardware",     "parameters"};
+  static const std::vector<std::string> kQuantization = {
+      "method",        "weight_only",  "mode",          "backend_method", "algorithm", "range",        "scheme",
+      "compute_dtype", "skip_modules", "layer_configs", "calibration",    "budget",    "load_in_4bit", "load_in_8bit"};
+  if (!config.is_object()) usage(where, "it holds no mapping of keys");
+  for (const auto& [key, value] : config.items()) {
+    if (std::ranges::find(kKeys, key) == kKeys.end()) unknown_key(where, key, key, kKeys);
+    if (key == "quantization" && value.is_object())
+      for (const auto& [inner, setting] : value.items())
+        if (std::ranges::find(kQuantization, inner) == kQuantization.end())
+          unknown_key(where, "quantization." + inner, inner, kQuantization);
+    if (const OrderedJson* weight_only = find_config(config, "quantization.weight_only");
+        weight_only != nullptr && !weight_only->is_boolean())
+      usage(where, "quantization.weight_only is neither true nor false");
+    if (key == "engines" && value.is_object())
+      for (const auto& [engine, section] : value.items()) check_keys(section, where);
+  }
+}
+
+/// The configuration: --config, then the options, which win.
+OrderedJson read_configuration(const Arguments& arguments) {
   OrderedJson config = OrderedJson::object();
-  if (const auto file = arguments.text("--config")) config = read_config_file(*file);
-  if (!config.is_object()) usage("--config", "the file holds no mapping of keys");
-  for (const auto& [key, value] : config.items())
-    if (std::ranges::find(kKeys, key) == kKeys.end())
-      throw Error({.code = "unknown-key",
-                   .what = "bad configuration",
-                   .where = *arguments.text("--config"),
-                   .why = fmt::format("unknown key '{}'", printable(key)),
-                   .fix = suggest(key, kKeys),
-                   .status = ExitStatus::usage});
+  if (const auto file = arguments.text("--config")) {
+    config = read_config_file(*file);
+    check_keys(config, *file);
+  }
   constexpr std::array<std::array<const char*, 2>, 9> kOptions = {
       {{"--engine", "engine.name"},
        {"--engine-version", "engine.version"},

@@ -5,7 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "engine/condition.hpp"
-#include "engine/plan.hpp"
+#include "engine/precision.hpp"
 #include "tests/support.hpp"
 
 namespace bitwright {
@@ -20,14 +20,21 @@ PlanRequest request_of(const OrderedJson& vector) {
       request.environment[name] = value.get<std::string>();
   if (vector["model_quantization"].is_string()) request.checkpoint = vector["model_quantization"];
   if (vector.contains("model")) request.model = Json::parse(vector["model"].dump());
-  const OrderedJson& config = vector["config"];
-  if (config.contains("fields"))
-    for (const auto& [name, value] : config["fields"].items()) request.fields[name] = value.get<std::string>();
-  if (config.contains("intent"))
-    request.intent = {.method = config["intent"]["method"], .weight_only = config["intent"]["weight_only"].get<bool>()};
+  const OrderedJson config = vector.value("config", OrderedJson::object());
+  OrderedJson quant_config = config.value("fields", OrderedJson::object());
+  if (config.contains("preset") && !config.contains("fields")) quant_config["preset"] = config["preset"];
+  request.fields = resolve_fields(quant_config);
+  if (config.contains("intent")) request.intent = intent_of(config["intent"]);
   for (const auto& [name, value] : vector["user_params"].items())
     request.parameters.emplace_back(name, Json::parse(value.dump()));
   return request;
+}
+
+/// JSON text as what it says.
+Json structured(const Json& value) {
+  if (!value.is_string()) return value;
+  const Json parsed = Json::parse(value.get<std::string>(), nullptr, false);
+  return parsed.is_structured() ? parsed : value;
 }
 
 /// `wanted` is the value, one of a list, or JSON compared by meaning; an object's other members are allowed.
@@ -35,8 +42,7 @@ bool accepts(const Json& wanted, const Json& value) {
   if (wanted.is_array() && !value.is_array())
     return std::ranges::any_of(wanted, [&](const Json& one) { return accepts(one, value); });
   if (wanted.is_object()) {
-    const Json parsed = value.is_string() ? Json::parse(value.get<std::string>(), nullptr, false) : value;
-    return parsed == wanted;
+    return structured(value) == wanted;
   }
   return same_value(wanted, value);
 }
@@ -79,7 +85,8 @@ std::string fault(const OrderedJson& vector, const Json& expect, const EnginePla
       if (emitted.contains(flag) && accepts(values, emitted[flag])) return "forbidden " + flag;
   if (expect.contains("env"))
     for (const auto& [name, value] : expect["env"].items())
-      if (!plan.environment.contains(name)) return "no variable " + name;
+      if (!plan.environment.contains(name) || !includes(value, structured(plan.environment[name])))
+        return "variable " + name;
   if (expect.contains("config_file") && !includes(expect["config_file"], plan.config_file))
     return "config_file " + plan.config_file.dump();
   if (expect.contains("api") && !includes(expect["api"], plan.api)) return "api " + plan.api.dump();
