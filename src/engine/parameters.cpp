@@ -60,6 +60,7 @@ void add_parameter(const Json& engine, std::string_view entry, const std::string
     one.flag = name.starts_with('-') ? name : "--" + name;
     one.value = as_argument(value);
   }
+  one.given = value.is_string() ? value : one.value;
   named.push_back(std::move(one));
 }
 

@@ -26,7 +26,8 @@ struct NamedParameter {
   std::string path{};         ///< "backend" of --attention-config.backend; empty: the whole
   const Json* row = nullptr;  ///< null: unknown
   bool other_entry = false;
-  Json value;
+  Json value;  ///< JSON text as what it says, numbers as text
+  Json given;  ///< what goes to the engine: the user's own text
 };
 std::vector<NamedParameter> name_parameters(const Json& engine, std::string_view entry, const Parameters& parameters);
 

@@ -186,6 +186,8 @@ void Planner::add_parameters() {
   for (const NamedParameter& parameter : given_) {
     Argument argument{.flag = parameter.flag, .value = parameter.value, .rule = "given", .given = true};
     if (!parameter.path.empty()) argument.flag += "." + parameter.path;
+    const bool on_command_line = parameter.row == nullptr || text_of(*parameter.row, "place", "cli") == "cli";
+    if (on_command_line) argument.value = parameter.given;
     place(argument, parameter.path, parameter.row);
     std::string at(without_dashes(parameter.flag));
     if (!parameter.path.empty()) at += "." + parameter.path;

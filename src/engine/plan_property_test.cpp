@@ -114,7 +114,7 @@ void check_derived(const Json& engine, const Argument& argument, const std::stri
 bool is_kept(const EnginePlan& plan, const NamedParameter& parameter) {
   const std::string flag = parameter.path.empty() ? parameter.flag : parameter.flag + "." + parameter.path;
   if (std::ranges::any_of(plan.args,
-                          [&](const Argument& a) { return a.given && a.flag == flag && a.value == parameter.value; }))
+                          [&](const Argument& a) { return a.given && a.flag == flag && a.value == parameter.given; }))
     return true;
   if (parameter.row == nullptr || !parameter.row->contains("place")) return false;
   if (const Json* value = look_up(plan.config_file, parameter.flag); value != nullptr && *value == parameter.value)

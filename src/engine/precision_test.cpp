@@ -130,6 +130,14 @@ TEST(RuntimeArgs, UnrelatedParametersPassThrough) {
   EXPECT_EQ(plan.outcome, "ok");
 }
 
+TEST(RuntimeArgs, TextOfTheUsersStaysAsItWasTyped) {
+  const char* const typed = R"({ "moe" : {"activation":"mxfp8"} })";
+  const EnginePlan plan =
+      map_to_vllm_args(OrderedJson(), {.parameters = {{"quantization-config", typed}}, .checkpoint = "mxfp4"});
+  EXPECT_EQ(find(plan, "--quantization-config")->value, typed);
+  EXPECT_EQ(plan.outcome, "ok");
+}
+
 TEST(RuntimeArgs, TheVersionIsSaid) {
   const Surroundings other = {.version = "0.31.0"};
   EXPECT_TRUE(says(map_to_vllm_args(OrderedJson(), other), "VERSION_UNVERIFIED"));
