@@ -257,6 +257,23 @@ Deployment deployment_of(const Arguments& arguments, const Json& hardware, const
   return deployment;
 }
 
+/// Which method leaves the most precision and still fits.
+void add_recommendation(const Model& model, const EnginePlan& plan, const Deployment& deployment, OrderedJson& result) {
+  if (deployment.memory_bytes <= 0) usage("--recommend", "the memory is unknown", "give --memory or --hardware");
+  if (!model.quantization.method.empty())
+    usage("--recommend", fmt::format("the model is quantized already ({})", model.quantization.method),
+          "start from the 16-bit model");
+  OrderedJson& list = result["recommend"] = OrderedJson::array();
+  result["recommended"] = nullptr;
+  for (const SizedMethod& option : weigh_methods(model.facts, model.weight_bytes, plan, deployment)) {
+    list.push_back({{"method", option.method},
+                    {"bits", option.bits},
+                    {"total_bytes", std::llround(option.estimate.total_bytes)},
+                    {"fits", *option.estimate.fits}});
+    if (*option.estimate.fits && result["recommended"].is_null()) result["recommended"] = option.method;
+  }
+}
+
 OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, const OrderedJson& quant_config,
                      const Model& model, const Json& hardware, std::vector<Warning>& warnings) {
   PlanRequest request = request_of(config, quant_config, model, hardware);
@@ -282,6 +299,8 @@ OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, cons
                           {"evidence", model.quantization.evidence},     {"hint", model.quantization.hint}};
   result["hardware"] = hardware.contains("name") ? OrderedJson(hardware["name"].get<std::string>()) : OrderedJson();
   result["predicted"] = predicted(model, plan, deployment_of(arguments, hardware, request));
+  if (arguments.flag("--recommend"))
+    add_recommendation(model, plan, deployment_of(arguments, hardware, request), result);
   result["engine"] = std::move(engine);
   if (!changes.empty()) result["changes"] = std::move(changes);
   if (!nearest.empty()) result["nearest"] = std::move(nearest);
@@ -349,6 +368,14 @@ void print_one(const OrderedJson& plan) {
                                                                   plan["checkpoint"]["scheme"].get<std::string>(),
                                                                   plan["checkpoint"]["bits"].get<double>()));
   print_memory(plan["predicted"]);
+  if (plan.contains("recommend")) {
+    for (const OrderedJson& r : plan["recommend"])
+      fmt::print("            {:<5} {:>4} bits: {:>10}{}\n", r["method"].get<std::string>(), r["bits"].get<double>(),
+                 gib(r["total_bytes"]), r["fits"].get<bool>() ? "" : ", does not fit");
+    fmt::print("recommended {}\n", plan["recommended"].is_string()
+                                       ? "--method " + plan["recommended"].get<std::string>()
+                                       : "a larger device: not even 2 bits fit");
+  }
   if (plan.contains("changes"))
     for (const OrderedJson& c : plan["changes"])
       fmt::print("changed     {}: {} -> {}\n", c["field"].get<std::string>(), c["from"].get<std::string>(),
@@ -429,6 +456,10 @@ std::vector<Option> options() {
            .least = 1,
            .most = 1 << 20},
           text("--memory", "SIZE", "memory of the device (default: the profile's)"),
+          {.name = "--recommend",
+           .type = Option::Type::flag,
+           .value_name = "",
+           .help = "the method that leaves the most precision and fits the memory"},
           {.name = "--adapt",
            .type = Option::Type::flag,
            .value_name = "",

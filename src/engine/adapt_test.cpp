@@ -92,6 +92,18 @@ TEST(Memory, CacheOfLatentAndWindowedAttention) {
   EXPECT_EQ(kv_cache_elements(windowed, 4096), 2048.0 * (16 * 4096 + 16 * 1024));
 }
 
+TEST(Memory, MethodsFromSixteenBitsDown) {
+  const EnginePlan plan = plan_engine({.engine = "native"});
+  const auto options = weigh_methods(llama8b(), 16.06e9, plan, {.context = 4096, .memory_bytes = 8e9});
+  ASSERT_EQ(options.size(), 5U);
+  EXPECT_EQ(options[0].estimate.weights_bytes, 16.06e9);
+  for (size_t i = 1; i < options.size(); ++i)
+    EXPECT_LT(options[i].estimate.weights_bytes, options[i - 1].estimate.weights_bytes);
+  const auto first = std::ranges::find_if(options, [](const SizedMethod& m) { return *m.estimate.fits; });
+  ASSERT_NE(first, options.end());
+  EXPECT_EQ(first->method, "int4");  // 2.1 GB of embeddings and 3.9 GB of 4.5-bit weights, 0.5 GB of cache
+}
+
 TEST(Memory, ElementsByType) {
   EXPECT_EQ(kv_element_bytes("auto", 128), 2);
   EXPECT_EQ(kv_element_bytes("fp8_e4m3", 128), 1);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <utility>
 
 #include "engine/condition.hpp"
 
@@ -132,6 +133,21 @@ double parameters_of(const Json& model) {
   const double sparse = (layers - dense) * (experts + count(model, "shared_experts")) * 3 * hidden * expert;
   const double embeddings = (look_up(model, "tied") != nullptr ? 1 : 2) * vocabulary * hidden;
   return embeddings + layers * attention_parameters(model) + dense * 3 * hidden * inner + sparse;
+}
+
+std::vector<SizedMethod> weigh_methods(const Json& model, double stored_bytes, const EnginePlan& plan,
+                                       const Deployment& deployment) {
+  constexpr std::array<std::pair<std::string_view, double>, 5> kMethods = {
+      {{"none", 16}, {"int8", 8}, {"int4", 4.5}, {"int3", 3.5}, {"int2", 2.5}}};  // groups of 64, scale and zero point
+  const Json* dtype = look_up(model, "dtype");
+  const double width = dtype != nullptr && *dtype == "float32" ? 4 : 2;
+  const double parameters = stored_bytes > 0 ? stored_bytes / width : parameters_of(model);
+  const double kept = std::min(parameters, 2 * count(model, "vocabulary") * count(model, "hidden_size"));
+  std::vector<SizedMethod> options;
+  for (const auto& [method, bits] : kMethods)
+    options.push_back(
+        {method, bits, estimate_memory(model, 2 * kept + (parameters - kept) * bits / 8, plan, deployment)});
+  return options;
 }
 
 MemoryEstimate estimate_memory(const Json& model, double stored_bytes, const EnginePlan& plan,

@@ -4,6 +4,7 @@
 #include <nlohmann/json.hpp>  // facts of the model
 #include <optional>
 #include <string_view>
+#include <vector>
 
 #include "base/json.hpp"
 #include "engine/plan.hpp"
@@ -42,5 +43,15 @@ double parameters_of(const Json& model);
 /// which KV cache is used.
 MemoryEstimate estimate_memory(const Json& model, double stored_bytes, const EnginePlan& plan,
                                const Deployment& deployment);
+
+/// One way to make the weights smaller, with what it takes.
+struct SizedMethod {
+  std::string_view method;  ///< as in quantization.method; "none": 16 bits
+  double bits;              ///< of a linear weight, scales included
+  MemoryEstimate estimate;
+};
+/// The methods from 16 bits down, each with its estimate at this deployment; the first that fits is the one to take.
+std::vector<SizedMethod> weigh_methods(const Json& model, double stored_bytes, const EnginePlan& plan,
+                                       const Deployment& deployment);
 
 }  // namespace bitwright
