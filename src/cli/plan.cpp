@@ -240,20 +240,13 @@ OrderedJson predicted(const Model& model, const EnginePlan& plan, const Deployme
   return json;
 }
 
-Deployment deployment_of(const Arguments& arguments, const Json& hardware, const PlanRequest& request) {
+Deployment deployment_of(const Arguments& arguments, const Json& hardware, const EnginePlan& plan) {
   Deployment deployment;
   deployment.context = arguments.integer("--context").value_or(0);
   deployment.batch = arguments.integer("--batch").value_or(1);
   if (hardware.contains("memory_gib")) deployment.memory_bytes = hardware["memory_gib"].get<double>() * 1073741824.0;
   if (const auto memory = arguments.text("--memory")) deployment.memory_bytes = parse_bytes("--memory", *memory);
-  for (const auto& [name, value] : request.parameters) {  // as vLLM, SGLang, TensorRT-LLM and LMDeploy call it
-    std::string plain = plain_name(name);
-    plain.erase(0, plain.find_first_not_of('-'));
-    if (plain != "tensorparallelsize" && plain != "tpsize" && plain != "tp") continue;
-    const std::string text = value.is_string() ? value.get<std::string>() : value.dump();
-    if (!text.empty() && text.size() < 5 && text.find_first_not_of("0123456789") == std::string::npos)
-      deployment.tensor_parallel = std::max(1, std::stoi(text));
-  }
+  deployment.tensor_parallel = plan.tensor_parallel;
   return deployment;
 }
 
@@ -298,9 +291,8 @@ OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, cons
                           {"group_size", model.quantization.group_size}, {"scheme", model.quantization.scheme},
                           {"evidence", model.quantization.evidence},     {"hint", model.quantization.hint}};
   result["hardware"] = hardware.contains("name") ? OrderedJson(hardware["name"].get<std::string>()) : OrderedJson();
-  result["predicted"] = predicted(model, plan, deployment_of(arguments, hardware, request));
-  if (arguments.flag("--recommend"))
-    add_recommendation(model, plan, deployment_of(arguments, hardware, request), result);
+  result["predicted"] = predicted(model, plan, deployment_of(arguments, hardware, plan));
+  if (arguments.flag("--recommend")) add_recommendation(model, plan, deployment_of(arguments, hardware, plan), result);
   result["engine"] = std::move(engine);
   if (!changes.empty()) result["changes"] = std::move(changes);
   if (!nearest.empty()) result["nearest"] = std::move(nearest);

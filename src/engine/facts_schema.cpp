@@ -198,14 +198,15 @@ void check_tables(const Json& engine, Problems& problems) {
 
 Problems check_engine(const Json& engine) {
   static const std::array kMembers = {
-      Member{"name", kText, true},       Member{"aliases", kTexts},        Member{"summary", kText, true},
-      Member{"source", kObject, true},   Member{"version", kText, true},   Member{"entries", kTextMap, true},
-      Member{"entry", kText, true},      Member{"flags", kList, true},     Member{"removed_flags", kObject},
-      Member{"unknown_flags", kTextMap}, Member{"method_flag", kText},     Member{"dtype_flag", kText},
-      Member{"method_facts", kTexts},    Member{"methods", kObject, true}, Member{"checkpoints", kList, true},
-      Member{"before", kList},           Member{"after", kList},           Member{"overridden_by", kObject},
-      Member{"map", kObject, true},      Member{"checks", kList, true},    Member{"already_quantized", kObject},
-      Member{"memory", kObject},         Member{"facts", kObject},         Member{"config_file", kText}};
+      Member{"name", kText, true},          Member{"aliases", kTexts},      Member{"summary", kText, true},
+      Member{"source", kObject, true},      Member{"version", kText, true}, Member{"entries", kTextMap, true},
+      Member{"entry", kText, true},         Member{"flags", kList, true},   Member{"removed_flags", kObject},
+      Member{"unknown_flags", kTextMap},    Member{"method_flag", kText},   Member{"dtype_flag", kText},
+      Member{"parallel_flag", kText},       Member{"method_facts", kTexts}, Member{"methods", kObject, true},
+      Member{"checkpoints", kList, true},   Member{"before", kList},        Member{"after", kList},
+      Member{"overridden_by", kObject},     Member{"map", kObject, true},   Member{"checks", kList, true},
+      Member{"already_quantized", kObject}, Member{"memory", kObject},      Member{"facts", kObject},
+      Member{"config_file", kText}};
   Problems problems;
   check_members(engine, kMembers, "engine", problems);
   check_flags(engine, problems);

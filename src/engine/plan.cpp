@@ -98,6 +98,7 @@ class Planner {
   void judge_method(const std::string& name, bool from_checkpoint, bool at_load);
   void judge_capability(const Json& limits, const std::string& what);
   void judge_checkpoint();
+  void judge_parallel();
   void run_rules(const Json& rules);
 
   void say(std::string code, Severity severity, std::string message, std::vector<std::string> instead = {});
@@ -170,6 +171,7 @@ EnginePlan Planner::plan() {
   judge_methods();
   evaluate("after");
   judge_checkpoint();
+  judge_parallel();
   run_rules(member(engine_, "checks"));
   say_version();
 
@@ -569,6 +571,33 @@ void Planner::judge_checkpoint() {
     return say("UNSUPPORTED_CKPT", Severity::error,
                fmt::format("{} {} does not load {} checkpoints", plan_.engine, plan_.version, request_.checkpoint));
   run_rules(member(*checkpoint_, "rules"));
+}
+
+/// Tensor parallelism cuts heads and rows: it may cut neither a head nor a group of a quantized row.
+void Planner::judge_parallel() {
+  const std::string flag = text_of(engine_, "parallel_flag");
+  const Json& given = member(facts_["arg"], without_dashes(flag));
+  const std::string text = given.is_string() ? given.get<std::string>() : "";
+  constexpr size_t kDigits = 4;
+  if (text.empty() || text.size() > kDigits || text.find_first_not_of("0123456789") != std::string::npos) return;
+  const int64_t parts = std::max<int64_t>(1, std::stoll(text));
+  plan_.tensor_parallel = parts;
+  const auto fact = [&](std::string_view name) {
+    const Json& value = member(facts_["model"], name);
+    return value.is_number_integer() ? value.get<int64_t>() : 0;
+  };
+  const auto refuse = [&](const std::string& what) {
+    say("PARALLEL_SPLIT", Severity::error, fmt::format("{} {}: {}", flag, parts, what),
+        {"a smaller degree of tensor parallelism", "pipeline parallelism"});
+  };
+  if (const int64_t heads = fact("heads"); heads % parts != 0)
+    return refuse(fmt::format("{} attention heads cannot be shared by {} devices", heads, parts));
+  const int64_t group = fact("group_size");
+  const char* const inner = holds({{"model.moe", true}}, facts_) ? "moe_intermediate_size" : "intermediate_size";
+  if (request_.checkpoint.empty() || group <= 1 || fact(inner) == 0) return;
+  if (fact(inner) % parts != 0 || fact(inner) / parts % group != 0)
+    refuse(
+        fmt::format("rows of {} weights, shared by {}, cut the checkpoint's groups of {}", fact(inner), parts, group));
 }
 
 void Planner::run_rules(const Json& rules) {

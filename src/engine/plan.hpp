@@ -74,6 +74,7 @@ struct EnginePlan {
   Json resolved = Json::object();  ///< what the engine itself will choose
   std::vector<Override> overrides{};
   std::vector<Answer> answers{};
+  int64_t tensor_parallel = 1;  ///< devices that share every layer, from the engine's own argument
 };
 
 /// The engine's arguments for a request, each with its rule, and what speaks against them. Pure: no file is read beside

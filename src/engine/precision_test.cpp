@@ -138,6 +138,19 @@ TEST(RuntimeArgs, TextOfTheUsersStaysAsItWasTyped) {
   EXPECT_EQ(plan.outcome, "ok");
 }
 
+TEST(RuntimeArgs, TensorParallelismCutsNeitherHeadsNorGroups) {
+  const Json model = {{"heads", 32}, {"intermediate_size", 11008}, {"group_size", 128}};
+  const auto plan = [&](int parts, const char* checkpoint) {
+    return map_to_vllm_args(
+        OrderedJson(), {.parameters = {{"tensor-parallel-size", parts}}, .checkpoint = checkpoint, .model = model});
+  };
+  EXPECT_EQ(plan(2, "awq").outcome, "ok");  // 11008 = 86 groups of 128: two devices take 43 each
+  EXPECT_EQ(plan(2, "awq").tensor_parallel, 2);
+  EXPECT_TRUE(says(plan(4, "awq"), "PARALLEL_SPLIT"));
+  EXPECT_EQ(plan(4, "").outcome, "ok");
+  EXPECT_TRUE(says(plan(3, ""), "PARALLEL_SPLIT"));
+}
+
 TEST(RuntimeArgs, TheVersionIsSaid) {
   const Surroundings other = {.version = "0.31.0"};
   EXPECT_TRUE(says(map_to_vllm_args(OrderedJson(), other), "VERSION_UNVERIFIED"));
