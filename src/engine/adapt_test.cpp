@@ -104,11 +104,39 @@ TEST(Memory, MethodsFromSixteenBitsDown) {
   EXPECT_EQ(first->method, "int4");  // 2.1 GB of embeddings and 3.9 GB of 4.5-bit weights, 0.5 GB of cache
 }
 
-TEST(Memory, ElementsByType) {
-  EXPECT_EQ(kv_element_bytes("auto", 128), 2);
-  EXPECT_EQ(kv_element_bytes("fp8_e4m3", 128), 1);
-  EXPECT_EQ(kv_element_bytes("q8_0", 128), 34.0 / 32);
-  EXPECT_EQ(kv_element_bytes("int8_per_token_head", 128), 1 + 4.0 / 128);
+TEST(Memory, ElementsByTheEnginesOwnTypes) {
+  const auto bytes = [](const char* engine, const char* type) {
+    PlanRequest request = {.engine = engine, .hardware = kHopper};
+    if (*type != '\0') request.fields["kvcache_dtype"] = type;
+    return kv_element_bytes(plan_engine(request), 128);
+  };
+  for (const Json* engine : Facts::standard().all("engines"))
+    EXPECT_EQ(bytes((*engine)["name"].get_ref<const std::string&>().c_str(), ""), 2) << (*engine)["name"];
+  EXPECT_EQ(bytes("vllm", "fp8"), 1);
+  EXPECT_EQ(bytes("vllm", "int8"), 1 + 4.0 / 128);
+  EXPECT_EQ(bytes("sglang", "fp8_e5m2"), 1);
+  EXPECT_EQ(bytes("tensorrt_llm", "fp8"), 1);
+  EXPECT_EQ(bytes("llamacpp", "int8"), 34.0 / 32);
+  EXPECT_EQ(bytes("lmdeploy", "int4"), 0.5 + 4.0 / 128);
+  EXPECT_EQ(bytes("mlx", "int4"), 0.5 + 4.0 / 64);
+  EXPECT_EQ(bytes("transformers", "int8"), 1 + 4.0 / 128);
+}
+
+TEST(Memory, WeightsQuantizedWhileLoading) {
+  const auto weights = [](const char* engine, const char* method) {
+    const EnginePlan plan =
+        plan_engine({.engine = engine,
+                     .hardware = kHopper,
+                     .intent = {.method = method, .weight_only = std::string_view(method) == "int4"}});
+    return estimate_memory(llama8b(), 16.06e9, plan, {}).weights_bytes;
+  };
+  const double kept = 4.0 * 128256 * 4096, linear = 16.06e9 - kept;
+  EXPECT_NEAR(weights("vllm", "fp8"), kept + linear / 2, 1);
+  EXPECT_NEAR(weights("sglang", "fp8"), kept + linear / 2, 1);
+  EXPECT_NEAR(weights("transformers", "int4"), kept + linear * 4.5 / 16, 1);
+  EXPECT_NEAR(weights("transformers", "fp8"), kept + linear / 2, 1);
+  EXPECT_NEAR(weights("tgi", "int4"), kept + linear * 4.5 / 16, 1);
+  EXPECT_EQ(weights("llamacpp", "none"), 16.06e9);
 }
 
 TEST(Memory, FitsAndTheMostThatDoes) {

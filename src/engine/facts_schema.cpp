@@ -183,13 +183,22 @@ void check_choices(const Json& rows, std::string_view member, const std::string&
 /// The small tables of an engine: what took a flag's place, which flags answer a field, what quantized checkpoints say.
 void check_tables(const Json& engine, Problems& problems) {
   static const std::array kRemoved = {Member{"say", kText, true}, Member{"since", kText}};
-  static const std::array kMemory = {Member{"overhead_gib", kReal}, Member{"source", kText}};
+  static const std::array kMemory = {Member{"kv_from", kTexts, true},      Member{"kv_bytes", kObject, true},
+                                     Member{"weights_from", kTexts, true}, Member{"weight_bits", kObject, true},
+                                     Member{"overhead_gib", kReal},        Member{"source", kText}};
   const Json none = Json::object();
   for (const auto& [flag, row] : member_or(engine, "removed_flags", none).items())
     check_members(row, kRemoved, "removed_flags." + flag, problems);
   for (const auto& [field, row] : member_or(engine, "already_quantized", none).items())
     check_diagnostic(row, "already_quantized." + field, problems);
-  check_members(member_or(engine, "memory", none), kMemory, "memory", problems);
+  if (engine.is_object() && engine.contains("memory")) check_members(engine["memory"], kMemory, "memory", problems);
+  const Json& memory = member_or(engine, "memory", none);
+  const auto is_number = [](const Json& value) { return value.is_number(); };
+  for (const auto& [type, bytes] : member_or(memory, "kv_bytes", none).items())
+    if (!bytes.is_array() || bytes.size() != 2 || !std::ranges::all_of(bytes, is_number))
+      problems.push_back(fmt::format("memory.kv_bytes.{}: bytes of an element and of a head's scale are needed", type));
+  for (const auto& [method, bits] : member_or(memory, "weight_bits", none).items())
+    if (!bits.is_number()) problems.push_back(fmt::format("memory.weight_bits.{}: a number is needed", method));
   for (const auto& [field, values] : member_or(engine, "overridden_by", none).items())
     for (const auto& [value, flags] : values.items())
       if ((type_of(flags) & kTexts) == 0)

@@ -15,35 +15,30 @@ double count(const Json& model, std::string_view name, double otherwise = 0) {
   return value != nullptr && value->is_number() ? value->get<double>() : otherwise;
 }
 
-/// The KV cache's type: what the plan resolves, whatever the engine calls its flag.
-std::string kv_type(const EnginePlan& plan) {
-  if (const Json* type = look_up(plan.resolved, "kv_cache_dtype"); type != nullptr && type->is_string())
-    return type->get<std::string>();
-  constexpr std::array kFlags = {"--kv-cache-dtype", "--kv_cache_dtype", "--cache-type-k", "--quant-policy",
-                                 "--kv-bits"};
+/// What an engine's table says of the first of `from` that the plan sets: [args|config_file|api|resolved].NAME.
+const Json* table_entry(const EnginePlan& plan, const Json& memory, const char* from, const char* table) {
+  Json said = {
+      {"config_file", plan.config_file}, {"api", plan.api}, {"resolved", plan.resolved}, {"args", Json::object()}};
   for (const Argument& argument : plan.args)
-    if (std::ranges::find(kFlags, argument.flag) != kFlags.end()) return value_text(argument.value);
-  if (const Json* type = look_up(plan.config_file, "kv_cache_config.dtype"); type != nullptr) return value_text(*type);
-  if (const Json* bits = look_up(plan.api, "cache_config.nbits"); bits != nullptr) return value_text(*bits);
-  return "auto";
+    said["args"][argument.flag.substr(std::min(argument.flag.find_first_not_of('-'), argument.flag.size()))] =
+        argument.value;
+  for (const Json& path : memory[from])
+    if (const Json* value = look_up(said, path.get_ref<const std::string&>()); value != nullptr)
+      if (const Json* entry = look_up(memory[table], value_text(*value)); entry != nullptr) return entry;
+  return nullptr;
+}
+
+const Json* memory_of(const EnginePlan& plan, const Facts& facts) {
+  return look_up(facts.get("engines", plan.engine), "memory");
 }
 
 /// Bits that the engine gives linear weights while loading; 0: as they are stored.
 double bits_at_load(const EnginePlan& plan) {
-  std::string method;
-  constexpr std::array kFlags = {"--quantization", "--quantize", "--model-format"};
-  for (const Argument& argument : plan.args)
-    if (std::ranges::find(kFlags, argument.flag) != kFlags.end()) method = value_text(argument.value);
-  if (const Json* name = look_up(plan.api, "class"); name != nullptr) {
-    if (look_up(plan.api, "load_in_4bit") != nullptr) return 4.5;
-    if (look_up(plan.api, "load_in_8bit") != nullptr || name->get<std::string>().find("FP8") != std::string::npos)
-      return 8;
-  }
-  if (method.find("nf4") != std::string::npos || method.find("fp4") != std::string::npos || method == "bitsandbytes" ||
-      method == "bnb-4bit")
-    return 4.5;  // a scale for 32 or 64 of them
-  if (method.find('8') != std::string::npos || method == "eetq") return 8;
-  return 0;
+  if (const Json* flag = look_up(plan.api, "load_in_4bit"); flag != nullptr && *flag == true) return 4.5;
+  if (const Json* flag = look_up(plan.api, "load_in_8bit"); flag != nullptr && *flag == true) return 8;
+  const Json* memory = memory_of(plan, Facts::standard());
+  const Json* bits = memory == nullptr ? nullptr : table_entry(plan, *memory, "weights_from", "weight_bits");
+  return bits == nullptr ? 0 : bits->get<double>();
 }
 
 double attention_parameters(const Json& model) {
@@ -72,45 +67,12 @@ int64_t largest(int64_t most, Fits fits) {
 
 }  // namespace
 
-double kv_element_bytes(std::string_view type, int64_t head_dim) {
-  const double scale = head_dim > 0 ? 4.0 / static_cast<double>(head_dim) : 0;  // float32, one for each token and head
-  struct Row {
-    std::string_view name;
-    double bytes;
-    bool scaled;
-  };
-  constexpr std::array<Row, 30> kRows = {{{"auto", 2, false},
-                                          {"float32", 4, false},
-                                          {"f32", 4, false},
-                                          {"fp8", 1, false},
-                                          {"fp8_e4m3", 1, false},
-                                          {"fp8_e4m3fn", 1, false},
-                                          {"fp8_e5m2", 1, false},
-                                          {"fp8_ds_mla", 1, false},
-                                          {"16", 1, false},  // LMDeploy's policies
-                                          {"17", 1, false},
-                                          {"fp8_per_token_head", 1, true},
-                                          {"int8_per_token_head", 1, true},
-                                          {"int4_per_token_head", 0.5, true},
-                                          {"8", 1, true},
-                                          {"int8", 1, true},
-                                          {"4", 0.5, true},
-                                          {"int4", 0.5, true},
-                                          {"2", 0.25, true},
-                                          {"mxfp8", 33.0 / 32, false},
-                                          {"nvfp4", 0.5625, false},
-                                          {"nvfp4_4over6", 0.5625, false},
-                                          {"fp4_mx_block16", 0.5625, false},
-                                          {"turboquant_k8v4", 0.75, true},
-                                          {"turboquant_4bit_nc", 0.5, true},
-                                          {"q8_0", 34.0 / 32, false},
-                                          {"q5_1", 24.0 / 32, false},
-                                          {"q5_0", 22.0 / 32, false},
-                                          {"q4_1", 20.0 / 32, false},
-                                          {"q4_0", 18.0 / 32, false},
-                                          {"iq4_nl", 18.0 / 32, false}}};
-  const auto* row = std::ranges::find(kRows, type, &Row::name);
-  return row == kRows.end() ? 2 : row->bytes + (row->scaled ? scale : 0);
+double kv_element_bytes(const EnginePlan& plan, int64_t head_dim, const Facts& facts) {
+  const Json* memory = memory_of(plan, facts);
+  const Json* entry = memory == nullptr ? nullptr : table_entry(plan, *memory, "kv_from", "kv_bytes");
+  if (entry == nullptr) return 2;
+  const double scale = head_dim > 0 ? (*entry)[1].get<double>() / static_cast<double>(head_dim) : 0;
+  return (*entry)[0].get<double>() + scale;
 }
 
 double kv_cache_elements(const Json& model, int64_t tokens) {
@@ -168,7 +130,7 @@ MemoryEstimate estimate_memory(const Json& model, double stored_bytes, const Eng
   constexpr int64_t kContext = 8192;
   const auto limit = static_cast<int64_t>(count(model, "context", kContext));
   estimate.context = deployment.context > 0 ? deployment.context : std::min(limit, kContext);
-  const double element = kv_element_bytes(kv_type(plan), head);
+  const double element = kv_element_bytes(plan, head);
   // heads are cut over the devices, a latent vector is not
   const double kv_parts = count(model, "kv_lora_rank") > 0
                               ? 1
@@ -182,9 +144,8 @@ MemoryEstimate estimate_memory(const Json& model, double stored_bytes, const Eng
   constexpr double kChunk = 2048;
   estimate.activation_bytes = 2 * kChunk * (4 * hidden + 2 * count(model, "intermediate_size", 4 * hidden) / parts) +
                               4 * count(model, "vocabulary") * static_cast<double>(deployment.batch);
-  const Json& memory = Facts::standard().get("engines", plan.engine);
-  estimate.overhead_bytes =
-      memory.contains("memory") ? memory["memory"].value("overhead_gib", 0.0) * 1024 * 1024 * 1024 : 0;
+  if (const Json* memory = memory_of(plan, Facts::standard()); memory != nullptr)
+    estimate.overhead_bytes = memory->value("overhead_gib", 0.0) * 1024 * 1024 * 1024;
   const double fixed = estimate.weights_bytes + estimate.activation_bytes + estimate.overhead_bytes;
   estimate.total_bytes = fixed + estimate.kv_cache_bytes;
   if (deployment.memory_bytes > 0) {

@@ -28,9 +28,9 @@ struct MemoryEstimate {
   std::optional<int64_t> most_context{}, most_batch{};  ///< that fit, everything else as asked
 };
 
-/// Bytes that one element of a KV cache takes, its scales included, by the engine's own name: "fp8_e4m3", "q8_0",
-/// "int8_per_token_head" (head_dim elements share a float32 scale), "auto": 2. Unknown names: 2.
-double kv_element_bytes(std::string_view type, int64_t head_dim);
+/// Bytes that one element of the plan's KV cache takes, its scales included: the engine's own table (`memory.kv_bytes`:
+/// bytes of an element, bytes of the scale that a token's head has); 2 where it says nothing.
+double kv_element_bytes(const EnginePlan& plan, int64_t head_dim, const Facts& facts = Facts::standard());
 
 /// KV-cache elements that one token takes over all layers: 2 x layers x kv_heads x head_dim, or the latent vector of
 /// MLA; layers with a window count up to it, layers of linear attention not at all. 0 if the facts do not say.
