@@ -157,9 +157,11 @@ EnginePlan Planner::plan() {
   }
   for (const auto& [name, value] : request_.fields)
     if (value != "auto") facts_["field"][name] = value;
-  if (request_.intent.method != "none" && request_.intent.method != "auto")
+  // without a method there is nothing that weight_only could be about
+  if (request_.intent.method != "none" && request_.intent.method != "auto") {
     facts_["intent"]["method"] = request_.intent.method;
-  if (request_.intent.weight_only) facts_["intent"]["weight_only"] = *request_.intent.weight_only;
+    if (request_.intent.weight_only) facts_["intent"]["weight_only"] = *request_.intent.weight_only;
+  }
   if (!request_.intent.backend_method.empty()) facts_["intent"]["backend_method"] = request_.intent.backend_method;
 
   add_parameters();
@@ -559,7 +561,7 @@ void Planner::judge_capability(const Json& limits, const std::string& what) {
                fmt::format("{} runs up to compute capability {:.1f} only, the device has {:.1f}", what,
                            limits["max_sm"].get<int>() / 10.0, sm.get<int>() / 10.0));
   if (outside("native_sm", std::less<>()))
-    say("HW_FALLBACK", request_.intent.weight_only.value_or(false) ? Severity::note : Severity::warning,
+    say("HW_FALLBACK", holds({{"intent.weight_only", true}}, facts_) ? Severity::note : Severity::warning,
         fmt::format("{} runs natively from compute capability {:.1f} on; at {:.1f} it saves memory, not arithmetic "
                     "(weight-only or emulated)",
                     what, limits["native_sm"].get<int>() / 10.0, sm.get<int>() / 10.0));
