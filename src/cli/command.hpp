@@ -50,6 +50,8 @@ struct Command {
   OrderedJson (*run)(const Arguments& arguments, std::vector<Warning>& warnings);
   /// The result for people, on stdout.
   void (*print)(const OrderedJson& result);
+  /// How a result ends the process; null: done. For results that are complete and say no all the same.
+  ExitStatus (*status)(const OrderedJson& result) = nullptr;
 };
 std::span<const Command* const> all_commands();
 

@@ -287,7 +287,7 @@ void print_warnings(const std::vector<Warning>& warnings) {
     fmt::print(stderr, "warning[{}]: {}\n", warning.code, printable(warning.message, 2000));
 }
 
-void run_command(const Command& command, const Arguments& arguments) {
+ExitStatus run_command(const Command& command, const Arguments& arguments) {
   std::vector<Warning> warnings;
   OrderedJson result;
   try {
@@ -305,6 +305,7 @@ void run_command(const Command& command, const Arguments& arguments) {
     command.print(result);
   }
   flush_output();
+  return command.status != nullptr ? command.status(result) : ExitStatus::done;
 }
 
 int report(const Error& error, bool json) {
@@ -370,8 +371,7 @@ int run_command_line(int argc, const char* const* argv) {
     const Command* command = parser.parse(argc, argv, arguments);
     if (command == nullptr) return static_cast<int>(ExitStatus::done);
     apply_common(arguments);
-    run_command(*command, arguments);
-    return static_cast<int>(ExitStatus::done);
+    return static_cast<int>(run_command(*command, arguments));
   } catch (const Error& error) {
     return report(error, json);
   } catch (const std::filesystem::filesystem_error& error) {

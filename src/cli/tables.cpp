@@ -3,6 +3,7 @@
 #include "algorithm/algorithm.hpp"
 #include "cli/command.hpp"
 #include "container/container.hpp"
+#include "engine/matrix.hpp"
 #include "scheme/scheme.hpp"
 
 namespace bitwright {
@@ -42,9 +43,68 @@ void print_methods(const OrderedJson& result) {
   fmt::print("\nelements:{}\n", names);
 }
 
+OrderedJson run_engines(const Arguments& arguments, std::vector<Warning>&) {
+  if (arguments.flag("--matrix")) return {{"matrix", precision_matrix()}};
+  OrderedJson engines = OrderedJson::array();
+  for (const Json* engine : Facts::standard().all("engines")) {
+    OrderedJson fields = OrderedJson::object();
+    for (const auto& [field, values] : (*engine)["map"].items()) {
+      fields[field] = OrderedJson::array();
+      for (const auto& [value, candidates] : values.items()) fields[field].push_back(value);
+    }
+    engines.push_back({{"name", (*engine)["name"].get<std::string>()},
+                       {"aliases", engine->value("aliases", std::vector<std::string>())},
+                       {"version", (*engine)["version"].get<std::string>()},
+                       {"summary", (*engine)["summary"].get<std::string>()},
+                       {"entry", (*engine)["entry"].get<std::string>()},
+                       {"fields", fields},
+                       {"methods", OrderedJson::array()},
+                       {"source", OrderedJson((*engine)["source"])}});
+    for (const auto& [method, facts] : (*engine)["methods"].items()) engines.back()["methods"].push_back(method);
+  }
+  return {{"engines", engines}};
+}
+
+void print_engines(const OrderedJson& result) {
+  if (result.contains("matrix")) {
+    fmt::print("{}", result["matrix"].get<std::string>());
+    return;
+  }
+  for (const OrderedJson& e : result["engines"])
+    fmt::print("{:<14} {:<14} {}\n", e["name"].get<std::string>(), e["version"].get<std::string>(),
+               e["summary"].get<std::string>());
+}
+
+OrderedJson run_hardware(const Arguments&, std::vector<Warning>&) {
+  OrderedJson devices = OrderedJson::array();
+  for (const Json* device : Facts::standard().all("hardware")) devices.push_back(OrderedJson(*device));
+  return {{"hardware", devices}};
+}
+
+void print_hardware(const OrderedJson& result) {
+  for (const OrderedJson& d : result["hardware"])
+    fmt::print("{:<18} {:<7} {:>7} {:>9}  {}\n", d["name"].get<std::string>(), d["vendor"].get<std::string>(),
+               d.contains("memory_gib") ? fmt::format("{} GiB", d["memory_gib"].get<double>()) : "",
+               d.contains("bandwidth_gbps") ? fmt::format("{} GB/s", d["bandwidth_gbps"].get<double>()) : "",
+               d.contains("sm") ? fmt::format("compute capability {:.1f}", d["sm"].get<int>() / 10.0) : "");
+}
+
+OrderedJson run_presets(const Arguments&, std::vector<Warning>&) {
+  OrderedJson presets = OrderedJson::array();
+  for (const Json* preset : Facts::standard().all("presets")) presets.push_back(OrderedJson(*preset));
+  return {{"presets", presets}};
+}
+
+void print_presets(const OrderedJson& result) {
+  fmt::print("{:<16} {:<10} {:<10} {:<10} {}\n", "", "gemm", "kv cache", "attention", "experts");
+  for (const OrderedJson& p : result["presets"])
+    fmt::print("{:<16} {:<10} {:<10} {:<10} {}\n", p["name"].get<std::string>(), p.value("gemm_dtype", "auto"),
+               p.value("kvcache_dtype", "auto"), p.value("attention_dtype", "auto"), p.value("moe_dtype", "auto"));
+}
+
 }  // namespace
 
-extern const Command formats_command, methods_command;
+extern const Command formats_command, methods_command, engines_command, hardware_command, presets_command;
 const Command formats_command = {.name = "formats",
                                  .summary = "containers that can be read and written",
                                  .takes_model = false,
@@ -55,5 +115,24 @@ const Command methods_command = {.name = "methods",
                                  .takes_model = false,
                                  .run = run_methods,
                                  .print = print_methods};
+const Command engines_command = {.name = "engines",
+                                 .summary = "engines that plans are made for",
+                                 .takes_model = false,
+                                 .options = {{.name = "--matrix",
+                                              .type = Option::Type::flag,
+                                              .value_name = "",
+                                              .help = "Markdown table: each precision field on each engine"}},
+                                 .run = run_engines,
+                                 .print = print_engines};
+const Command hardware_command = {.name = "hardware",
+                                  .summary = "devices that are known by name",
+                                  .takes_model = false,
+                                  .run = run_hardware,
+                                  .print = print_hardware};
+const Command presets_command = {.name = "presets",
+                                 .summary = "presets of the four precision fields",
+                                 .takes_model = false,
+                                 .run = run_presets,
+                                 .print = print_presets};
 
 }  // namespace bitwright

@@ -1,0 +1,97 @@
+#pragma once
+
+#include <map>
+#include <nlohmann/json.hpp>  // parameters, facts and engine arguments are JSON values
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "base/json.hpp"
+#include "engine/facts.hpp"
+
+namespace bitwright {
+
+enum class Severity : uint8_t { note, warning, error };
+std::string_view severity_name(Severity severity);
+
+/// What the user must know of a plan. The code is stable; `instead` names ways that work.
+struct Diagnostic {
+  std::string code;
+  Severity severity = Severity::error;
+  std::string message;
+  std::vector<std::string> instead{};
+};
+
+/// One argument of the engine, and where it comes from.
+struct Argument {
+  std::string flag;      ///< as the engine spells it: "--kv-cache-dtype"
+  Json value;            ///< text; true: a bare flag; an object: JSON text on the command line
+  std::string rule;      ///< "kvcache_dtype fp8", or "given" for the user's own
+  std::string source{};  ///< the engine's file that says so
+  bool given = false;
+};
+
+/// The user's parameter took the place of what a rule would have set.
+struct Override {
+  std::string flag;
+  Json derived, given;
+  std::string rule;
+};
+
+/// What became of a field or an intent. None is ever dropped without a word.
+struct Answer {
+  std::string field, value;
+  std::string outcome;  ///< argument | default | checkpoint | override | diagnostic
+};
+
+/// Intent (SPECIFICATION A). weight_only absent: what the method usually means.
+struct Intent {
+  std::string method = "none";
+  std::optional<bool> weight_only{};
+  std::string backend_method{};  ///< the engine's own name; bypasses the mapping
+};
+
+struct PlanRequest {
+  std::string engine;
+  std::string version{};           ///< empty: the one the facts were read from
+  Json hardware = Json::object();  ///< vendor, sm, memory_gib ...: a hardware document or a part of one; empty: unknown
+  std::string checkpoint{};        ///< the method the checkpoint declares; empty: 16 bits
+  Json model = Json::object();     ///< moe, mla, head_dim, scheme, bits, sym, group_size, kv_cache_scheme, entry ...
+  std::map<std::string, std::string> fields{};  ///< the four fields; absent: auto
+  Intent intent{};
+  std::vector<std::pair<std::string, Json>> parameters{};  ///< the user's own, in their order
+  std::map<std::string, std::string> environment{};
+};
+
+struct EnginePlan {
+  std::string engine, version, entry;
+  std::string outcome;  ///< ok | warning | error
+  std::vector<Argument> args{};
+  Json environment = Json::object(), config_file = Json::object(), api = Json::object();
+  std::vector<Diagnostic> diagnostics{};
+  Json resolved = Json::object();  ///< what the engine itself will choose
+  std::vector<Override> overrides{};
+  std::vector<Answer> answers{};
+  int64_t tensor_parallel = 1;  ///< devices that share every layer, from the engine's own argument
+};
+
+/// The engine's arguments for a request, each with its rule, and what speaks against them. Pure: no file is read beside
+/// the facts, none written; the same request gives the same plan. What an engine or a GPU refuses is in `diagnostics`
+/// and makes the outcome "error". Throws Error (exit status 2) for names nobody knows: engine, field or value.
+EnginePlan plan_engine(const PlanRequest& request, const Facts& facts = Facts::standard());
+
+/// What may stand in a field besides "auto", and which kinds of weights an intent may ask for.
+const std::vector<std::string>& field_values(std::string_view field);
+const std::vector<std::string>& field_names();
+const std::vector<std::string>& intent_methods();
+
+/// "vllm serve MODEL --kv-cache-dtype fp8", quoted for a shell; environment first, a configuration file by
+/// `config_path`.
+std::string engine_command(const EnginePlan& plan, std::string_view model, const Facts& facts = Facts::standard());
+
+/// The plan as JSON: name, version, outcome, args, env, config_file, api, command, resolved, warnings, errors.
+OrderedJson plan_json(const EnginePlan& plan, std::string_view model, const Facts& facts = Facts::standard());
+
+}  // namespace bitwright

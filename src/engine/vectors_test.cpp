@@ -1,0 +1,130 @@
+#include <gtest/gtest.h>
+
+#include <fstream>
+#include <iostream>
+#include <nlohmann/json.hpp>
+
+#include "engine/condition.hpp"
+#include "engine/precision.hpp"
+#include "tests/support.hpp"
+
+namespace bitwright {
+namespace {
+
+/// One line of $BITWRIGHT_SHARED/engines/tests.jsonl as a request; tests_schema.md says what its members mean.
+PlanRequest request_of(const OrderedJson& vector) {
+  PlanRequest request{.engine = vector["engine"], .version = vector["version"]};
+  request.hardware = Json::parse(vector["hardware"].dump());
+  if (request.hardware.contains("env"))
+    for (const auto& [name, value] : request.hardware["env"].items())
+      request.environment[name] = value.get<std::string>();
+  if (vector["model_quantization"].is_string()) request.checkpoint = vector["model_quantization"];
+  if (vector.contains("model")) request.model = Json::parse(vector["model"].dump());
+  const OrderedJson config = vector.value("config", OrderedJson::object());
+  OrderedJson quant_config = config.value("fields", OrderedJson::object());
+  if (config.contains("preset") && !config.contains("fields")) quant_config["preset"] = config["preset"];
+  request.fields = resolve_fields(quant_config);
+  if (config.contains("intent")) request.intent = intent_of(config["intent"]);
+  for (const auto& [name, value] : vector["user_params"].items())
+    request.parameters.emplace_back(name, Json::parse(value.dump()));
+  return request;
+}
+
+/// JSON text as what it says.
+Json structured(const Json& value) {
+  if (!value.is_string()) return value;
+  const Json parsed = Json::parse(value.get<std::string>(), nullptr, false);
+  return parsed.is_structured() ? parsed : value;
+}
+
+/// `wanted` is the value, one of a list, or JSON compared by meaning; an object's other members are allowed.
+bool accepts(const Json& wanted, const Json& value) {
+  if (wanted.is_array() && !value.is_array())
+    return std::ranges::any_of(wanted, [&](const Json& one) { return accepts(one, value); });
+  if (wanted.is_object()) {
+    return structured(value) == wanted;
+  }
+  return same_value(wanted, value);
+}
+/// Every member of `wanted` is in `value`; objects by their members.
+bool includes(const Json& wanted, const Json& value) {
+  if (!wanted.is_object()) return same_value(wanted, value);
+  return value.is_object() && std::ranges::all_of(wanted.items(), [&](const auto& member) {
+           return value.contains(member.key()) && includes(member.value(), value[member.key()]);
+         });
+}
+
+bool is_given(const OrderedJson& vector, const std::string& flag) {
+  const auto plain = [](std::string text) {
+    text.erase(0, text.find_first_not_of('-'));
+    return text;
+  };
+  return std::ranges::any_of(vector["user_params"].items(),
+                             [&](const auto& given) { return plain(given.key()) == plain(flag); });
+}
+
+/// What is wrong with the plan against one expectation; empty: nothing.
+std::string fault(const OrderedJson& vector, const Json& expect, const EnginePlan& plan) {
+  if (plan.outcome != expect["outcome"]) return "outcome " + plan.outcome;
+  for (const Json& code : expect["codes"])
+    if (std::ranges::none_of(plan.diagnostics, [&](const Diagnostic& d) { return code == d.code; }))
+      return "no " + code.get<std::string>();
+  Json emitted = Json::object();
+  for (const Argument& argument : plan.args) emitted[argument.flag] = argument.value;
+  if (plan.outcome != "error") {
+    for (const auto& [flag, wanted] : expect["args"].items())
+      if (!emitted.contains(flag) || !accepts(wanted, emitted[flag])) return "argument " + flag;
+    for (const auto& [flag, value] : emitted.items())
+      if (!expect["args"].contains(flag) && !is_given(vector, flag) &&
+          !(expect.contains("may_args") && expect["may_args"].contains(flag) &&
+            accepts(expect["may_args"][flag], value)))
+        return "extra argument " + flag + " " + value.dump();
+  }
+  if (expect.contains("absent"))
+    for (const auto& [flag, values] : expect["absent"].items())
+      if (emitted.contains(flag) && accepts(values, emitted[flag])) return "forbidden " + flag;
+  if (expect.contains("env"))
+    for (const auto& [name, value] : expect["env"].items())
+      if (!plan.environment.contains(name) || !includes(value, structured(plan.environment[name])))
+        return "variable " + name;
+  if (expect.contains("config_file") && !includes(expect["config_file"], plan.config_file))
+    return "config_file " + plan.config_file.dump();
+  if (expect.contains("api") && !includes(expect["api"], plan.api)) return "api " + plan.api.dump();
+  if (expect.contains("resolved"))  // judged as far as the plan predicts it
+    for (const auto& [name, value] : expect["resolved"].items())
+      if (plan.resolved.contains(name) && !same_value(plan.resolved[name], value))
+        return "resolved " + name + " " + plan.resolved[name].dump();
+  return {};
+}
+
+TEST(EngineVectors, AllHold) {
+  std::ifstream file(test::shared_dir() / "engines/tests.jsonl");
+  if (!file) GTEST_SKIP() << "no engine vectors here";
+  size_t cases = 0;
+  std::map<std::string, std::pair<int, int>> by_engine;
+  for (std::string line; std::getline(file, line); ++cases) {
+    const OrderedJson vector = OrderedJson::parse(line);
+    const EnginePlan plan = plan_engine(request_of(vector));
+    const Json expect = Json::parse(vector["expect"].dump());
+    std::string wrong = fault(vector, expect, plan);
+    if (!wrong.empty() && expect.contains("alternatives"))
+      for (const Json& other : expect["alternatives"])
+        if (fault(vector, other, plan).empty()) wrong.clear();
+    auto& [good, all] = by_engine[vector["engine"]];
+    ++all;
+    if (wrong.empty()) {
+      ++good;
+      continue;
+    }
+    std::string said;
+    for (const Diagnostic& d : plan.diagnostics)
+      said += "\n    " + d.code + " (" + std::string(severity_name(d.severity)) + "): " + d.message;
+    ADD_FAILURE() << vector["id"] << ": " << wrong << "\n  " << engine_command(plan, "MODEL") << said;
+  }
+  for (const auto& [engine, counts] : by_engine)
+    std::cout << engine << ": " << counts.first << " of " << counts.second << '\n';
+  std::cout << "cases: " << cases << '\n';
+}
+
+}  // namespace
+}  // namespace bitwright
