@@ -499,6 +499,8 @@ void Planner::judge_methods() {
       };
       const bool accepted = canonical_method(wanted) == own || lists(member(*checkpoint_, "accepts"), wanted) ||
                             lists(over, own) || lists(over, request_.checkpoint);
+      // another name for what the checkpoint has is the checkpoint's own method
+      if (accepted && engine_["methods"][wanted].contains("is")) facts_["method"] = own;
       if (!accepted)
         say("CKPT_MISMATCH", Severity::error,
             fmt::format("{} {} does not match the checkpoint's method {}", flag, wanted, request_.checkpoint),
