@@ -428,13 +428,16 @@ void Planner::judge_parameters() {
 
 void Planner::judge_flag(const NamedParameter& parameter) {
   const std::string plain = plain_flag(parameter.flag);
+  const auto names = [&](const std::string& flag) {  // the flag, or a member of it
+    return plain == plain_flag(flag) || plain.starts_with(plain_flag(flag) + ".");
+  };
   for (const auto& [flag, row] : member(engine_, "removed_flags").items()) {
-    if (plain_flag(flag) != plain) continue;
+    if (!names(flag)) continue;
     if (row.contains("since") && compare_versions(plan_.version, text_of(row, "since")) < 0) continue;
     return say("FLAG_REMOVED", Severity::error, fmt::format("{}: {}", parameter.flag, text_of(row, "say")));
   }
   for (const auto& [flag, why] : member(engine_, "unknown_flags").items())
-    if (plain_flag(flag) == plain)
+    if (names(flag))
       return say("UNKNOWN_FLAG", Severity::error, fmt::format("{}: {}", parameter.flag, value_text(why)));
   if (parameter.row == nullptr) return;  // not about precision: passed on unchanged
   if (parameter.other_entry)
@@ -469,7 +472,10 @@ void Planner::judge_value(const NamedParameter& parameter) {
                  fmt::format("{} {}: {}", parameter.flag, value_text(value), text_of(refused, "say")));
   const Json& values = member(row, "values");
   if (!values.is_array() || values.empty()) return;
-  if (std::ranges::any_of(values, [&](const Json& one) { return same_value(one, value); })) return;
+  const auto is_value = [&](const Json& given) {
+    return std::ranges::any_of(values, [&](const Json& one) { return same_value(one, given); });
+  };
+  if (value.is_array() ? std::ranges::all_of(value, is_value) : is_value(value)) return;
   if (row.contains("default") && same_value(row["default"], value)) return;
   if (text_of(engine_, "method_flag") == parameter.flag)
     if (const Json& named = member(member(engine_["methods"], value_text(value)), "named_when"); named.is_object())
