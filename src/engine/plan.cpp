@@ -245,6 +245,8 @@ Json Planner::canonical_value(const Json* row, const Json& value) const {
   std::string text = value.get<std::string>();
   if (row->value("lower_case", false))
     for (char& c : text) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
+  if (row->value("upper_case", false))
+    for (char& c : text) c = c >= 'a' && c <= 'z' ? static_cast<char>(c - 'a' + 'A') : c;
   return text_of(member(*row, "same"), text, text);
 }
 
@@ -475,7 +477,7 @@ void Planner::judge_value(const NamedParameter& parameter) {
   const auto is_value = [&](const Json& given) {
     return std::ranges::any_of(values, [&](const Json& one) { return same_value(one, given); });
   };
-  if (value.is_array() ? std::ranges::all_of(value, is_value) : is_value(value)) return;
+  if (type == "list" && value.is_array() ? std::ranges::all_of(value, is_value) : is_value(value)) return;
   if (row.contains("default") && same_value(row["default"], value)) return;
   if (text_of(engine_, "method_flag") == parameter.flag)
     if (const Json& named = member(member(engine_["methods"], value_text(value)), "named_when"); named.is_object())
