@@ -1,5 +1,6 @@
 #include <gtest/gtest.h>
 
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <nlohmann/json.hpp>
@@ -97,33 +98,53 @@ std::string fault(const OrderedJson& vector, const Json& expect, const EnginePla
   return {};
 }
 
-TEST(EngineVectors, AllHold) {
-  std::ifstream file(test::shared_dir() / "engines/tests.jsonl");
-  if (!file) GTEST_SKIP() << "no engine vectors here";
-  size_t cases = 0;
-  std::map<std::string, std::pair<int, int>> by_engine;
-  for (std::string line; std::getline(file, line); ++cases) {
-    const OrderedJson vector = OrderedJson::parse(line);
-    const EnginePlan plan = plan_engine(request_of(vector));
-    const Json expect = Json::parse(vector["expect"].dump());
-    std::string wrong = fault(vector, expect, plan);
-    if (!wrong.empty() && expect.contains("alternatives"))
-      for (const Json& other : expect["alternatives"])
-        if (fault(vector, other, plan).empty()) wrong.clear();
-    auto& [good, all] = by_engine[vector["engine"]];
-    ++all;
-    if (wrong.empty()) {
-      ++good;
-      continue;
-    }
-    std::string said;
-    for (const Diagnostic& d : plan.diagnostics)
-      said += "\n    " + d.code + " (" + std::string(severity_name(d.severity)) + "): " + d.message;
-    ADD_FAILURE() << vector["id"] << ": " << wrong << "\n  " << engine_command(plan, "MODEL") << said;
+using Counts = std::map<std::string, std::pair<int, int>>;  ///< by engine: good, all
+
+void check_vector(const OrderedJson& vector, Counts& by_engine) {
+  const EnginePlan plan = plan_engine(request_of(vector));
+  const Json expect = Json::parse(vector["expect"].dump());
+  std::string wrong = fault(vector, expect, plan);
+  if (!wrong.empty() && expect.contains("alternatives"))
+    for (const Json& other : expect["alternatives"])
+      if (fault(vector, other, plan).empty()) wrong.clear();
+  auto& [good, all] = by_engine[vector["engine"]];
+  ++all;
+  if (wrong.empty()) {
+    ++good;
+    return;
   }
+  std::string said;
+  for (const Diagnostic& d : plan.diagnostics)
+    said += "\n    " + d.code + " (" + std::string(severity_name(d.severity)) + "): " + d.message;
+  ADD_FAILURE() << vector["id"] << ": " << wrong << "\n  " << engine_command(plan, "MODEL") << said;
+}
+
+void check_file(const std::filesystem::path& path) {
+  std::ifstream file(path);
+  ASSERT_TRUE(file) << path;
+  Counts by_engine;
+  size_t cases = 0;
+  for (std::string line; std::getline(file, line); ++cases) check_vector(OrderedJson::parse(line), by_engine);
+  std::cout << path.filename().string() << '\n';
   for (const auto& [engine, counts] : by_engine)
-    std::cout << engine << ": " << counts.first << " of " << counts.second << '\n';
+    std::cout << "  " << engine << ": " << counts.first << " of " << counts.second << '\n';
   std::cout << "cases: " << cases << '\n';
+}
+
+TEST(EngineVectors, AllHold) {
+  const auto path = test::shared_dir() / "engines/tests.jsonl";
+  if (!std::filesystem::exists(path)) GTEST_SKIP() << "no engine vectors here";
+  check_file(path);
+}
+
+/// Vectors of this project's own, in the same form: what the shared ones leave out.
+TEST(EngineVectors, OwnHold) {
+  std::vector<std::filesystem::path> files;
+  for (const auto& entry : std::filesystem::directory_iterator("tests/vectors"))
+    if (entry.path().extension() == ".jsonl") files.push_back(entry.path());
+  std::ranges::sort(files);
+  ASSERT_FALSE(files.empty());
+  for (const auto& file : files) check_file(file);
 }
 
 }  // namespace
