@@ -68,6 +68,9 @@ std::string_view without_dashes(std::string_view flag) {
   return flag;
 }
 
+/// "--config" of "--config llm_args.yaml".
+std::string option_of(const std::string& pattern) { return pattern.substr(0, pattern.find(' ')); }
+
 class Planner {
  public:
   Planner(const PlanRequest& request, const Facts& known);
@@ -99,6 +102,7 @@ class Planner {
   void judge_capability(const Json& limits, const std::string& what);
   void judge_checkpoint();
   void judge_parallel();
+  void judge_config_file();
   void run_rules(const Json& rules);
 
   void say(std::string code, Severity severity, std::string message, std::vector<std::string> instead = {});
@@ -175,6 +179,7 @@ EnginePlan Planner::plan() {
   judge_checkpoint();
   judge_parallel();
   run_rules(member(engine_, "checks"));
+  judge_config_file();
   say_version();
 
   const auto worst = std::ranges::max_element(plan_.diagnostics, {}, &Diagnostic::severity);
@@ -612,6 +617,15 @@ void Planner::judge_parallel() {
         fmt::format("rows of {} weights, shared by {}, cut the checkpoint's groups of {}", fact(inner), parts, group));
 }
 
+/// The user's own configuration file holds what the plan would have written into one.
+void Planner::judge_config_file() {
+  const std::string option = option_of(text_of(engine_, "config_file"));
+  const auto given = std::ranges::find(given_, option, &NamedParameter::flag);
+  if (plan_.config_file.empty() || given == given_.end()) return;
+  say("CONFIG_FILE_ONLY", Severity::warning,
+      fmt::format("add to {}: {}", value_text(given->value), value_text(plan_.config_file)));
+}
+
 void Planner::run_rules(const Json& rules) {
   for (const Json& rule : rules)
     if (!rule.contains("when") || holds(rule["when"], facts_)) say_rule(rule);
@@ -676,7 +690,8 @@ std::string engine_command(const EnginePlan& plan, std::string_view model, const
     if (argument.value != true) command += " " + quoted(value_text(argument.value));
   }
   const std::string file = text_of(facts.get("engines", plan.engine), "config_file");
-  if (!plan.config_file.empty() && !file.empty()) command += " " + file;
+  const bool own_file = std::ranges::find(plan.args, option_of(file), &Argument::flag) != plan.args.end();
+  if (!plan.config_file.empty() && !file.empty() && !own_file) command += " " + file;
   return command;
 }
 
