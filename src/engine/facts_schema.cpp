@@ -215,7 +215,7 @@ Problems check_engine(const Json& engine) {
       Member{"checkpoints", kList, true},   Member{"before", kList},        Member{"after", kList},
       Member{"overridden_by", kObject},     Member{"map", kObject, true},   Member{"checks", kList, true},
       Member{"already_quantized", kObject}, Member{"memory", kObject},      Member{"facts", kObject},
-      Member{"config_file", kText}};
+      Member{"config_file", kText},         Member{"packages", kTexts}};
   Problems problems;
   check_members(engine, kMembers, "engine", problems);
   check_flags(engine, problems);
