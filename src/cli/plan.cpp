@@ -298,6 +298,9 @@ OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, cons
     const bool of_intent = field == "intent" || field == "backend_method";
     answer["from"] = of_intent ? (field == "intent" ? "quantization.method" : "quantization.backend_method")
                                : field_origin(quant_config, field);
+    for (const OrderedJson& change : changes)
+      if (change["field"] == field || (field == "intent" && change["field"] == "method"))
+        answer["from"] = fmt::format("--adapt, in place of {}", change["from"].get<std::string>());
   }
   OrderedJson result = {{"intent", request.intent.method}, {"quant_config", get_quant_config_summary(quant_config)}};
   result["checkpoint"] = {{"method", model.quantization.method},         {"bits", model.quantization.bits},

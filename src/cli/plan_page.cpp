@@ -9,6 +9,7 @@
 
 #include "cli/page.hpp"
 #include "cli/tensor_groups.hpp"
+#include "engine/facts.hpp"
 
 namespace bitwright {
 namespace {
@@ -148,12 +149,18 @@ void print_errors(const OrderedJson& plan) {
     fmt::print("  {}: {} -> {}\n", text_of(c, "field"), text_of(c, "from"), text_of(c, "to"));
 }
 
-/// What the engine is told: what stands outside the command line, then the line to paste.
+/// The lines to paste: the configuration file where there is one (JSON is YAML), then the command.
 void print_command(const OrderedJson& plan) {
   const OrderedJson& engine = plan["engine"];
-  for (const char* part : {"api", "config_file"})
-    if (!engine[part].empty()) fmt::print("{:<11} {}\n", part, engine[part].dump());
-  if (plan["errors"].empty()) fmt::print("{}\n", text_of(engine, "command"));
+  if (!plan["errors"].empty()) {  // what was derived is shown all the same
+    if (!engine["config_file"].empty()) fmt::print("config file {}\n", engine["config_file"].dump());
+    return;
+  }
+  if (!engine["config_file"].empty()) {
+    const std::string option = Facts::standard().get("engines", text_of(engine, "name")).value("config_file", "");
+    fmt::print("cat > {} <<'END'\n{}\nEND\n", option.substr(option.rfind(' ') + 1), engine["config_file"].dump());
+  }
+  fmt::print("{}\n", text_of(engine, "command"));
 }
 
 void print_checkpoint(const OrderedJson& checkpoint) {

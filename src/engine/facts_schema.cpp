@@ -82,7 +82,7 @@ void check_flags(const Json& engine, Problems& problems) {
       Member{"refused", kList},    Member{"place", kText},
       Member{"entries", kTexts},   Member{"since", kText},
       Member{"classes", kTextMap}, Member{"help", kText},
-      Member{"file", kText, true}};
+      Member{"call", kText},       Member{"file", kText, true}};
   const Json none = Json::array();
   for (const Json& flag : member_or(engine, "flags", none)) {
     const std::string where = "flags." + value_text(member_or(flag, "flag", none));
