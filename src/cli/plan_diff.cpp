@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "base/error.hpp"
 #include "cli/page.hpp"
 #include "cli/tensor_groups.hpp"
 #include "recipe/config.hpp"
@@ -96,9 +97,9 @@ std::string title(const OrderedJson& plan) {
 
 std::string shown(const OrderedJson& value, const std::string& path) {
   if (value.is_null()) return "-";
-  if (value.is_string()) return value.get<std::string>();
+  if (value.is_string()) return printable(value.get<std::string>(), 1000);
   if (value.is_number() && path.ends_with("bytes")) return size_text(value.get<double>());
-  return value.dump();
+  return printable(value.dump(-1, ' ', false, OrderedJson::error_handler_t::replace), 1000);
 }
 
 }  // namespace
@@ -135,7 +136,7 @@ void print_diff(const OrderedJson& diff) {
   std::vector<std::vector<std::string>> rows;
   for (const OrderedJson& row : diff) {
     const auto path = row["path"].get<std::string>();
-    rows.push_back({path, shown(row["before"], path) + " -> " + shown(row["after"], path)});
+    rows.push_back({printable(path), shown(row["before"], path) + " -> " + shown(row["after"], path)});
   }
   fmt::print("{}", columns(rows));
 }
