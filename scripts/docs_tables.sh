@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Writes the tables of the facts into the documentation:  docs_tables.sh [PROGRAM]
-# What stands between "<!-- table NAME -->" and "<!-- /table -->" becomes what `bitwright engines --table NAME` prints.
+# Writes what is made elsewhere into the documentation:  docs_tables.sh [PROGRAM]
+# "<!-- table NAME -->" … "<!-- /table -->" holds what `bitwright engines --table NAME` prints, a table of the facts;
+# "<!-- file PATH -->" … "<!-- /file -->" a file of this repository.
 set -euo pipefail
 program=$(realpath "${1:-build/release/bin/bitwright}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -8,14 +9,19 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 for document in docs/precision-*.md; do
   copy=$(mktemp)
   while IFS= read -r line; do
+    printf '%s\n' "$line"
     case $line in
       '<!-- table '*' -->')
-        name=${line#'<!-- table '}
-        printf '%s\n' "$line"
+        name=${line#'<!-- table '} end='<!-- /table -->'
         "$program" engines --table "${name%' -->'}"
-        while IFS= read -r line && [ "$line" != '<!-- /table -->' ]; do :; done
         ;;
+      '<!-- file '*' -->')
+        name=${line#'<!-- file '} end='<!-- /file -->'
+        printf '```yaml\n%s\n```\n' "$(cat "${name%' -->'}")"
+        ;;
+      *) continue ;;
     esac
+    while IFS= read -r line && [ "$line" != "$end" ]; do :; done
     printf '%s\n' "$line"
   done <"$document" >"$copy"
   cat "$copy" >"$document"

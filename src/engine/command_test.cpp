@@ -5,7 +5,7 @@
 namespace bitwright {
 namespace {
 
-std::string command(PlanRequest request, std::string_view model = "M") {
+std::string command(const PlanRequest& request, std::string_view model = "M") {
   return engine_command(plan_engine(request), model);
 }
 

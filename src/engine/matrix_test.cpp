@@ -9,23 +9,27 @@
 namespace bitwright {
 namespace {
 
-/// What a document holds between the marks of a table, by the table's name.
-std::map<std::string, std::string, std::less<>> tables_in(const std::string& document) {
-  constexpr std::string_view kBegin = "<!-- table ", kEnd = "<!-- /table -->";
-  std::map<std::string, std::string, std::less<>> tables;
-  for (size_t at = 0; (at = document.find(kBegin, at)) != std::string::npos;) {
-    const size_t name = at + kBegin.size(), text = document.find(" -->\n", name), end = document.find(kEnd, at);
-    if (text == std::string::npos || end == std::string::npos || end < text) return {};
-    const size_t first = text + std::string_view(" -->\n").size();
-    tables[document.substr(name, text - name)] = document.substr(first, end - first);
-    at = end;
+/// What the documents hold between the marks of a kind ("table", "file"), by the name in the mark.
+std::map<std::string, std::string, std::less<>> marked(const std::string& kind) {
+  const std::string begin = "<!-- " + kind + " ", end = "<!-- /" + kind + " -->", close = " -->\n";
+  std::map<std::string, std::string, std::less<>> held;
+  for (const char* path : {"docs/precision-fields.md", "docs/precision-guide.md"}) {
+    const std::string document = test::read_file(path);
+    for (size_t at = 0; (at = document.find(begin, at)) != std::string::npos;) {
+      const size_t name = at + begin.size(), text = document.find(close, name), last = document.find(end, name);
+      if (text == std::string::npos || last == std::string::npos || last < text + close.size()) {
+        ADD_FAILURE() << path << ": a mark of kind " << kind << " is not closed";
+        return {};
+      }
+      held[document.substr(name, text - name)] = document.substr(text + close.size(), last - text - close.size());
+      at = last;
+    }
   }
-  return tables;
+  return held;
 }
 
 TEST(FactsTables, DocumentationHoldsWhatTheFactsSay) {
-  auto held = tables_in(test::read_file("docs/precision-fields.md"));
-  held.merge(tables_in(test::read_file("docs/precision-guide.md")));
+  auto held = marked("table");
   for (const FactsTable& table : facts_tables()) {
     const auto found = held.find(table.name);
     ASSERT_NE(found, held.end()) << table.name;
@@ -33,6 +37,13 @@ TEST(FactsTables, DocumentationHoldsWhatTheFactsSay) {
     held.erase(found);
   }
   EXPECT_TRUE(held.empty()) << "no table is called " << held.begin()->first;
+}
+
+TEST(FactsTables, DocumentationShowsTheExamplesAsTheyAre) {
+  const auto held = marked("file");
+  EXPECT_GE(held.size(), 4U);  // a preset, a custom configuration, an override, several presets
+  for (const auto& [path, text] : held)
+    EXPECT_EQ(text, "```yaml\n" + test::read_file(path) + "```\n") << "scripts/docs_tables.sh writes it";
 }
 
 TEST(PrecisionMatrix, EveryValueOfEveryFieldHasARow) {
