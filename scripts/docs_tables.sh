@@ -17,6 +17,7 @@ for document in docs/precision-*.md; do
         ;;
       '<!-- file '*' -->')
         name=${line#'<!-- file '} end='<!-- /file -->'
+        # shellcheck disable=SC2016  # a fence of Markdown, no command
         printf '```yaml\n%s\n```\n' "$(cat "${name%' -->'}")"
         ;;
       *) continue ;;
