@@ -45,6 +45,7 @@ struct Command {
   std::string_view name, summary;
   bool takes_model = true;
   bool takes_config = false;  ///< --config, --set and every key of the configuration
+  bool plans = false;         ///< with takes_config: also the options of keys that only `plan` reads
   std::vector<Option> options{};
   /// The result, as INTERFACES.md lists its fields. Text meant for stdout while running only if !arguments.json.
   OrderedJson (*run)(const Arguments& arguments, std::vector<Warning>& warnings);
