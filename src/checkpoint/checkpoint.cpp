@@ -188,7 +188,7 @@ struct Checkpoint::Impl {
   std::vector<TensorEntry> tensors;
   std::map<std::string, size_t, std::less<>> by_name;
 
-  Impl(const fs::path& opened, const Translator& translator, Unfinished unfinished) : path(opened) {
+  Impl(const fs::path& opened, const Translator& translator, Unfinished unfinished, Foreign foreign) : path(opened) {
     find_files(unfinished);
     map_arrays();
     if (facts() == nullptr) {
@@ -198,7 +198,7 @@ struct Checkpoint::Impl {
     }
     check_index();
     if (translator != nullptr && facts() != nullptr) translate(translator(view()));
-    find_container();
+    find_container(foreign);
     make_entries();
   }
 
@@ -404,7 +404,7 @@ struct Checkpoint::Impl {
             .where = path.string()};
   }
 
-  void find_container() {
+  void find_container(Foreign foreign) {
     for (const Container* candidate : all_containers())
       if (candidate->detect(view())) {
         container = candidate;
@@ -415,7 +415,7 @@ struct Checkpoint::Impl {
       }
     auto declared = config.find("quantization_config");
     if (declared == config.end()) declared = config.find("quantization");  // MLX
-    if (declared == config.end() || declared->is_null()) return;
+    if (declared == config.end() || declared->is_null() || foreign == Foreign::list) return;
     std::string method = "unknown";
     for (const char* key : {"mode", "quant_method"})
       if (declared->is_object() && declared->contains(key)) method = (*declared)[key].dump();
@@ -471,8 +471,8 @@ struct Checkpoint::Impl {
   }
 };
 
-Checkpoint::Checkpoint(const fs::path& path, const Translator& translate, Unfinished unfinished)
-    : impl_(std::make_unique<Impl>(path, translate, unfinished)) {}
+Checkpoint::Checkpoint(const fs::path& path, const Translator& translate, Unfinished unfinished, Foreign foreign)
+    : impl_(std::make_unique<Impl>(path, translate, unfinished, foreign)) {}
 Checkpoint::~Checkpoint() = default;
 Checkpoint::Checkpoint(Checkpoint&&) noexcept = default;
 

@@ -46,7 +46,8 @@ struct Command {
   std::string_view name, summary;
   bool takes_model = true;
   std::string_view takes_name{};  ///< what an optional NAME chooses, for --help; empty: the command takes none
-  bool takes_config = false;      ///< --config, --set and every key of the configuration
+  bool takes_config = false;  ///< --config, --set and every key of the configuration
+  bool plans = false;         ///< with takes_config: also the options of keys that only `plan` reads
   std::vector<Option> options{};
   /// The result, as INTERFACES.md lists its fields. Text meant for stdout while running only if !arguments.json.
   OrderedJson (*run)(const Arguments& arguments, std::vector<Warning>& warnings);
@@ -56,6 +57,9 @@ struct Command {
   ExitStatus (*status)(const OrderedJson& result) = nullptr;
 };
 std::span<const Command* const> all_commands();
+
+/// The configuration of a command that takes one: --config, then --set, then the options that are keys of it.
+OrderedJson read_config(const Command& command, const Arguments& arguments);
 
 /// Parses, runs, prints; returns the exit status.
 int run_command_line(int argc, const char* const* argv);

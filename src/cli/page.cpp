@@ -73,7 +73,8 @@ std::string coloured(std::string_view text, Colour colour) {
 
 std::string size_text(double bytes) {
   constexpr double kGiB = 1073741824.0, kMB = 1e6;
-  return bytes >= kGiB / 10 ? fmt::format("{:.2f} GiB", bytes / kGiB) : fmt::format("{:.2f} MB", bytes / kMB);
+  if (bytes >= kGiB / 10) return fmt::format("{:.2f} GiB", bytes / kGiB);
+  return bytes >= kMB / 10 ? fmt::format("{:.2f} MB", bytes / kMB) : fmt::format("{:.1f} kB", bytes / 1e3);
 }
 
 }  // namespace bitwright

@@ -136,6 +136,7 @@ TEST(Page, LongTextIsBrokenAtBlanks) {
 TEST(Page, ColoursAreForTerminals) { EXPECT_EQ(coloured("ok", Colour::green), "ok"); }
 
 TEST(Page, SizesHaveTheirUnit) {
+  EXPECT_EQ(size_text(2048), "2.0 kB");
   EXPECT_EQ(size_text(8397648), "8.40 MB");
   EXPECT_EQ(size_text(80.0 * (1 << 30)), "80.00 GiB");
 }

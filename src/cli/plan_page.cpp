@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <nlohmann/json.hpp>
 #include <vector>
 
@@ -25,6 +26,8 @@ std::string text_of(const OrderedJson& object, const char* member) {
 void print_line(std::string_view title, const std::string& text) {
   fmt::print("{:<11} {}\n", title, wrapped(text, kIndent));
 }
+
+std::string in_brackets(const std::string& text) { return text.empty() ? text : " (" + text + ")"; }
 
 std::string outcome_of(const OrderedJson& plan) {
   const std::string outcome = text_of(plan["engine"], "outcome");
@@ -72,25 +75,31 @@ void print_memory(const OrderedJson& p) {
              p["most_batch"].get<int64_t>());
 }
 
-/// What the weights become: the whole in a line, then the tensors that are alike.
+/// What the weights become: the whole in a line, then the tensors that are alike, largest first.
 void print_tensors(const OrderedJson& plan) {
   if (!plan.contains("tensors") || plan["tensors"].empty()) return;
-  const std::string algorithm = text_of(plan, "algorithm"), container = text_of(plan, "container");
+  const std::string scheme = text_of(plan, "scheme"), algorithm = text_of(plan, "algorithm");
+  const std::string container = text_of(plan, "container");
   const OrderedJson& predicted = plan["predicted"];
-  print_line(
-      "weights",
-      text_of(plan, "scheme") + (algorithm.empty() ? "" : " by " + algorithm) +
-          (container.empty() ? "" : ", container " + container) +
-          (predicted.contains("bytes") && predicted["bytes"].is_number() ? ": " + size_at(predicted, "bytes") : ""));
+  std::vector<TensorGroup> groups = group_tensors(plan["tensors"]);
+  const bool unchanged = std::ranges::all_of(
+      groups, [&](const TensorGroup& g) { return g.scheme.empty() && g.reason == groups.front().reason; });
+  std::string line = (scheme.empty() ? "unchanged" : scheme) + (algorithm.empty() ? "" : " by " + algorithm);
+  if (!container.empty()) line += ", container " + container;
+  if (predicted.contains("bytes") && predicted["bytes"].is_number()) line += ": " + size_at(predicted, "bytes");
+  print_line("weights", line + (unchanged && !groups.empty() ? in_brackets(groups.front().reason) : ""));
+  if (unchanged) return;
   constexpr size_t kMost = 12;  // one screen
   std::vector<std::vector<std::string>> rows;
-  const std::vector<TensorGroup> groups = group_tensors(plan["tensors"]);
+  std::ranges::stable_sort(groups, std::ranges::greater(), &TensorGroup::bytes);
   for (const TensorGroup& group : groups) {
     if (rows.size() == kMost) break;
     std::string names;
     for (const std::string& name : group.names) names += (names.empty() ? "" : " ") + name;
     if (group.count > 1) names += fmt::format(" x{}", group.count);
-    rows.push_back({size_text(group.bytes), group.scheme, group.algorithm,
+    const bool other = group.algorithm != algorithm && !group.algorithm.empty();
+    rows.push_back({size_text(group.bytes),
+                    group.scheme.empty() ? "unchanged" : group.scheme + (other ? " by " + group.algorithm : ""),
                     names + (group.reason.empty() ? "" : ": " + group.reason)});
   }
   fmt::print("{}", columns(rows, kIndent));
@@ -105,8 +114,6 @@ void print_recommendation(const OrderedJson& plan) {
   print_line("recommended", plan["recommended"].is_string() ? "--method " + text_of(plan, "recommended")
                                                             : "a larger device: not even 2 bits fit");
 }
-
-std::string in_brackets(const std::string& text) { return text.empty() ? text : " (" + text + ")"; }
 
 /// For every argument the rule and the source; for every request what became of it; what the user's own replaced.
 void print_explanation(const OrderedJson& engine) {

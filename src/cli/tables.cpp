@@ -62,7 +62,9 @@ OrderedJson intents() {
     for (const Json* engine : Facts::standard().all("engines")) {
       PlanRequest request{.engine = (*engine)["name"]};
       request.intent.method = method;
-      if (plan_engine(request).outcome != "error") rows.back()["at_load"].push_back(request.engine);
+      const EnginePlan plan = plan_engine(request);
+      const bool sets = !plan.args.empty() || !plan.api.empty() || !plan.config_file.empty();
+      if (sets && plan.outcome != "error") rows.back()["at_load"].push_back(request.engine);
     }
   }
   return rows;

@@ -95,8 +95,8 @@ std::map<std::string, std::string> schemes_by_kind(const OrderedJson& tensors) {
   std::map<std::string, std::string> schemes;
   for (const TensorGroup& group : by_kind(tensors)) {
     std::string& text = schemes[group.names.front()];
-    text += fmt::format("{}{}{}{} x{}", text.empty() ? "" : ", ", group.scheme, group.algorithm.empty() ? "" : " by ",
-                        group.algorithm, group.count);
+    text += fmt::format("{}{}{}{} x{}", text.empty() ? "" : ", ", group.scheme.empty() ? "unchanged" : group.scheme,
+                        group.algorithm.empty() ? "" : " by ", group.algorithm, group.count);
   }
   return schemes;
 }

@@ -183,9 +183,11 @@ void check_choices(const Json& rows, std::string_view member, const std::string&
 /// The small tables of an engine: what took a flag's place, which flags answer a field, what quantized checkpoints say.
 void check_tables(const Json& engine, Problems& problems) {
   static const std::array kRemoved = {Member{"say", kText, true}, Member{"since", kText}};
-  static const std::array kMemory = {Member{"kv_from", kTexts, true},      Member{"kv_bytes", kObject, true},
-                                     Member{"weights_from", kTexts, true}, Member{"weight_bits", kObject, true},
-                                     Member{"overhead_gib", kReal},        Member{"source", kText}};
+  static const std::array kMemory = {
+      Member{"kv_from", kTexts, true},      Member{"kv_bytes", kObject, true}, Member{"weights_from", kTexts, true},
+      Member{"weight_bits", kObject, true}, Member{"overhead_gib", kReal},     Member{"source", kText},
+      Member{"kv_windows", kFlag},          Member{"kv_step", kWhole},         Member{"value_step", kWhole},
+      Member{"chunk_tokens", kReal},        Member{"activation_bytes", kReal}};
   const Json none = Json::object();
   for (const auto& [flag, row] : member_or(engine, "removed_flags", none).items())
     check_members(row, kRemoved, "removed_flags." + flag, problems);

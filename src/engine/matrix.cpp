@@ -27,7 +27,9 @@ std::string cell(const EnginePlan& plan) {
   const bool grave = worst != plan.diagnostics.end() && worst->severity != Severity::note;
   if (grave && worst->severity == Severity::error) return "**" + worst->code + "**";
   const std::string said = grave ? worst->code : "";
-  if (set.empty()) return said.empty() ? "default" : said;
+  if (set.empty() && said.empty())
+    return plan.answers.empty() || plan.answers.back().outcome == "default" ? "default" : plan.answers.back().why;
+  if (set.empty()) return said;
   return said.empty() ? set : set + " " + said;
 }
 
