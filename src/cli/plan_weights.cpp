@@ -100,9 +100,8 @@ class Weights {
     }
     if (!model_.checkpoint) return std::move(plan_);
     for (const TensorEntry& entry : model_.checkpoint->tensors()) {
-      OrderedJson tensor = tensor_json(entry);
-      OrderedJson row = {{"name", entry.name}, {"shape", entry.shape}, {"scheme", tensor["scheme"]}};
-      row["algorithm"] = nullptr;
+      OrderedJson row = {{"name", entry.name}, {"shape", entry.shape}, {"scheme", nullptr}, {"algorithm", nullptr}};
+      if (entry.quantized() || entry.undecoded != nullptr) row["scheme"] = type_of(entry);
       row["bytes"] = entry.stored_bytes;
       row["reason"] = reason;
       plan_.tensors.push_back(std::move(row));
