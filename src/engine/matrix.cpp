@@ -26,7 +26,7 @@ std::string cell(const EnginePlan& plan) {
   const auto worst = std::ranges::max_element(plan.diagnostics, {}, &Diagnostic::severity);
   const bool grave = worst != plan.diagnostics.end() && worst->severity != Severity::note;
   if (grave && worst->severity == Severity::error) return "**" + worst->code + "**";
-  const std::string said = grave ? worst->code : "";
+  std::string said = grave ? worst->code : "";
   if (set.empty() && said.empty())
     return plan.answers.empty() || plan.answers.back().outcome == "default" ? "default" : plan.answers.back().why;
   if (set.empty()) return said;
