@@ -46,8 +46,8 @@ struct Command {
   std::string_view name, summary;
   bool takes_model = true;
   std::string_view takes_name{};  ///< what an optional NAME chooses, for --help; empty: the command takes none
-  bool takes_config = false;  ///< --config, --set and every key of the configuration
-  bool plans = false;         ///< with takes_config: also the options of keys that only `plan` reads
+  bool takes_config = false;      ///< --config, --set and every key of the configuration
+  bool plans = false;             ///< with takes_config: also the options of keys that only `plan` reads
   std::vector<Option> options{};
   /// The result, as INTERFACES.md lists its fields. Text meant for stdout while running only if !arguments.json.
   OrderedJson (*run)(const Arguments& arguments, std::vector<Warning>& warnings);
