@@ -46,15 +46,18 @@ void check_plain_name(const fs::path& index, const std::string& name) {
          "do not trust this model");
 }
 
-std::map<std::string, std::string> read_weight_map(const fs::path& index) {
+/// Which shard an index gives each tensor.
+using WeightMap = std::map<std::string, std::string, std::less<>>;
+
+WeightMap read_weight_map(const fs::path& index) {
   const Json json = read_json_object(index);
   const auto map = json.find("weight_map");
   if (map == json.end() || !map->is_object() || map->empty()) fail("bad-index", index, "it has no 'weight_map'");
-  std::map<std::string, std::string> shards;
+  WeightMap shards;
   for (const auto& [tensor, shard] : map->items()) {
     if (!shard.is_string()) fail("bad-index", index, fmt::format("tensor '{}' has no shard name", printable(tensor)));
     check_plain_name(index, shard.get_ref<const std::string&>());
-    shards[tensor] = shard.get<std::string>();
+    shards.emplace_hint(shards.end(), tensor, shard.get<std::string>());  // both are sorted
   }
   return shards;
 }
@@ -94,9 +97,9 @@ fs::path index_of(const fs::path& directory, const WeightFormat& format) {
   return directory / fmt::format("{}.index.json", format.usual_name);
 }
 
-std::vector<fs::path> files_of_index(const fs::path& directory, const fs::path& index) {
+std::vector<fs::path> files_of_index(const fs::path& directory, const WeightMap& shard_of) {
   std::set<std::string> names;
-  for (const auto& [tensor, shard] : read_weight_map(index)) names.insert(shard);
+  for (const auto& [tensor, shard] : shard_of) names.insert(shard);
   std::vector<fs::path> files;
   for (const std::string& name : names) {
     if (!fs::exists(directory / name))
@@ -128,7 +131,7 @@ std::vector<fs::path> files_with_suffix(const fs::path& directory, const WeightF
 
 struct WeightFiles {
   std::vector<fs::path> files;
-  fs::path index{};  ///< empty: there is none
+  WeightMap shard_of{};  ///< empty: there is no index
 };
 
 /// Those of the preferred format that the directory has.
@@ -136,7 +139,10 @@ WeightFiles find_weight_files(const fs::path& directory) {
   for (const WeightFormat* format : all_weight_formats()) {
     const fs::path index = index_of(directory, *format), only = directory / format->usual_name;
     if (fs::exists(only)) return {.files = {only}};  // before an index, as the transformers library does
-    if (fs::exists(index)) return {.files = files_of_index(directory, index), .index = index};
+    if (fs::exists(index)) {
+      WeightMap shard_of = read_weight_map(index);
+      return {.files = files_of_index(directory, shard_of), .shard_of = std::move(shard_of)};
+    }
     if (std::vector<fs::path> files = files_with_suffix(directory, *format); !files.empty())
       return {.files = std::move(files)};
   }
@@ -167,7 +173,8 @@ double TensorEntry::bits_per_weight() const {
 }
 
 struct Checkpoint::Impl {
-  fs::path path, directory, index;
+  fs::path path, directory;
+  WeightMap shard_of;  ///< as the index says, until it is checked
   Json config = Json::object(), metadata = Json::object();
   std::vector<fs::path> files;
   std::vector<WeightFile> mapped;
@@ -188,7 +195,7 @@ struct Checkpoint::Impl {
   std::vector<TensorEntry> tensors;
   std::map<std::string, size_t, std::less<>> by_name;
 
-  Impl(const fs::path& opened, const Translator& translator, Unfinished unfinished) : path(opened) {
+  Impl(const fs::path& opened, const Translator& translator, Unfinished unfinished, Foreign foreign) : path(opened) {
     find_files(unfinished);
     map_arrays();
     if (facts() == nullptr) {
@@ -198,7 +205,7 @@ struct Checkpoint::Impl {
     }
     check_index();
     if (translator != nullptr && facts() != nullptr) translate(translator(view()));
-    find_container();
+    find_container(foreign);
     make_entries();
   }
 
@@ -212,7 +219,7 @@ struct Checkpoint::Impl {
     if (fs::is_directory(path)) {
       WeightFiles found = find_weight_files(path);
       files = std::move(found.files);
-      index = std::move(found.index);
+      shard_of = std::move(found.shard_of);
     } else {
       files = {path};
     }
@@ -237,8 +244,7 @@ struct Checkpoint::Impl {
       fail("missing-shard", path, fmt::format("it is one of {} parts, its name does not say which", count.dump()),
            "give it the name it had, NAME-00001-of-00003.gguf");
     files = files_of_series(directory, *series);
-    mapped.clear();
-    for (const fs::path& file : files) mapped.emplace_back(file);
+    map_files();
   }
 
   /// The first part says how many tensors all have together.
@@ -250,29 +256,39 @@ struct Checkpoint::Impl {
   }
 
   void map_arrays() {
-    for (const fs::path& file : files) mapped.emplace_back(file);
+    map_files();
     find_other_parts();
-    const auto shard_of = index.empty() ? std::map<std::string, std::string>() : read_weight_map(index);
-    for (size_t f = 0; f < files.size(); ++f)
+    for (size_t f = 0; f < files.size(); ++f) {
+      const std::string file = files[f].filename().string();
       for (const StoredArray& array : mapped[f].arrays()) {
         const auto listed = shard_of.find(array.name);
-        if (listed != shard_of.end() && files[f].filename() != listed->second) continue;  // a copy; the index decides
+        if (listed != shard_of.end() && file != listed->second) continue;  // a copy; the index decides
         if (!arrays.emplace(array.name, &array).second)
           fail("bad-weights", files[f], fmt::format("tensor '{}' is in another shard too", printable(array.name)));
         specs[array.name] = {array.name, array.dtype, array.shape, array.block};
         order.push_back(&array);
         file_of[array.name] = f;
       }
+    }
     check_parts();
   }
 
+  /// Reads the headers of all files; there may be hundreds.
+  void map_files() {
+    std::vector<std::optional<WeightFile>> opened(files.size());
+    parallel_for(files.size(), [&](size_t f) { opened[f].emplace(files[f]); });
+    mapped.clear();
+    for (std::optional<WeightFile>& file : opened) mapped.push_back(*std::move(file));
+  }
+
   void check_index() {
-    if (index.empty()) return;
-    const auto is_in = [this](const std::string& tensor, const std::string& shard) {
+    std::vector<std::string> names;
+    for (const fs::path& file : files) names.push_back(file.filename().string());
+    const auto is_in = [&](const std::string& tensor, const std::string& shard) {
       const auto found = file_of.find(tensor);
-      return found != file_of.end() && files[found->second].filename() == shard;
+      return found != file_of.end() && names[found->second] == shard;
     };
-    for (const auto& [tensor, shard] : read_weight_map(index))
+    for (const auto& [tensor, shard] : std::exchange(shard_of, {}))
       if (!is_in(tensor, shard))
         fail("missing-tensor", directory / shard,
              fmt::format("tensor '{}' is missing, the index lists it", printable(tensor)));
@@ -404,7 +420,7 @@ struct Checkpoint::Impl {
             .where = path.string()};
   }
 
-  void find_container() {
+  void find_container(Foreign foreign) {
     for (const Container* candidate : all_containers())
       if (candidate->detect(view())) {
         container = candidate;
@@ -415,7 +431,7 @@ struct Checkpoint::Impl {
       }
     auto declared = config.find("quantization_config");
     if (declared == config.end()) declared = config.find("quantization");  // MLX
-    if (declared == config.end() || declared->is_null()) return;
+    if (declared == config.end() || declared->is_null() || foreign == Foreign::list) return;
     std::string method = "unknown";
     for (const char* key : {"mode", "quant_method"})
       if (declared->is_object() && declared->contains(key)) method = (*declared)[key].dump();
@@ -471,8 +487,8 @@ struct Checkpoint::Impl {
   }
 };
 
-Checkpoint::Checkpoint(const fs::path& path, const Translator& translate, Unfinished unfinished)
-    : impl_(std::make_unique<Impl>(path, translate, unfinished)) {}
+Checkpoint::Checkpoint(const fs::path& path, const Translator& translate, Unfinished unfinished, Foreign foreign)
+    : impl_(std::make_unique<Impl>(path, translate, unfinished, foreign)) {}
 Checkpoint::~Checkpoint() = default;
 Checkpoint::Checkpoint(Checkpoint&&) noexcept = default;
 

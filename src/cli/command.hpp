@@ -29,6 +29,7 @@ struct Option {
 class Arguments {
  public:
   std::string model;   ///< the positional MODEL, empty if the command takes none
+  std::string chosen;  ///< the positional NAME, empty if none was given
   OrderedJson config;  ///< --config, then --set and the options that are keys of it
   bool json = false;   ///< the result goes to stdout as one JSON document
   std::map<std::string, std::vector<std::string>, std::less<>> values;  ///< by "--name"
@@ -44,7 +45,9 @@ class Arguments {
 struct Command {
   std::string_view name, summary;
   bool takes_model = true;
-  bool takes_config = false;  ///< --config, --set and every key of the configuration
+  std::string_view takes_name{};  ///< what an optional NAME chooses, for --help; empty: the command takes none
+  bool takes_config = false;      ///< --config, --set and every key of the configuration
+  bool plans = false;             ///< with takes_config: also the options of keys that only `plan` reads
   std::vector<Option> options{};
   /// The result, as INTERFACES.md lists its fields. Text meant for stdout while running only if !arguments.json.
   OrderedJson (*run)(const Arguments& arguments, std::vector<Warning>& warnings);
@@ -54,6 +57,9 @@ struct Command {
   ExitStatus (*status)(const OrderedJson& result) = nullptr;
 };
 std::span<const Command* const> all_commands();
+
+/// The configuration of a command that takes one: --config, then --set, then the options that are keys of it.
+OrderedJson read_config(const Command& command, const Arguments& arguments);
 
 /// Parses, runs, prints; returns the exit status.
 int run_command_line(int argc, const char* const* argv);

@@ -88,16 +88,22 @@ Option option_row(const ConfigKey& key) {
   if (!key.values.empty()) help += fmt::format(": {}", fmt::join(key.values, ", "));
   if (key.most > key.least) help += fmt::format(", {} to {}", key.least, key.most);
   if (!key.fallback.empty()) help += fmt::format(" (default: {})", key.fallback);
-  const bool names = key.type == ConfigKey::Type::names;
+  const bool names = key.type == ConfigKey::Type::names, assigns = key.type == ConfigKey::Type::arguments;
   return {.name = option_of(key),
-          .type = names ? Option::Type::names : Option::Type::text,
+          .type = names || assigns ? Option::Type::names : Option::Type::text,
           .value_name = names                                  ? "A,B"
+                        : assigns                              ? "NAME=VALUE"
                         : key.type == ConfigKey::Type::integer ? "N"
                                                                : "X",
           .help = help};
 }
 
-std::vector<Option> config_options() {
+/// Is it an option of this command?
+bool offers(const Command& command, const ConfigKey& key) {
+  return !option_of(key).empty() && (command.plans || !key.plan_only);
+}
+
+std::vector<Option> config_options(const Command& command) {
   std::vector<Option> options = {
       {.name = "-c,--config", .type = Option::Type::text, .value_name = "FILE", .help = "configuration, YAML or JSON"},
       {.name = "--set",
@@ -105,15 +111,28 @@ std::vector<Option> config_options() {
        .value_name = "KEY=VALUE",
        .help = "any key of the configuration by its full path; may be repeated"}};
   for (const ConfigKey& key : config_keys())
-    if (!option_of(key).empty()) options.push_back(option_row(key));
+    if (offers(command, key)) options.push_back(option_row(key));
   return options;
 }
 
 std::vector<Option> options_of(const Command& command) {
   std::vector<Option> options = command.options;
-  if (command.takes_config) std::ranges::copy(config_options(), std::back_inserter(options));
+  if (command.takes_config) std::ranges::copy(config_options(command), std::back_inserter(options));
   std::ranges::copy(common_options(), std::back_inserter(options));
   return options;
+}
+
+/// NAME=VALUE, or NAME alone, which is set to true.
+OrderedJson assignments(const std::string& option, const std::vector<std::string>& typed) {
+  OrderedJson values = OrderedJson::object();
+  for (const std::string& text : typed) {
+    const size_t equals = text.find('=');
+    if (equals == 0)
+      usage_error("bad-value", fmt::format("{}: '{}' is not NAME or NAME=VALUE", option, printable(text)), "");
+    values[text.substr(0, equals)] =
+        equals == std::string::npos ? OrderedJson(true) : OrderedJson(text.substr(equals + 1));
+  }
+  return values;
 }
 
 /// The typed text of one configuration option as the value its key wants.
@@ -130,11 +149,25 @@ OrderedJson config_value(const ConfigKey& key, const std::vector<std::string>& t
       }
     return names;
   }
+  if (key.type == ConfigKey::Type::arguments) return assignments(option_of(key), typed);
   if (key.type == ConfigKey::Type::text) return typed.back();
   return parse_config_value(typed.back(), option_of(key));
 }
 
-OrderedJson read_config(const Arguments& arguments) {
+/// What is typed wins; of arguments those that are not named stay.
+void set_typed(OrderedJson& config, const ConfigKey& key, OrderedJson value) {
+  if (const OrderedJson* before = find_config(config, key.path);
+      key.type == ConfigKey::Type::arguments && before != nullptr && before->is_object()) {
+    OrderedJson both = *before;
+    both.update(value);
+    value = std::move(both);
+  }
+  set_config_value(config, key.path, value);
+}
+
+}  // namespace
+
+OrderedJson read_config(const Command& command, const Arguments& arguments) {
   OrderedJson config = OrderedJson::object();
   if (const auto file = arguments.text("--config")) {
     config = read_config_file(*file);
@@ -148,12 +181,16 @@ OrderedJson read_config(const Arguments& arguments) {
       set_config_value(config, assignment.substr(0, equals),
                        parse_config_value(assignment.substr(equals + 1), "--set"));
     }
+  check_config(config, "command line");  // before the options: short forms become long ones
   for (const ConfigKey& key : config_keys())
-    if (const auto typed = arguments.values.find(option_of(key)); typed != arguments.values.end())
-      set_config_value(config, key.path, config_value(key, typed->second));
+    if (const auto typed = arguments.values.find(option_of(key));
+        offers(command, key) && typed != arguments.values.end())
+      set_typed(config, key, config_value(key, typed->second));
   check_config(config, "command line");
   return config;
 }
+
+namespace {
 
 void unknown_argument(const Command& command, const std::vector<std::string>& extras) {
   if (extras.empty()) return;
@@ -207,6 +244,7 @@ class Parser {
     // A missing MODEL may come from the configuration; whoever needs it says so.
     if (command.takes_model)
       sub->add_option("MODEL", model_, "directory, or a file of weights (.safetensors, .gguf, .pt)")->type_name("");
+    if (!command.takes_name.empty()) sub->add_option("NAME", name_, std::string(command.takes_name))->type_name("");
     add_options(command.name, options_of(command), *sub);
     subcommands_.emplace_back(&command, sub);
   }
@@ -243,7 +281,8 @@ class Parser {
   void finish(const Command& command, Arguments& arguments) const {
     arguments.json = arguments.flag("--json");
     arguments.model = model_;
-    if (command.takes_config) arguments.config = read_config(arguments);
+    arguments.chosen = name_;
+    if (command.takes_config) arguments.config = read_config(command, arguments);
     if (const OrderedJson* model = find_config(arguments.config, "model"); model != nullptr && arguments.model.empty())
       arguments.model = model->get<std::string>();
     if (command.takes_model && arguments.model.empty())
@@ -259,7 +298,7 @@ class Parser {
   }
 
   CLI::App app_;
-  std::string model_;
+  std::string model_, name_;
   std::map<std::string, std::vector<std::string>> typed_;  ///< by command and option
   std::vector<std::pair<const Command*, CLI::App*>> subcommands_;
 };

@@ -1,88 +1,43 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <map>
+#include <cmath>
 
 #include "base/progress.hpp"
-#include "checkpoint/checkpoint.hpp"
 #include "cli/command.hpp"
-#include "container/container.hpp"
-#include "model/open_model.hpp"
+#include "cli/model_summary.hpp"
+#include "engine/memory.hpp"
 
 namespace bitwright {
 namespace {
 
-/// In words: its scheme, or the name of a type that is not decoded.
-std::string type_of(const TensorEntry& entry) {
-  if (entry.undecoded != nullptr) return std::string(entry.undecoded->name);
-  return entry.quantized() ? describe(entry.scheme) : std::string(info(entry.dtype).name);
-}
-
-/// Of one code; of types that are not decoded their whole bits a weight.
-int bits_of(const TensorEntry& entry) {
-  return entry.undecoded != nullptr ? static_cast<int>(entry.bits_per_weight()) : entry.scheme.element->bits;
-}
-
-/// What most quantized tensors share stands for the model; the others are in `tensors`.
-OrderedJson quantization_of(const Checkpoint& model) {
-  OrderedJson affected = OrderedJson::array(), skipped = OrderedJson::array();
-  std::map<std::string, std::pair<size_t, const TensorEntry*>> schemes;
-  for (const TensorEntry& entry : model.tensors()) {
-    if (entry.quantized() || entry.undecoded != nullptr) {
-      affected.push_back(entry.name);
-      auto& [count, example] = schemes[type_of(entry)];
-      ++count;
-      example = &entry;
-    } else if (entry.shape.size() >= 2) {
-      skipped.push_back(entry.name);
-    }
-  }
-  OrderedJson json = {{"quantized", !schemes.empty()}};
-  if (!schemes.empty()) {
-    const auto most = std::ranges::max_element(schemes, {}, [](const auto& item) { return item.second.first; });
-    const TensorEntry& example = *most->second.second;
-    const Scheme& scheme = example.scheme;
-    const Json algorithm = model.quantization_metadata().value("algorithm", Json());
-    json["method"] = algorithm.is_string() ? algorithm.get<std::string>() : std::string(model.container()->name);
-    json["container"] = model.container()->name;
-    json["scheme"] = (schemes.size() == 1 ? "" : "mixed, mostly ") + most->first;
-    json["bits"] = bits_of(example);
-    json["mode"] = "weight-only";
-    if (scheme.scale && scheme.scale->grouping.size != 0) json["group_size"] = scheme.scale->grouping.size;
-    if (example.undecoded == nullptr)
-      json["symmetric"] = scheme.offset_kind == OffsetKind::none || scheme.offset_kind == OffsetKind::shift;
-  }
-  json["affected_layers"] = std::move(affected);
-  json["skipped_layers"] = std::move(skipped);
-  return json;
-}
-
-OrderedJson run(const Arguments& arguments, std::vector<Warning>&) {
-  const Checkpoint model = open_model(arguments.model);
+/// What the model is called and how large it is; null: not known without its weights.
+OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
+  const ModelSummary model = summarize_model(arguments.model);
+  if (!model.quantization.hint.empty() && model.checkpoint == std::nullopt)
+    warnings.push_back(
+        {"NAME_HINT", fmt::format("the name suggests '{}', but no file says so", model.quantization.hint)});
   uint64_t elements = 0, bytes = 0;
   OrderedJson tensors = OrderedJson::array();
-  for (const TensorEntry& entry : model.tensors()) {
-    elements += static_cast<uint64_t>(element_count(entry.shape));
-    bytes += entry.stored_bytes;
-    tensors.push_back(
-        {{"name", entry.name},
-         {"shape", entry.shape},
-         {"dtype", info(entry.dtype).name},
-         {"scheme", entry.quantized() || entry.undecoded != nullptr ? OrderedJson(type_of(entry)) : OrderedJson()},
-         {"bytes", entry.stored_bytes},
-         {"bits_per_weight", entry.bits_per_weight()}});
-  }
-  const Json& config = model.config();
-  const auto architectures = config.find("architectures");
-  const bool named = architectures != config.end() && architectures->is_array() && !architectures->empty() &&
-                     architectures->front().is_string();
-  OrderedJson result = {
-      {"format", model.format()},
-      {"architecture", named ? OrderedJson(architectures->front().get<std::string>()) : OrderedJson()},
-      {"parameters", elements},
-      {"bytes", model.weight_bytes()},
-      {"bits_per_weight", elements == 0 ? 0 : 8.0 * static_cast<double>(bytes) / static_cast<double>(elements)},
-      {"quantization", quantization_of(model)}};
+  if (model.checkpoint)
+    for (const TensorEntry& entry : model.checkpoint->tensors()) {
+      elements += static_cast<uint64_t>(element_count(entry.shape));
+      bytes += entry.stored_bytes;
+      tensors.push_back(tensor_json(entry));
+    }
+  // Arrays of an unknown container are no weights one by one: then, as without weights, config.json's sizes count.
+  const bool weighs =
+      model.checkpoint && (model.checkpoint->container() != nullptr || model.quantization.method.empty());
+  if (!weighs) elements = static_cast<uint64_t>(std::llround(parameters_of(model.facts)));
+  const bool known = weighs || elements > 0;
+  OrderedJson result = {{"format", model.checkpoint ? OrderedJson(model.checkpoint->format()) : OrderedJson()},
+                        {"architecture", OrderedJson(model.facts.value("arch", Json()))},
+                        {"parameters", known ? OrderedJson(elements) : OrderedJson()},
+                        {"bytes", model.weight_bytes > 0 ? OrderedJson(model.weight_bytes) : OrderedJson()},
+                        {"bits_per_weight", OrderedJson()},
+                        {"quantization", quantization_json(model)}};
+  if (known && model.checkpoint)
+    result["bits_per_weight"] = elements == 0 ? 0 : 8.0 * static_cast<double>(bytes) / static_cast<double>(elements);
   if (arguments.flag("--tensors") || arguments.json) result["tensors"] = std::move(tensors);
   return result;
 }
@@ -96,18 +51,27 @@ std::string joined(const OrderedJson& names) {
   return text;
 }
 
+std::string text_or(const OrderedJson& value, const char* otherwise) {
+  return value.is_null() ? otherwise : value.is_string() ? printable(value.get<std::string>()) : value.dump();
+}
+
 void print(const OrderedJson& result) {
   const OrderedJson& q = result["quantization"];
-  fmt::print("format          {}\n", result["format"].get<std::string>());
+  fmt::print("format          {}\n", text_or(result["format"], "no weights"));
   if (!result["architecture"].is_null())
     fmt::print("architecture    {}\n", printable(result["architecture"].get<std::string>()));
-  fmt::print("parameters      {}\n", result["parameters"].get<uint64_t>());
-  fmt::print("size            {} ({} bytes)\n", format_bytes(result["bytes"].get<uint64_t>()),
-             result["bytes"].get<uint64_t>());
-  fmt::print("bits per weight {:.3f}\n", result["bits_per_weight"].get<double>());
+  fmt::print("parameters      {}\n", text_or(result["parameters"], "unknown"));
+  if (!result["bytes"].is_null())
+    fmt::print("size            {} ({} bytes)\n", format_bytes(result["bytes"].get<uint64_t>()),
+               result["bytes"].get<uint64_t>());
+  if (!result["bits_per_weight"].is_null())
+    fmt::print("bits per weight {:.3f}\n", result["bits_per_weight"].get<double>());
   if (q["quantized"].get<bool>()) {
-    fmt::print("quantized       {}-bit, {}, {} ({} container)\n", q["bits"].get<int>(), q["mode"].get<std::string>(),
-               q["scheme"].get<std::string>(), q["container"].get<std::string>());
+    const std::string what = q["scheme"].get<std::string>();
+    fmt::print("quantized       {}-bit, {}, {} ({})\n", text_or(q["bits"], "?"), text_or(q["mode"], "unknown mode"),
+               printable(what.empty() ? q["method"].get<std::string>() : what),
+               q["container"].is_null() ? printable(q["method"].get<std::string>())
+                                        : q["container"].get<std::string>() + " container");
     fmt::print("affected        {}\n", joined(q["affected_layers"]));
     fmt::print("skipped         {}\n", joined(q["skipped_layers"]));
   } else {

@@ -7,6 +7,7 @@
 #include "cli/output_options.hpp"
 #include "model/open_model.hpp"
 #include "quantize/model_card.hpp"
+#include "recipe/config.hpp"
 
 namespace bitwright {
 namespace {
@@ -21,6 +22,8 @@ std::vector<std::string> writable_formats() {
 
 OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
   const QuantizationRequest request = read_request(arguments.config);
+  for (const std::string& key : plan_only_keys(arguments.config))
+    warnings.push_back({"IGNORED_KEY", fmt::format("{} does not change what is written", key)});
   const QuantizeOptions options = {.output = output_options(arguments),
                                    .verify = !arguments.flag("--no-verify"),
                                    .max_kl = arguments.number("--max-kl"),

@@ -163,7 +163,13 @@ std::string fill_text(std::string_view text, const Json& facts) {
     const size_t close = open == std::string_view::npos ? open : text.find('}', open);
     if (close == std::string_view::npos) break;
     filled += text.substr(0, open);
-    const Json* fact = look_up(facts, text.substr(open + 1, close - open - 1));
+    const std::string_view path = text.substr(open + 1, close - open - 1);
+    if (path.find_first_of("\"' :,") != std::string_view::npos) {  // braces of JSON, no path
+      filled += '{';
+      text.remove_prefix(open + 1);
+      continue;
+    }
+    const Json* fact = look_up(facts, path);
     filled += fact != nullptr ? value_text(*fact) : "unknown";
     text.remove_prefix(close + 1);
   }

@@ -36,10 +36,17 @@ void copy(const Json& from, Json& facts, std::initializer_list<std::string_view>
     if (const Json& value = member(from, name); !value.is_null()) facts[std::string(name)] = value;
 }
 
-void add_skipped(const Json& names, DetectedQuantization& found) {
+void add_names(const Json& names, std::vector<std::string>& to) {
   if (!names.is_array()) return;
   for (const Json& name : names)
-    if (name.is_string()) found.skipped.push_back(name.get<std::string>());
+    if (name.is_string()) to.push_back(name.get<std::string>());
+}
+void add_skipped(const Json& names, DetectedQuantization& found) { add_names(names, found.skipped); }
+
+/// A scale and no zero point; activations stay as they are.
+void set_kind(DetectedQuantization& found, std::string_view mode, std::optional<bool> symmetric) {
+  found.mode = mode;
+  found.symmetric = symmetric;
 }
 
 void set_bits(DetectedQuantization& found, double bits, int64_t group_size) {
@@ -59,6 +66,9 @@ void read_integers(const Json& q, DetectedQuantization& found) {
            integer(first_of(q, {"group_size", "q_group_size"})));
   found.scheme = "int";
   copy(q, found.facts, {"sym", "desc_act", "zero_point", "version"});
+  set_kind(found, "weight-only", std::nullopt);
+  if (const Json& sym = member(q, "sym"); sym.is_boolean()) found.symmetric = is_true(sym);
+  if (const Json& zero = member(q, "zero_point"); zero.is_boolean()) found.symmetric = !is_true(zero);
   // GPTQModel: "-:pattern" leaves modules out
   for (const auto& [pattern, rule] : member(q, "dynamic").items())
     if (pattern.starts_with("-:")) found.skipped.push_back(pattern.substr(2));
@@ -71,6 +81,7 @@ void read_bitsandbytes(const Json& q, DetectedQuantization& found) {
   found.scheme = eight ? "int" : text(member(q, "bnb_4bit_quant_type"));
   if (found.scheme.empty()) found.scheme = "fp4";  // transformers' default
   found.facts["load_in_8bit"] = eight;
+  set_kind(found, eight ? "dynamic" : "weight-only", true);
   if (!eight) found.facts["quant_type"] = found.scheme;
   add_skipped(member(q, "llm_int8_skip_modules"), found);
 }
@@ -84,11 +95,13 @@ void read_fp8(const Json& q, DetectedQuantization& found) {
       blocks && block.size() == 2 ? fmt::format("fp8 block {}x{}", integer(block[0]), integer(block[1])) : "fp8";
   if (blocks) found.facts["weight_block_size"] = block;
   copy(q, found.facts, {"activation_scheme", "fmt", "scale_fmt"});
+  set_kind(found, text(member(q, "activation_scheme")), true);
 }
 
 void read_mxfp4(const Json&, DetectedQuantization& found) {
   set_bits(found, 4, 32);  // the format's only block
   found.scheme = "mxfp4";
+  set_kind(found, "weight-only", true);
 }
 
 /// "w8a8_fp8", "wNa16" ...: how compressed-tensors' weights and activations make a scheme of an engine.
@@ -105,6 +118,22 @@ std::string compressed_scheme(const Json& weights, const Json& activations) {
   return act == 0 ? "wNa16" : fmt::format("wNa{}", act);
 }
 
+/// Of one group: how activations are quantized, and whether there are zero points.
+void read_kind(const Json& group, DetectedQuantization& found) {
+  const Json& activations = member(group, "input_activations");
+  const Json& weights = member(group, "weights");
+  const Json& symmetric = member(weights, "symmetric");
+  const Json& dynamic = member(activations, "dynamic");  // "local": scales of groups are found at run time
+  const bool at_run_time = is_true(dynamic) || dynamic == "local";
+  set_kind(found,
+           !activations.is_object() ? "weight-only"
+           : at_run_time            ? "dynamic"
+                                    : "static",
+           symmetric.is_boolean()               ? std::optional(is_true(symmetric))
+           : member(weights, "type") == "float" ? std::optional(true)
+                                                : std::nullopt);
+}
+
 void read_compressed_tensors(const Json& q, DetectedQuantization& found) {
   add_skipped(member(q, "ignore"), found);
   copy(q, found.facts, {"format"});
@@ -116,8 +145,10 @@ void read_compressed_tensors(const Json& q, DetectedQuantization& found) {
     const Json& weights = member(group, "weights");
     if (!weights.is_object()) continue;
     const std::string scheme = compressed_scheme(weights, member(group, "input_activations"));
+    add_names(member(group, "targets"), found.affected);
     if (std::ranges::find(schemes, scheme) == schemes.end()) schemes.push_back(scheme);
     if (schemes.size() > 1) continue;
+    read_kind(group, found);
     const std::string strategy = text(member(weights, "strategy"));
     set_bits(found, number(member(weights, "num_bits")),
              strategy == "channel" ? -1 : integer(member(weights, "group_size")));
@@ -130,6 +161,7 @@ void read_compressed_tensors(const Json& q, DetectedQuantization& found) {
   found.scheme = schemes.size() == 1 ? schemes[0] : schemes.empty() ? "" : "mixed";
   if (schemes.size() > 1) {
     set_bits(found, 0, 0);
+    set_kind(found, "", std::nullopt);
     for (const char* name : {"scheme", "bits", "num_bits", "type", "strategy", "group_size"}) found.facts.erase(name);
   }
 }
@@ -139,24 +171,27 @@ struct Algo {
   std::string_view name;
   double bits;
   int64_t group_size;
+  std::string_view mode;
 };
-constexpr std::array<Algo, 12> kAlgos = {{{"FP8", 8, 0},
-                                          {"FP8_PER_CHANNEL_PER_TOKEN", 8, -1},
-                                          {"FP8_PB_WO", 8, 128},
-                                          {"FP8_BLOCK_SCALES", 8, 128},
-                                          {"MXFP8", 8, 32},
-                                          {"NVFP4", 4, 16},
-                                          {"NVFP4_AWQ", 4, 16},
-                                          {"W4A16_NVFP4", 4, 16},
-                                          {"W4A16_MXFP4", 4, 32},
-                                          {"W4A16_AWQ", 4, 128},
-                                          {"W4A8_AWQ", 4, 128},
-                                          {"W8A16", 8, -1}}};
+constexpr std::array<Algo, 12> kAlgos = {{{"FP8", 8, 0, "static"},
+                                          {"FP8_PER_CHANNEL_PER_TOKEN", 8, -1, "dynamic"},
+                                          {"FP8_PB_WO", 8, 128, "weight-only"},
+                                          {"FP8_BLOCK_SCALES", 8, 128, "dynamic"},
+                                          {"MXFP8", 8, 32, "dynamic"},
+                                          {"NVFP4", 4, 16, "static"},
+                                          {"NVFP4_AWQ", 4, 16, "static"},
+                                          {"W4A16_NVFP4", 4, 16, "weight-only"},
+                                          {"W4A16_MXFP4", 4, 32, "weight-only"},
+                                          {"W4A16_AWQ", 4, 128, "weight-only"},
+                                          {"W4A8_AWQ", 4, 128, "static"},
+                                          {"W8A16", 8, -1, "weight-only"}}};
 
 void read_modelopt(const Json& q, DetectedQuantization& found) {
   found.scheme = text(member(q, "quant_algo"));
-  if (const auto* row = std::ranges::find(kAlgos, found.scheme, &Algo::name); row != kAlgos.end())
+  if (const auto* row = std::ranges::find(kAlgos, found.scheme, &Algo::name); row != kAlgos.end()) {
     set_bits(found, row->bits, row->group_size);
+    set_kind(found, row->mode, true);
+  }
   if (const int64_t group = integer(member(q, "group_size")); group != 0) set_bits(found, found.bits, group);
   if (found.scheme.empty()) return;
   found.facts["quant_algo"] = found.scheme;
@@ -165,8 +200,10 @@ void read_modelopt(const Json& q, DetectedQuantization& found) {
   if (scheme.is_string()) kv = text(scheme);
   if (scheme.is_object()) kv = integer(member(scheme, "num_bits")) == 4 ? "NVFP4" : "FP8";
   if (!kv.empty()) found.facts["kv_cache_quant_algo"] = kv;
-  for (const auto& [layer, how] : member(q, "quantized_layers").items())
+  for (const auto& [layer, how] : member(q, "quantized_layers").items()) {
+    found.affected.push_back(layer);
     if (text(member(how, "quant_algo")).find("NVFP4") != std::string::npos) found.facts["nvfp4_layers"] = true;
+  }
   add_skipped(member(q, "exclude_modules"), found);
   add_skipped(member(q, "ignore"), found);
 }
@@ -176,6 +213,7 @@ void read_mlx(const Json& q, DetectedQuantization& found) {
   found.scheme = text(member(q, "mode"));
   if (found.scheme.empty()) found.scheme = "affine";
   found.facts["mode"] = found.scheme;
+  set_kind(found, "weight-only", found.scheme != "affine");
   for (const auto& [layer, how] : q.items())
     if (how.is_boolean() && !how.get<bool>()) found.skipped.push_back(layer);
 }
@@ -190,6 +228,7 @@ void read_hqq(const Json& q, DetectedQuantization& found) {
       if (const Json& weights = member(part, "weight_quant_params"); weights.is_object()) parts.push_back(&weights);
   if (parts.empty() && (q.contains("nbits") || q.contains("bits"))) parts.push_back(&q);
   found.scheme = "int";
+  set_kind(found, "weight-only", false);
   add_skipped(member(q, "skip_modules"), found);
   if (parts.empty()) return;
   const double bits = number(first_of(*parts[0], {"nbits", "bits"}));

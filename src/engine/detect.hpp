@@ -22,9 +22,12 @@ struct DetectedQuantization {
   double bits = 0;         ///< of a weight's code; 0: not declared, or mixed
   int64_t group_size = 0;  ///< weights that share a scale; -1: a whole row (channel); 0: not declared or a tensor
   std::string scheme{};    ///< "int", "fp8", "fp8 block 128x128", "nf4", "NVFP4", "mixed" ...
-  std::vector<std::string> skipped{};  ///< modules that are not quantized: names, prefixes or patterns
-  std::string evidence{};              ///< the file and member that say so
-  std::string hint{};                  ///< what the name suggests and nothing confirms; never evidence
+  std::string mode{};      ///< "weight-only"; of quantized activations "static" or "dynamic"; empty: not declared
+  std::optional<bool> symmetric{};      ///< no zero points
+  std::vector<std::string> affected{};  ///< modules or kinds of them that are quantized, where they are named
+  std::vector<std::string> skipped{};   ///< modules that are not quantized: names, prefixes or patterns
+  std::string evidence{};               ///< the file and member that say so
+  std::string hint{};                   ///< what the name suggests and nothing confirms; never evidence
   Json facts =
       Json::object();  ///< for PlanRequest::model: bits, sym, desc_act, group_size, scheme, kv_cache_scheme ...
 };

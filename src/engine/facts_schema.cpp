@@ -82,7 +82,8 @@ void check_flags(const Json& engine, Problems& problems) {
       Member{"same", kTextMap},    Member{"refused", kList},
       Member{"place", kText},      Member{"entries", kTexts},
       Member{"since", kText},      Member{"classes", kTextMap},
-      Member{"help", kText},       Member{"file", kText, true}};
+      Member{"help", kText},       Member{"call", kText},
+      Member{"file", kText, true}};
   const Json none = Json::array();
   for (const Json& flag : member_or(engine, "flags", none)) {
     const std::string where = "flags." + value_text(member_or(flag, "flag", none));
@@ -183,9 +184,11 @@ void check_choices(const Json& rows, std::string_view member, const std::string&
 /// The small tables of an engine: what took a flag's place, which flags answer a field, what quantized checkpoints say.
 void check_tables(const Json& engine, Problems& problems) {
   static const std::array kRemoved = {Member{"say", kText, true}, Member{"since", kText}};
-  static const std::array kMemory = {Member{"kv_from", kTexts, true},      Member{"kv_bytes", kObject, true},
-                                     Member{"weights_from", kTexts, true}, Member{"weight_bits", kObject, true},
-                                     Member{"overhead_gib", kReal},        Member{"source", kText}};
+  static const std::array kMemory = {
+      Member{"kv_from", kTexts, true},      Member{"kv_bytes", kObject, true}, Member{"weights_from", kTexts, true},
+      Member{"weight_bits", kObject, true}, Member{"overhead_gib", kReal},     Member{"source", kText},
+      Member{"kv_windows", kFlag},          Member{"kv_step", kWhole},         Member{"value_step", kWhole},
+      Member{"chunk_tokens", kReal},        Member{"activation_bytes", kReal}};
   const Json none = Json::object();
   for (const auto& [flag, row] : member_or(engine, "removed_flags", none).items())
     check_members(row, kRemoved, "removed_flags." + flag, problems);
@@ -215,7 +218,7 @@ Problems check_engine(const Json& engine) {
       Member{"checkpoints", kList, true},   Member{"before", kList},        Member{"after", kList},
       Member{"overridden_by", kObject},     Member{"map", kObject, true},   Member{"checks", kList, true},
       Member{"already_quantized", kObject}, Member{"memory", kObject},      Member{"facts", kObject},
-      Member{"config_file", kText}};
+      Member{"config_file", kText},         Member{"packages", kTexts}};
   Problems problems;
   check_members(engine, kMembers, "engine", problems);
   check_flags(engine, problems);

@@ -51,6 +51,11 @@ double attention_parameters(const Json& model) {
   return query + hidden * (latent + rope) + latent * heads * (nope + value) + heads * value * hidden;
 }
 
+/// Keys and values of a head over their numbers, where values take room for a multiple of `step`.
+double padding_of(double head, double step) {
+  return head > 0 ? (head + std::ceil(head / step) * step) / (2 * head) : 1;
+}
+
 /// The largest n for which `fits(n)`, below `most`; 0 if not even 1 does. `fits` must hold up to some n only.
 template <class Fits>
 int64_t largest(int64_t most, Fits fits) {
@@ -70,6 +75,7 @@ int64_t largest(int64_t most, Fits fits) {
 double kv_element_bytes(const EnginePlan& plan, int64_t head_dim, const Facts& facts) {
   const Json* memory = memory_of(plan, facts);
   const Json* entry = memory == nullptr ? nullptr : table_entry(plan, *memory, "kv_from", "kv_bytes");
+  if (entry == nullptr && memory != nullptr) entry = look_up((*memory)["kv_bytes"], "auto");
   if (entry == nullptr) return 2;
   const double scale = head_dim > 0 ? (*entry)[1].get<double>() / static_cast<double>(head_dim) : 0;
   return (*entry)[0].get<double>() + scale;
@@ -130,22 +136,29 @@ MemoryEstimate estimate_memory(const Json& model, double stored_bytes, const Eng
   constexpr int64_t kContext = 8192;
   const auto limit = static_cast<int64_t>(count(model, "context", kContext));
   estimate.context = deployment.context > 0 ? deployment.context : std::min(limit, kContext);
-  const double element = kv_element_bytes(plan, head);
   // heads are cut over the devices, a latent vector is not
   const double kv_parts = count(model, "kv_lora_rank") > 0
                               ? 1
                               : std::min(parts, std::max(1.0, count(model, "kv_heads", count(model, "heads", parts))));
+  const Json* memory = memory_of(plan, Facts::standard());
+  const Json nothing = Json::object();
+  const Json& facts = memory != nullptr ? *memory : nothing;
+  Json cached = model;
+  if (!facts.value("kv_windows", true)) cached.erase("sliding_window");  // kept for the whole context all the same
+  const int64_t step = std::clamp<int64_t>(facts.value("kv_step", int64_t{1}), 1, 1 << 20);
+  const auto values = static_cast<double>(std::clamp<int64_t>(facts.value("value_step", int64_t{1}), 1, 1 << 20));
+  const double element = kv_element_bytes(plan, head) * padding_of(static_cast<double>(head), values);
   const auto cache = [&](int64_t context, int64_t batch) {
-    return static_cast<double>(batch) * kv_cache_elements(model, context) * element / kv_parts;
+    const int64_t room = (context + step - 1) / step * step;
+    return static_cast<double>(batch) * kv_cache_elements(cached, room) * element / kv_parts;
   };
   estimate.kv_cache_bytes = cache(estimate.context, deployment.batch);
   estimate.kv_bytes_per_token = kv_cache_elements(model, 1) * element / kv_parts;
   // one chunk of prefill: hidden states, the feed-forward's inner ones and the logits of the last token, 16 bits
-  constexpr double kChunk = 2048;
-  estimate.activation_bytes = 2 * kChunk * (4 * hidden + 2 * count(model, "intermediate_size", 4 * hidden) / parts) +
+  const double chunk = facts.value("chunk_tokens", 2048.0), width = facts.value("activation_bytes", 2.0);
+  estimate.activation_bytes = width * chunk * (4 * hidden + 2 * count(model, "intermediate_size", 4 * hidden) / parts) +
                               4 * count(model, "vocabulary") * static_cast<double>(deployment.batch);
-  if (const Json* memory = memory_of(plan, Facts::standard()); memory != nullptr)
-    estimate.overhead_bytes = memory->value("overhead_gib", 0.0) * 1024 * 1024 * 1024;
+  estimate.overhead_bytes = facts.value("overhead_gib", 0.0) * 1024 * 1024 * 1024;
   const double fixed = estimate.weights_bytes + estimate.activation_bytes + estimate.overhead_bytes;
   estimate.total_bytes = fixed + estimate.kv_cache_bytes;
   if (deployment.memory_bytes > 0) {

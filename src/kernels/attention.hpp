@@ -15,6 +15,7 @@ class LayerCache {
   LayerCache(size_t kv_heads, size_t head_size, size_t capacity);
   size_t kv_heads() const { return kv_heads_; }
   size_t head_size() const { return head_size_; }
+  size_t bytes() const { return (keys_.size() + values_.size()) * sizeof(CacheLine); }
   /// key, value: [kv_heads, head_size] of one token; position < capacity.
   void store(size_t position, const float* key, const float* value);
 

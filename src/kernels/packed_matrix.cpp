@@ -13,8 +13,31 @@ namespace {
 
 constexpr size_t kNibbles = 8;  // codes a word
 
-void allocate_panels(PackedMatrix& w, size_t bytes) {
-  w.panel_bytes = (bytes + sizeof(CacheLine) - 1) / sizeof(CacheLine) * sizeof(CacheLine);
+size_t cache_lines(size_t bytes) { return (bytes + sizeof(CacheLine) - 1) / sizeof(CacheLine); }
+
+/// Of one panel's codes.
+size_t panel_size(CodeKind kind, size_t columns) {
+  const auto bytes = [&](size_t a_row) { return cache_lines(a_row * kPanel) * sizeof(CacheLine); };
+  switch (kind) {
+    case CodeKind::f32:
+      return bytes(columns * sizeof(float));
+    case CodeKind::f16:
+    case CodeKind::bf16:
+      return bytes(columns * sizeof(uint16_t));
+    case CodeKind::nibble:
+      return bytes((columns + kNibbles - 1) / kNibbles * sizeof(uint32_t));
+    case CodeKind::int8:
+    case CodeKind::uint8:
+    case CodeKind::table:
+      return bytes(columns);
+    case CodeKind::reference:
+      return 0;
+  }
+  return 0;
+}
+
+void allocate_panels(PackedMatrix& w) {
+  w.panel_bytes = panel_size(w.kind, w.columns);
   w.codes.resize(w.panels() * w.panel_bytes / sizeof(CacheLine));
 }
 
@@ -25,7 +48,7 @@ std::byte* panel_begin(PackedMatrix& w, size_t p) {
 /// Transposes numbers of `bytes` bytes into panels.
 template <size_t bytes>
 void pack_numbers(const std::byte* data, PackedMatrix& w) {
-  allocate_panels(w, w.columns * kPanel * bytes);
+  allocate_panels(w);
   parallel_for(w.panels(), [&](size_t p) {
     std::byte* const out = panel_begin(w, p);
     const size_t lanes = std::min(kPanel, w.rows - p * kPanel);
@@ -38,7 +61,7 @@ void pack_numbers(const std::byte* data, PackedMatrix& w) {
 
 void pack_nibbles(const std::byte* codes, PackedMatrix& w) {
   const size_t words = (w.columns + kNibbles - 1) / kNibbles;
-  allocate_panels(w, words * kPanel * sizeof(uint32_t));
+  allocate_panels(w);
   parallel_for(w.panels(), [&](size_t p) {
     std::byte* const out = panel_begin(w, p);
     const size_t lanes = std::min(kPanel, w.rows - p * kPanel);
@@ -91,6 +114,50 @@ CodeKind code_kind(const ElementType& element) {
   return element.lowest < 0 ? CodeKind::int8 : CodeKind::uint8;
 }
 
+/// What all of the matrix but its values says of how it is packed.
+PackedMatrix frame_of(const Scheme& scheme, size_t rows, size_t columns) {
+  PackedMatrix w{.rows = rows, .columns = columns};
+  const auto dtype = scheme.is_plain() && scheme.factor == 1 ? dtype_of(*scheme.element) : std::nullopt;
+  if (dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16) {
+    w.kind = dtype == DType::f32 ? CodeKind::f32 : dtype == DType::f16 ? CodeKind::f16 : CodeKind::bf16;
+    return w;
+  }
+  w.kind = code_kind(*scheme.element);
+  const std::optional<size_t> group_size = common_group_size(scheme, columns);
+  const bool divides = scheme.scale && scheme.scale->divides;
+  if (w.kind == CodeKind::reference || !group_size || divides || scheme.factor != 1) {
+    w.kind = CodeKind::reference;
+    return w;
+  }
+  w.group_size = *group_size;
+  w.groups = (columns + w.group_size - 1) / w.group_size;
+  return w;
+}
+
+size_t parameter_lines(const PackedMatrix& w, size_t value_bytes) {
+  return cache_lines(w.panels() * w.groups * kPanel * value_bytes);
+}
+
+/// Of one value of a parameter: 16 bits hold every number of 8, but not its product with a scale of its own.
+size_t parameter_bytes(const Scheme& scheme) {
+  const bool narrow = !scheme.scale && !scheme.offset && scheme.factor == 1 && scheme.element->bits <= 16;
+  return narrow ? sizeof(uint16_t) : sizeof(float);
+}
+
+/// Of a tensor whose codes take a byte each.
+size_t unpacked_bytes(const Scheme& scheme, const Shape& shape) {
+  const auto count = static_cast<size_t>(element_count(shape));
+  size_t bytes = count * std::max<size_t>(1, static_cast<size_t>(scheme.element->bits) / 8);
+  for (const auto& p : {scheme.scale, scheme.offset})
+    if (p) bytes += unpacked_bytes(*p->scheme, parameter_shape(p->grouping, shape));
+  return bytes;
+}
+
+size_t held_bytes(const QuantizedTensor& t) {
+  return t.codes.size() + (t.scale ? held_bytes(*t.scale) : 0) + (t.offset ? held_bytes(*t.offset) : 0) +
+         t.group_index.size() * sizeof(int32_t);
+}
+
 DType narrowest_exact(std::span<const float> values) {
   for (const DType dtype : {DType::f16, DType::bf16})
     if (std::ranges::all_of(
@@ -107,7 +174,7 @@ void pack_parameter(const Parameter& parameter, const QuantizedTensor& stored, c
   const GroupMap map(parameter.grouping, shape);
   out.dtype = narrowest_exact(decoded);
   const size_t panel_values = w.groups * kPanel;
-  out.values.resize((w.panels() * panel_values * size_bytes(out.dtype) + sizeof(CacheLine) - 1) / sizeof(CacheLine));
+  out.values.resize(parameter_lines(w, size_bytes(out.dtype)));
   const auto bytes = std::as_writable_bytes(std::span(out.values));
   std::vector<float> panel(panel_values);
   for (size_t p = 0; p < w.panels(); ++p) {
@@ -162,7 +229,17 @@ void pack_codes(const QuantizedTensor& t, PackedMatrix& w) {
 
 size_t PackedMatrix::stored_bytes() const {
   return (codes.size() + scale.values.size() + offset.values.size()) * sizeof(CacheLine) +
-         (source ? source->codes.size() : 0);
+         (source ? held_bytes(*source) : 0);
+}
+
+size_t packed_bytes(const Scheme& scheme, size_t rows, size_t columns) {
+  const PackedMatrix w = frame_of(scheme, rows, columns);
+  if (w.kind == CodeKind::reference)
+    return unpacked_bytes(scheme, {static_cast<int64_t>(rows), static_cast<int64_t>(columns)});
+  size_t lines = w.panels() * panel_size(w.kind, columns) / sizeof(CacheLine);
+  for (const auto& p : {scheme.scale, scheme.offset})
+    if (p) lines += parameter_lines(w, parameter_bytes(*p->scheme));
+  return lines * sizeof(CacheLine);
 }
 
 PackedMatrix pack_matrix(DType dtype, std::span<const std::byte> data, size_t rows, size_t columns) {
@@ -187,17 +264,12 @@ PackedMatrix pack_matrix(std::shared_ptr<const QuantizedTensor> tensor) {
         dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16)
       return pack_matrix(*dtype, t.codes, rows, columns);
 
-  PackedMatrix w{.rows = rows, .columns = columns, .kind = code_kind(*t.scheme.element)};
-  const std::optional<size_t> group_size = common_group_size(t.scheme, columns);
-  const bool divides = t.scheme.scale && t.scheme.scale->divides;
-  if (w.kind == CodeKind::reference || !group_size || divides || t.scheme.factor != 1) {
-    w.kind = CodeKind::reference;
+  PackedMatrix w = frame_of(t.scheme, rows, columns);
+  if (w.kind == CodeKind::reference) {
     w.decoder = std::make_shared<const Decoder>(t);
     w.source = std::move(tensor);
     return w;
   }
-  w.group_size = *group_size;
-  w.groups = (columns + w.group_size - 1) / w.group_size;
   pack_codes(t, w);
   pack_parameters(t, w);
   return w;

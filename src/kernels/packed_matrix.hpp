@@ -65,6 +65,10 @@ struct PackedMatrix {
   size_t stored_bytes() const;  ///< what one product reads
 };
 
+/// What pack_matrix will take for a matrix of this scheme, known before there are values. A parameter that turns out to
+/// fit 16 bits although its type is wider takes less.
+size_t packed_bytes(const Scheme& scheme, size_t rows, size_t columns);
+
 /// dtype: f32, f16 or bf16. data: rows * columns numbers, row-major, at any alignment; not kept.
 PackedMatrix pack_matrix(DType dtype, std::span<const std::byte> data, size_t rows, size_t columns);
 /// `tensor` has two dimensions and passes check_sizes; kept only where no fast layout can express it.

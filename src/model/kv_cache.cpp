@@ -47,6 +47,11 @@ KvCache::~KvCache() = default;
 KvCache::KvCache(KvCache&&) noexcept = default;
 int64_t KvCache::length() const { return impl_->length; }
 int64_t KvCache::capacity() const { return impl_->capacity; }
+uint64_t KvCache::bytes() const {
+  uint64_t sum = 0;
+  for (const LayerCache& layer : impl_->layers) sum += layer.bytes();
+  return sum;
+}
 void KvCache::clear() { impl_->length = 0; }
 void KvCache::truncate(int64_t length) {
   BW_ASSERT(length >= 0 && length <= impl_->length);

@@ -64,6 +64,21 @@ Experts load_experts(WeightReader& reader, const ModelConfig& c, const std::stri
 
 }  // namespace
 
+uint64_t Experts::bytes() const {
+  uint64_t sum = router.bytes();
+  for (const FeedForward& expert : experts) sum += expert.bytes();
+  return sum;
+}
+
+uint64_t Layer::bytes() const {
+  uint64_t sum = std::visit([](const auto& part) { return part.bytes(); }, feed_forward);
+  for (const Linear* linear : {&q, &k, &v, &o}) sum += linear->bytes();
+  for (const Norm* norm :
+       {&attention_norm, &post_attention_norm, &feed_forward_norm, &post_feed_forward_norm, &q_norm, &k_norm})
+    sum += norm->bytes();
+  return sum;
+}
+
 Norm load_norm(WeightReader& reader, const ModelConfig& config, const std::string& base, const std::string& name,
                int64_t size) {
   if (name.empty()) return {};

@@ -10,18 +10,21 @@ namespace bitwright {
 struct Norm {
   std::vector<float> weight{}, bias{};
   bool empty() const { return weight.empty(); }
+  uint64_t bytes() const { return (weight.size() + bias.size()) * sizeof(float); }
 };
 
 /// down(activation(gate x) * up x), or down(activation(up x)) where there is no gate.
 struct FeedForward {
   std::optional<Linear> gate;
   Linear up, down;
+  uint64_t bytes() const { return (gate ? gate->bytes() : 0) + up.bytes() + down.bytes(); }
 };
 
 /// Experts of which each token uses those with the largest products with the router's rows.
 struct Experts {
   Linear router;
   std::vector<FeedForward> experts;
+  uint64_t bytes() const;
 };
 
 struct Layer {
@@ -30,6 +33,7 @@ struct Layer {
   Norm q_norm, k_norm;  ///< of one head
   Linear q, k, v, o;
   std::variant<FeedForward, Experts> feed_forward;
+  uint64_t bytes() const;  ///< in memory
 };
 
 /// NAME.weight (with the configured offset) and, of a LayerNorm, NAME.bias; empty for an empty name.

@@ -167,6 +167,14 @@ void Model::Impl::run_layers(std::span<const int32_t> tokens, KvCache::Impl& cac
 Model::Model(const Checkpoint& checkpoint) : impl_(std::make_unique<Impl>(checkpoint)) {}
 Model::~Model() = default;
 Model::Model(Model&&) noexcept = default;
+uint64_t Model::weight_bytes() const {
+  uint64_t sum = impl_->embedding.bytes() + impl_->norm.bytes();
+  if (impl_->positions) sum += impl_->positions->bytes();
+  if (impl_->own_head) sum += impl_->own_head->stored_bytes();
+  for (const Layer& layer : impl_->layers) sum += layer.bytes();
+  return sum;
+}
+
 const ModelConfig& Model::config() const { return impl_->config; }
 
 std::vector<float> Model::forward(std::span<const int32_t> tokens, KvCache& cache, Logits which) const {

@@ -38,7 +38,8 @@ class KvCache {
   KvCache(KvCache&&) noexcept;
   int64_t length() const;
   int64_t capacity() const;
-  void clear();  ///< length becomes 0
+  uint64_t bytes() const;  ///< of keys and values
+  void clear();            ///< length becomes 0
   /// Forgets what comes after the first `length` tokens, so that others may follow them. Needs length <= length().
   void truncate(int64_t length);
 
@@ -59,6 +60,8 @@ class Model {
   Model(Model&&) noexcept;
 
   const ModelConfig& config() const;
+  /// What the weights take in memory. An embedding that is no output matrix too stays in the mapped file, and counts.
+  uint64_t weight_bytes() const;
 
   enum class Logits { all, last };
   /// Appends `tokens` (each in [0, vocabulary)) to the sequence in `cache` and returns the logits of each of them, or

@@ -218,6 +218,8 @@ Translation translate(const CheckpointView& stored) {
 
 }  // namespace
 
-Checkpoint open_model(const std::filesystem::path& path) { return Checkpoint(path, translate); }
+Checkpoint open_model(const std::filesystem::path& path, Checkpoint::Foreign foreign) {
+  return Checkpoint(path, translate, Checkpoint::Unfinished::refuse, foreign);
+}
 
 }  // namespace bitwright

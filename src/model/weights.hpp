@@ -17,6 +17,7 @@ namespace bitwright {
 struct Linear {
   PackedMatrix weight;
   std::vector<float> bias{};  ///< empty: none
+  uint64_t bytes() const { return weight.stored_bytes() + bias.size() * sizeof(float); }
 };
 
 /// A matrix from which single rows are read. Plain floats stay in the mapped file.
@@ -26,6 +27,7 @@ class RowSource {
   void read(size_t row, std::span<float> out) const;
   /// The whole matrix for products: what is packed already where it is quantized.
   const PackedMatrix& packed();
+  uint64_t bytes() const { return packed_ ? packed_->stored_bytes() : bytes_.size(); }
 
  private:
   friend class WeightReader;

@@ -8,7 +8,6 @@
 #include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <set>
 
 #include "base/mapped_file.hpp"
 #include "base/output.hpp"
@@ -21,6 +20,7 @@
 #include "kernels/encode.hpp"
 #include "quantize/model_card.hpp"
 #include "quantize/model_files.hpp"
+#include "quantize/output_layout.hpp"
 #include "quantize/stream.hpp"
 #include "quantize/verify.hpp"
 
@@ -51,16 +51,6 @@ OrderedJson digests_of(const std::filesystem::path& directory) {
   return sorted;
 }
 
-std::vector<TensorFacts> facts_of(const Checkpoint& source) {
-  std::vector<TensorFacts> facts;
-  for (const TensorEntry& entry : source.tensors())
-    facts.push_back({.name = entry.name,
-                     .shape = entry.shape,
-                     .is_float = info(entry.dtype).is_float,
-                     .bytes = size_bytes(entry.dtype)});
-  return facts;
-}
-
 void check_not_quantized(const Checkpoint& source) {
   if (source.container() == nullptr) return;
   throw Error({.code = "already-quantized",
@@ -73,10 +63,13 @@ void check_not_quantized(const Checkpoint& source) {
 class Pipeline {
  public:
   Pipeline(const Checkpoint& source, const QuantizationRequest& request, const QuantizeOptions& options)
-      : source_(source), options_(options), recipe_(resolve(request, facts_of(source))) {
+      : source_(source), options_(options) {
+    OutputLayout layout = lay_out(source, request, *options.container, options.output.max_shard_bytes);
+    recipe_ = std::move(layout.recipe);
+    job_.arrays = std::move(layout.arrays);
+    shards_ = std::move(layout.shards);
     check_apart(source, options.output.output);
     plan();
-    shards_ = plan_shards(job_.arrays, options.output.max_shard_bytes);
     bytes_out_ = shards_.bytes();
     const bool searches = std::ranges::any_of(
         recipe_.tensors, [](const TensorPlan& p) { return p.scheme && p.options.range == RangeRule::mse; });
@@ -122,11 +115,7 @@ class Pipeline {
   }
 
  private:
-  StoredTensor stored(size_t i) const {
-    const TensorEntry& entry = source_.tensors()[i];
-    const DType dtype = size_bytes(entry.dtype) < 2 ? DType::f16 : entry.dtype;  // which has every value of 8 bits
-    return {.name = entry.name, .shape = entry.shape, .scheme = *recipe_.tensors[i].scheme, .value_dtype = dtype};
-  }
+  StoredTensor stored(size_t i) const { return stored_tensor(source_.tensors()[i], *recipe_.tensors[i].scheme); }
 
   /// What is done to which part of which tensor, and what comes of it.
   void plan() {
@@ -136,41 +125,15 @@ class Pipeline {
       source_.prefetch(source_.tensors()[piece.tensor], input_offset(piece), piece.bytes);
     };
     std::string decisions;
-    std::set<std::string> names;
     for (size_t i = 0; i < recipe_.tensors.size(); ++i) {
       const TensorEntry& entry = source_.tensors()[i];
       const TensorPlan& tensor = recipe_.tensors[i];
-      if (tensor.scheme) check_fits(i);
-      job_.arrays.push_back(tensor.scheme ? options_.container->layout(stored(i))
-                                          : std::vector<ArraySpec>{{entry.name, entry.dtype, entry.shape}});
-      for (const ArraySpec& array : job_.arrays.back())
-        if (!names.insert(array.name).second) name_clash(array.name);
       add_pieces(i);
       decisions += fmt::format("{} {} {}\n", entry.name, tensor.scheme ? to_json(*tensor.scheme).dump() : "kept",
                                tensor.scheme ? tensor.algorithm->name : "");
     }
     const std::string recipe = decisions + recipe_.settings.dump() + std::string(options_.container->name);
     job_.identity = {{"tool", BITWRIGHT_VERSION}, {"command", "quantize"}, {"recipe", sha256(recipe)}};
-  }
-
-  void check_fits(size_t i) const {
-    const StoredTensor tensor = stored(i);
-    const Fit fit = options_.container->fit(tensor.scheme, tensor.shape);
-    if (fit.verdict == Verdict::impossible)
-      throw Error(
-          {.code = "does-not-fit",
-           .what = "cannot quantize",
-           .where = tensor.name,
-           .why = fmt::format("{} cannot hold {}: {}", options_.container->name, describe(tensor.scheme), fit.reason),
-           .fix = "choose another scheme or --format"});
-  }
-
-  [[noreturn]] static void name_clash(const std::string& name) {
-    throw Error({.code = "name-clash",
-                 .what = "cannot quantize",
-                 .where = name,
-                 .why = "two arrays of the output would have this name",
-                 .fix = "skip the module"});
   }
 
   void add_pieces(size_t i) {

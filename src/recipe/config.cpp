@@ -28,13 +28,24 @@ std::vector<ConfigKey> make_keys() {
        .type = Type::text,
        .fallback = "none",
        .help = "what you want; the keys below refine it",
-       .values = {"none", "int8", "int4", "int3", "int2", "nf4", "fp4"},
+       .values = {"none", "int8", "int4", "int3", "int2", "nf4", "fp4", "fp8", "mxfp4", "nvfp4", "auto"},
        .per_layer = true},
       {.path = "quantization.weight_only",
        .type = Type::boolean,
        .fallback = "true",
        .help = "activations stay in floating point",
-       .values = {"true"}},
+       .values = {"true", "false"}},
+      {.path = "quantization.mode",
+       .type = Type::text,
+       .fallback = "dynamic",
+       .help = "when scales of quantized activations are found",
+       .values = {"static", "dynamic"},
+       .plan_only = true},
+      {.path = "quantization.backend_method",
+       .type = Type::text,
+       .fallback = "",
+       .help = "the engine's own name of a method",
+       .plan_only = true},
       {.path = "quantization.algorithm",
        .type = Type::text,
        .fallback = "auto",
@@ -89,6 +100,17 @@ std::vector<ConfigKey> make_keys() {
        .help = "kind of code",
        .values = {"int", "nf4", "fp4"},
        .per_layer = true},
+      {.path = "quantization.scheme.block_shape",
+       .type = Type::integers,
+       .fallback = "",
+       .help = "rows and columns that share a scale",
+       .plan_only = true},
+      {.path = "quantization.compute_dtype",
+       .type = Type::text,
+       .fallback = "the model's",
+       .help = "type that products are computed in",
+       .values = {"float32", "float16", "bfloat16"},
+       .plan_only = true},
       {.path = "quantization.skip_modules",
        .type = Type::names,
        .fallback = "lm_head",
@@ -97,6 +119,118 @@ std::vector<ConfigKey> make_keys() {
        .type = Type::rules,
        .fallback = "",
        .help = "settings by module; the first match wins"},
+      {.path = "quantization.load_in_4bit",
+       .type = Type::boolean,
+       .fallback = "",
+       .help = "what older configurations call method int4",
+       .plan_only = true},
+      {.path = "quantization.load_in_8bit",
+       .type = Type::boolean,
+       .fallback = "",
+       .help = "what older configurations call method int8",
+       .plan_only = true},
+      {.path = "quantization.calibration.dataset",
+       .type = Type::text,
+       .fallback = "",
+       .help = "text that algorithms learn from",
+       .plan_only = true,
+       .option = "--calibration"},
+      {.path = "quantization.calibration.split",
+       .type = Type::text,
+       .fallback = "train",
+       .help = "part of the dataset",
+       .plan_only = true,
+       .option = "--calibration-split"},
+      {.path = "quantization.calibration.num_samples",
+       .type = Type::integer,
+       .fallback = "512",
+       .help = "pieces of the text",
+       .least = 1,
+       .most = 1 << 20,
+       .plan_only = true,
+       .option = "--calibration-samples"},
+      {.path = "quantization.calibration.max_length",
+       .type = Type::integer,
+       .fallback = "2048",
+       .help = "tokens of a piece",
+       .least = 1,
+       .most = 1 << 20,
+       .plan_only = true,
+       .option = "--calibration-length"},
+      {.path = "quantization.calibration.seed",
+       .type = Type::integer,
+       .fallback = "0",
+       .help = "of the choice of pieces",
+       .least = 0,
+       .most = INT32_MAX,
+       .plan_only = true,
+       .option = "--calibration-seed"},
+      {.path = "quantization.budget",
+       .type = Type::text,
+       .fallback = "",
+       .help = "4.25bpw or 6GiB: bits are given to layers within it",
+       .plan_only = true},
+      // What follows tells engines what to do with a model. The values are theirs: plan knows them.
+      {.path = "quant_config.preset",
+       .type = Type::text,
+       .fallback = "",
+       .help = "preset of the four fields",
+       .plan_only = true},
+      {.path = "quant_config.presets",
+       .type = Type::names,
+       .fallback = "",
+       .help = "several, a plan for each",
+       .plan_only = true},
+      {.path = "quant_config.gemm_dtype",
+       .type = Type::text,
+       .fallback = "auto",
+       .help = "type of matrix products",
+       .plan_only = true},
+      {.path = "quant_config.kvcache_dtype",
+       .type = Type::text,
+       .fallback = "auto",
+       .help = "type of the KV cache",
+       .plan_only = true},
+      {.path = "quant_config.attention_dtype",
+       .type = Type::text,
+       .fallback = "auto",
+       .help = "type of attention",
+       .plan_only = true},
+      {.path = "quant_config.moe_dtype",
+       .type = Type::text,
+       .fallback = "auto",
+       .help = "type of experts",
+       .plan_only = true},
+      {.path = "engine.name",
+       .type = Type::text,
+       .fallback = "native",
+       .help = "engine to plan for",
+       .plan_only = true,
+       .option = "--engine",
+       .short_form = true},
+      {.path = "engine.version",
+       .type = Type::text,
+       .fallback = "the one the facts were read from",
+       .help = "its version",
+       .plan_only = true,
+       .option = "--engine-version"},
+      {.path = "engines",
+       .type = Type::engines,
+       .fallback = "",
+       .help = "several engines, each with what it overrides",
+       .plan_only = true},
+      {.path = "hardware",
+       .type = Type::text,
+       .fallback = "",
+       .help = "device, as `bitwright hardware` lists them, or local",
+       .plan_only = true,
+       .option = "--hardware"},
+      {.path = "parameters",
+       .type = Type::arguments,
+       .fallback = "",
+       .help = "an argument of the engine's own, NAME or NAME=VALUE; always wins; may be repeated",
+       .plan_only = true,
+       .option = "--parameter"},
   };
 }
 
@@ -148,7 +282,15 @@ void check_value(const ConfigKey& key, const OrderedJson& value, const std::stri
       if (!value.is_array() || !std::ranges::all_of(value, [](const OrderedJson& item) { return item.is_string(); }))
         fail("is no list of names");
       break;
+    case Type::integers:
+      if (!value.is_array() || !std::ranges::all_of(value, [](const OrderedJson& v) { return v.is_number_integer(); }))
+        fail("is no list of whole numbers");
+      break;
+    case Type::arguments:
+      if (!value.is_object()) fail("is no mapping of names to values");
+      break;
     case Type::rules:
+    case Type::engines:
       break;
   }
   if (!key.values.empty() && std::ranges::find(key.values, shown(value)) == key.values.end())
@@ -180,35 +322,70 @@ void check_rules(const OrderedJson& rules, std::string_view path, const std::str
   }
 }
 
-void check_object(const OrderedJson& object, const std::string& prefix, const std::string& where) {
+void check_object(OrderedJson& object, const std::string& prefix, const std::string& where);
+
+/// One configuration for each engine, laid over the whole.
+void check_engines(OrderedJson& engines, std::string_view path, const std::string& where) {
+  if (!engines.is_object()) bad_value(where, path, engines, "is no mapping of engines to configurations");
+  for (const auto& [engine, section] : engines.items()) {
+    const std::string at = fmt::format("{}.{}", path, engine);
+    if (section.is_null()) continue;
+    if (!section.is_object()) bad_value(where, at, section, "is no section of keys");
+    check_object(section, "", fmt::format("{} ({})", where, printable(at)));
+  }
+}
+
+void check_key(const ConfigKey& key, OrderedJson& value, const std::string& where) {
+  if (key.type == Type::rules)
+    check_rules(value, key.path, where);
+  else if (key.type == Type::engines)
+    check_engines(value, key.path, where);
+  else
+    check_value(key, value, where);
+}
+
+/// What a name at `prefix` is: a key of its own, or the beginning of others.
+struct Named {
+  const ConfigKey* key = nullptr;
+  const ConfigKey* short_form = nullptr;
+  bool is_section = false;
+  std::vector<std::string> siblings{};
+};
+Named find_key(const std::string& prefix, const std::string& path) {
+  Named found;
+  for (const ConfigKey& key : config_keys()) {
+    if (key.path == path) found.key = &key;
+    const bool below = key.path.starts_with(path + ".");
+    found.is_section = found.is_section || below;
+    if (below && key.short_form) found.short_form = &key;
+    if (!prefix.empty() && !key.path.starts_with(prefix + ".")) continue;
+    const std::string_view rest = key.path.substr(prefix.empty() ? 0 : prefix.size() + 1);
+    found.siblings.emplace_back(rest.substr(0, rest.find('.')));
+  }
+  found.siblings.erase(std::unique(found.siblings.begin(), found.siblings.end()), found.siblings.end());
+  return found;
+}
+
+void check_object(OrderedJson& object, const std::string& prefix, const std::string& where) {
   for (const auto& [name, value] : object.items()) {
     const std::string path = prefix.empty() ? name : prefix + "." + name;
-    std::vector<std::string> siblings;
-    const ConfigKey* found = nullptr;
-    bool is_section = false;
-    for (const ConfigKey& key : config_keys()) {
-      if (key.path == path) found = &key;
-      is_section = is_section || key.path.starts_with(path + ".");
-      if (!prefix.empty() && !key.path.starts_with(prefix + ".")) continue;
-      const std::string_view rest = key.path.substr(prefix.empty() ? 0 : prefix.size() + 1);
-      siblings.emplace_back(rest.substr(0, rest.find('.')));
-    }
-    siblings.erase(std::unique(siblings.begin(), siblings.end()), siblings.end());
-    if ((found != nullptr || is_section) && value.is_null()) continue;  // as if it were not there
-    if (found != nullptr && found->type == Type::rules) {
-      check_rules(value, path, where);
-    } else if (found != nullptr) {
-      check_value(*found, value, where);
-    } else if (is_section && value.is_object()) {
+    const Named found = find_key(prefix, path);
+    if ((found.key != nullptr || found.is_section) && value.is_null()) continue;  // as if it were not there
+    if (found.key != nullptr) {
+      check_key(*found.key, value, where);
+    } else if (found.is_section && value.is_object()) {
       check_object(value, path, where);
-    } else if (is_section) {
+    } else if (found.short_form != nullptr && !value.is_structured()) {
+      check_value(*found.short_form, value, where);
+      value = {{std::string(last_name(found.short_form->path)), value}};
+    } else if (found.is_section) {
       bad_value(where, path, value, "is no section of keys");
     } else {
       throw Error({.code = "unknown-key",
                    .what = "bad configuration",
                    .where = where,
                    .why = fmt::format("unknown key '{}'", printable(path)),
-                   .fix = suggest(name, siblings),
+                   .fix = suggest(name, found.siblings),
                    .status = ExitStatus::usage});
     }
   }
@@ -222,7 +399,9 @@ std::span<const ConfigKey> config_keys() {
 }
 
 std::string option_of(const ConfigKey& key) {
-  if (key.type == Type::rules || key.path.find('.') == std::string_view::npos) return {};
+  if (!key.option.empty()) return std::string(key.option);
+  const bool typed = key.type != Type::rules && key.type != Type::integers;
+  if (!typed || key.path.find('.') == std::string_view::npos) return {};
   std::string option = "--" + std::string(last_name(key.path));
   std::ranges::replace(option, '_', '-');
   return option;
@@ -248,7 +427,15 @@ void set_config_value(OrderedJson& config, std::string_view path, const OrderedJ
   *at = value;
 }
 
-void check_config(const OrderedJson& config, const std::string& where) { check_object(config, "", where); }
+void check_config(OrderedJson& config, const std::string& where) { check_object(config, "", where); }
+
+std::vector<std::string> plan_only_keys(const OrderedJson& config) {
+  std::vector<std::string> keys;
+  for (const ConfigKey& key : config_keys())
+    if (key.plan_only && key.path.starts_with("quantization.") && find_config(config, key.path) != nullptr)
+      keys.emplace_back(key.path);
+  return keys;
+}
 
 const OrderedJson* find_config(const OrderedJson& config, std::string_view path) {
   const OrderedJson* at = &config;

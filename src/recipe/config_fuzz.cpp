@@ -9,7 +9,7 @@
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   try {
-    const auto config = bitwright::parse_config_value({reinterpret_cast<const char*>(data), size}, "fuzz");
+    auto config = bitwright::parse_config_value({reinterpret_cast<const char*>(data), size}, "fuzz");
     if (!config.is_object()) return 0;
     bitwright::check_config(config, "fuzz");
     const std::vector<bitwright::TensorFacts> facts = {

@@ -82,6 +82,10 @@ bool asks_for_something(const QuantizationSettings& s) {
 Resolved fill_in(const QuantizationSettings& s) {
   Resolved r;
   const std::string method = s.method.value_or("");
+  constexpr auto kMade = std::to_array<std::string_view>({"", "none", "int8", "int4", "int3", "int2", "nf4", "fp4"});
+  if (std::ranges::find(kMade, method) == kMade.end())
+    contradiction(fmt::format("weights of method {} are not made here yet", method),
+                  "choose int8, int4, int3, int2, nf4 or fp4");
   r.quant_type = s.quant_type.value_or(method == "nf4" || method == "fp4" ? method : "int");
   const bool table = r.quant_type != "int";
   if (table && s.bits.value_or(4) != 4) contradiction(fmt::format("{} has 4 bits, not {}", r.quant_type, *s.bits), "");
@@ -292,6 +296,8 @@ QuantizationRequest read_request(const OrderedJson& config) {
   request.skip_modules = {"lm_head"};
   const OrderedJson* section = find_config(config, "quantization");
   if (section == nullptr) return request;
+  if (const OrderedJson* only = find_config(config, "quantization.weight_only"); only != nullptr && *only == false)
+    contradiction("activations are not quantized here yet, only weights", "leave 'weight_only' out");
   const OrderedJson* scheme = find_config(config, "quantization.scheme");
   read_settings(scheme != nullptr ? *scheme : OrderedJson::object(), *section, request.settings);
   if (const OrderedJson* skip = find_config(config, "quantization.skip_modules"))

@@ -1,0 +1,182 @@
+#include "cli/model_summary.hpp"
+
+#include <algorithm>
+#include <filesystem>
+#include <map>
+
+#include "base/error.hpp"
+#include "base/mapped_file.hpp"
+#include "container/container.hpp"
+#include "model/open_model.hpp"
+
+namespace bitwright {
+namespace {
+
+namespace fs = std::filesystem;
+
+/// The files of a directory that say something of quantization.
+ModelDocuments read_documents(const fs::path& directory) {
+  constexpr uintmax_t kLargest = 64U << 20;  // the longest lists of layers are far below
+  ModelDocuments documents;
+  for (const auto& entry : fs::directory_iterator(directory)) {
+    std::error_code broken_link;
+    const std::string name = entry.path().filename().string();
+    if (name.ends_with("config.json") || name == "quant_model_description.json")
+      if (entry.is_regular_file(broken_link) && entry.file_size() <= kLargest)
+        documents[name] = parse_json(read_text_file(entry.path()), entry.path().string());
+  }
+  return documents;
+}
+
+/// Files of weights that are not opened here still count.
+uint64_t bytes_of_weights(const fs::path& directory) {
+  uint64_t bytes = 0;
+  for (const auto& entry : fs::directory_iterator(directory)) {
+    std::error_code broken_link;
+    if (entry.path().extension() == ".npz" && entry.is_regular_file(broken_link)) bytes += entry.file_size();
+  }
+  return bytes;
+}
+
+std::optional<Checkpoint> open_if_there(const fs::path& path) {
+  try {
+    return open_model(path, Checkpoint::Foreign::list);
+  } catch (const Error& error) {
+    if (error.code() == "no-weights" && fs::is_directory(path)) return std::nullopt;
+    throw;
+  }
+}
+
+/// Of one code; of types that are not decoded their whole bits a weight.
+double bits_of(const TensorEntry& entry) {
+  return entry.undecoded != nullptr ? static_cast<int>(entry.bits_per_weight()) : entry.scheme.element->bits;
+}
+
+bool is_quantized(const TensorEntry& entry) { return entry.quantized() || entry.undecoded != nullptr; }
+
+/// What most quantized tensors share stands for the model.
+struct Common {
+  std::string scheme;
+  const TensorEntry* example = nullptr;
+};
+Common common_scheme(const Checkpoint& checkpoint) {
+  std::map<std::string, std::pair<size_t, const TensorEntry*>> schemes;
+  for (const TensorEntry& entry : checkpoint.tensors()) {
+    if (!is_quantized(entry)) continue;
+    auto& [count, example] = schemes[type_of(entry)];
+    ++count;
+    example = &entry;
+  }
+  if (schemes.empty()) return {};
+  const auto most = std::ranges::max_element(schemes, {}, [](const auto& item) { return item.second.first; });
+  return {(schemes.size() == 1 ? "" : "mixed, mostly ") + most->first, most->second.second};
+}
+
+/// What the tensors themselves say, where the files beside them say less.
+void add_stored(const Checkpoint& checkpoint, DetectedQuantization& found) {
+  if (checkpoint.container() == nullptr) return;
+  if (found.method.empty())
+    found = {.method = std::string(checkpoint.container()->name), .evidence = "the tensors", .facts = found.facts};
+  if (found.bits != 0 || !found.scheme.empty()) return;
+  const Common common = common_scheme(checkpoint);
+  if (common.example == nullptr) return;
+  found.scheme = common.scheme;
+  found.bits = bits_of(*common.example);
+  if (const Scheme& scheme = common.example->scheme; common.example->undecoded == nullptr && scheme.scale)
+    found.group_size = scheme.scale->grouping.size;
+}
+
+/// Of tensors that a container lists.
+OrderedJson stored_quantization(const Checkpoint& model) {
+  OrderedJson json = {{"quantized", false}};
+  if (const Common common = common_scheme(model); common.example != nullptr) {
+    const TensorEntry& example = *common.example;
+    const Scheme& scheme = example.scheme;
+    const Json algorithm = model.quantization_metadata().value("algorithm", Json());
+    json = {{"quantized", true},
+            {"method", algorithm.is_string() ? algorithm.get<std::string>() : std::string(model.container()->name)},
+            {"container", model.container()->name},
+            {"scheme", common.scheme},
+            {"bits", static_cast<int>(bits_of(example))},
+            {"mode", "weight-only"}};
+    if (scheme.scale && scheme.scale->grouping.size != 0) json["group_size"] = scheme.scale->grouping.size;
+    if (example.undecoded == nullptr)
+      json["symmetric"] = scheme.offset_kind == OffsetKind::none || scheme.offset_kind == OffsetKind::shift;
+  }
+  OrderedJson affected = OrderedJson::array(), skipped = OrderedJson::array();
+  for (const TensorEntry& entry : model.tensors())
+    if (is_quantized(entry))
+      affected.push_back(entry.name);
+    else if (entry.shape.size() >= 2)
+      skipped.push_back(entry.name);
+  json["affected_layers"] = std::move(affected);
+  json["skipped_layers"] = std::move(skipped);
+  return json;
+}
+
+/// Of what is declared alone.
+OrderedJson declared_quantization(const DetectedQuantization& found) {
+  if (found.method.empty())
+    return {{"quantized", false}, {"affected_layers", OrderedJson::array()}, {"skipped_layers", OrderedJson::array()}};
+  OrderedJson json = {
+      {"quantized", true},
+      {"method", found.method},
+      {"container", find_container(found.method) != nullptr ? OrderedJson(found.method) : OrderedJson()},
+      {"scheme", found.scheme},
+      {"bits", found.bits > 0 ? OrderedJson(found.bits) : OrderedJson()},
+      {"mode", found.mode.empty() ? OrderedJson() : OrderedJson(found.mode)}};
+  if (found.bits > 0 && found.bits == static_cast<int>(found.bits)) json["bits"] = static_cast<int>(found.bits);
+  if (found.group_size > 0) json["group_size"] = found.group_size;
+  json["symmetric"] = found.symmetric ? OrderedJson(*found.symmetric) : OrderedJson();
+  json["evidence"] = found.evidence;
+  json["affected_layers"] = found.affected;
+  json["skipped_layers"] = found.skipped;
+  return json;
+}
+
+}  // namespace
+
+std::string type_of(const TensorEntry& entry) {
+  if (entry.undecoded != nullptr) return std::string(entry.undecoded->name);
+  return entry.quantized() ? describe(entry.scheme) : std::string(info(entry.dtype).name);
+}
+
+OrderedJson tensor_json(const TensorEntry& entry) {
+  return {{"name", entry.name},
+          {"shape", entry.shape},
+          {"dtype", info(entry.dtype).name},
+          {"scheme", is_quantized(entry) ? OrderedJson(type_of(entry)) : OrderedJson()},
+          {"bytes", entry.stored_bytes},
+          {"bits_per_weight", entry.bits_per_weight()}};
+}
+
+ModelSummary summarize_model(const std::string& name) {
+  const fs::path path = name;
+  ModelSummary model = {.checkpoint = open_if_there(path), .quantization = {}};
+  ModelDocuments documents;
+  if (model.checkpoint && (model.checkpoint->facts() != nullptr || !fs::is_directory(path)))
+    documents["config.json"] = model.checkpoint->config();
+  else
+    documents = read_documents(path);
+  if (!model.checkpoint && documents.empty())
+    throw Error({.code = "no-model",
+                 .what = "cannot read model",
+                 .where = name,
+                 .why = "the directory has neither weights nor a config.json",
+                 .fix = "give a Hugging Face model directory"});
+  if (const auto config = documents.find("config.json"); config != documents.end()) model.config = config->second;
+  model.weight_bytes = model.checkpoint ? model.checkpoint->weight_bytes() : bytes_of_weights(path);
+  model.quantization = detect_model_quantization(documents, path.filename().string());
+  if (model.checkpoint) add_stored(*model.checkpoint, model.quantization);
+  model.facts = model_facts(model.config);
+  model.facts.update(model.quantization.facts);
+  return model;
+}
+
+OrderedJson quantization_json(const ModelSummary& model) {
+  const bool listed =
+      model.checkpoint && (model.checkpoint->container() != nullptr || model.quantization.method.empty());
+  return listed ? stored_quantization(*model.checkpoint) : declared_quantization(model.quantization);
+}
+
+}  // namespace bitwright

@@ -1,0 +1,282 @@
+#include "cli/plan_weights.hpp"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <array>
+#include <map>
+#include <optional>
+
+#include "engine/memory.hpp"
+#include "model/weight_estimate.hpp"
+#include "quantize/output_layout.hpp"
+#include "quantize/quantize.hpp"
+#include "recipe/config.hpp"
+
+namespace bitwright {
+namespace {
+
+/// Methods whose weights are not made here yet, with what their formats take; the rest is as for the stand-in.
+struct ForeignMethod {
+  std::string_view name, scheme, stand_in;
+  double bits;  ///< of a weight with its share of the scales
+};
+constexpr std::array<ForeignMethod, 3> kForeignMethods = {
+    {{"fp8", "e4m3, a scale for each channel", "int8", 8},
+     {"mxfp4", "e2m1, groups of 32 with e8m0 scales", "int4", 4.25},
+     {"nvfp4", "e2m1, groups of 16 with e4m3 scales", "int4", 4.5}}};
+
+/// What holds which codes, the likelier first. `checkpoint`: how engines' facts call what is quantized so.
+struct Holder {
+  std::string_view container, checkpoint;
+  std::vector<std::string_view> methods;
+};
+const std::vector<Holder>& holders() {
+  static const std::vector<Holder> rows = {
+      {"native", "bitwright", {"int8", "int4", "int3", "int2", "nf4", "fp4", ""}},
+      {"bitsandbytes", "bitsandbytes", {"nf4", "fp4"}},
+      {"compressed-tensors", "compressed-tensors", {"int8", "int4", "fp8", "mxfp4", "nvfp4", ""}},
+      {"gptq", "gptq", {"int8", "int4", "int3", "int2", ""}},
+      {"awq", "awq", {"int4"}},
+      {"hqq", "hqq", {"int8", "int4", "int3", "int2"}},
+      {"quanto", "quanto", {"int8", "int4", "int2"}},
+      {"mlx", "mlx", {"int8", "int4", "int3", "int2", "mxfp4", "nvfp4", ""}},
+      {"gguf", "gguf", {"int8", "int4", "int3", "int2", ""}}};
+  return rows;
+}
+
+/// Does the engine load what is quantized so? Asked of its facts, as for a checkpoint that exists.
+bool loads(const PlanRequest& asked, const Holder& holder, const std::string& method) {
+  PlanRequest request{.engine = asked.engine, .version = asked.version, .hardware = asked.hardware};
+  request.checkpoint = holder.checkpoint;
+  request.model = asked.model;
+  if (method == "int8" || method == "fp8") request.model["bits"] = 8;
+  if (method == "int4" || method == "nf4" || method == "fp4") request.model["bits"] = 4;
+  if (method == "nf4" || method == "fp4") request.model["quant_type"] = method;
+  const EnginePlan plan = plan_engine(request);
+  return plan.outcome != "error" &&
+         std::ranges::find(plan.diagnostics, "UNSUPPORTED_CKPT", &Diagnostic::code) == plan.diagnostics.end();
+}
+
+/// Those whose checkpoints the engine loads, its own first.
+std::vector<Holder> loaded_by(const PlanRequest& asked, const std::string& method) {
+  std::vector<Holder> loaded;
+  const std::string engine = Facts::standard().get("engines", asked.engine)["name"];
+  for (const Holder& holder : holders())
+    if (loads(asked, holder, method)) loaded.insert(holder.container == engine ? loaded.begin() : loaded.end(), holder);
+  return loaded;
+}
+
+/// What most tensors share stands for all.
+OrderedJson common(const std::map<std::string, size_t>& counts) {
+  if (counts.empty()) return nullptr;
+  const auto most = std::ranges::max_element(counts, {}, [](const auto& item) { return item.second; });
+  return counts.size() == 1 ? most->first : "mixed, mostly " + most->first;
+}
+
+std::vector<StoredTensor> stored_tensors(const Checkpoint& checkpoint) {
+  std::vector<StoredTensor> tensors;
+  for (const TensorEntry& entry : checkpoint.tensors())
+    tensors.push_back({.name = entry.name, .shape = entry.shape, .scheme = entry.scheme, .value_dtype = entry.dtype});
+  return tensors;
+}
+
+class Weights {
+ public:
+  Weights(const ModelSummary& model, const OrderedJson& config, const PlanRequest& request,
+          std::vector<Warning>& warnings)
+      : model_(model), config_(config), request_(request), warnings_(warnings), method_(request.intent.method) {
+    native_ = Facts::standard().get("engines", request.engine)["name"] == "native";
+    if (method_ == "none" || method_ == "auto") method_.clear();
+  }
+
+  WeightsPlan as_stored(const std::string& reason) {
+    plan_.file_bytes = plan_.loaded_bytes = static_cast<double>(model_.weight_bytes);
+    const OrderedJson quantization = quantization_json(model_);
+    if (quantization["quantized"].get<bool>()) {
+      plan_.scheme = quantization["scheme"];
+      plan_.container = quantization["container"].is_null() ? quantization["method"] : quantization["container"];
+      plan_.algorithm = quantization["method"];
+    }
+    if (!model_.checkpoint) return std::move(plan_);
+    for (const TensorEntry& entry : model_.checkpoint->tensors()) {
+      OrderedJson row = {{"name", entry.name}, {"shape", entry.shape}, {"scheme", nullptr}, {"algorithm", nullptr}};
+      if (entry.quantized() || entry.undecoded != nullptr) row["scheme"] = type_of(entry);
+      row["bytes"] = entry.stored_bytes;
+      row["reason"] = reason;
+      plan_.tensors.push_back(std::move(row));
+    }
+    if (native_ && is_decoded())
+      plan_.loaded_bytes =
+          static_cast<double>(estimated_weight_bytes(model_.config, stored_tensors(*model_.checkpoint)));
+    return std::move(plan_);
+  }
+
+  /// As `quantize` will make them.
+  WeightsPlan to_be_quantized(const std::string& format) {
+    const auto* foreign = std::ranges::find(kForeignMethods, method_, &ForeignMethod::name);
+    const bool made = foreign == kForeignMethods.end();
+    if (!model_.checkpoint) return without_weights(made ? nullptr : foreign, format);
+    const QuantizationRequest request = read_recipe(made ? method_ : std::string(foreign->stand_in));
+    const Container* container = made ? choose(request, format) : nullptr;
+    if (container == nullptr) say_not_written(name_container(format));
+    if (container != nullptr) plan_.container = container->name;
+    const OutputLayout layout =
+        lay_out(*model_.checkpoint, request, container != nullptr ? *container : native(), OutputOptions::kUsualShard);
+    plan_.file_bytes = static_cast<double>(layout.shards.bytes());
+    add_tensors(layout, made ? nullptr : foreign);
+    warnings_.insert(warnings_.end(), layout.recipe.warnings.begin(), layout.recipe.warnings.end());
+    return std::move(plan_);
+  }
+
+ private:
+  static const Container& native() { return *find_container("native"); }
+
+  bool is_decoded() const {
+    return std::ranges::none_of(model_.checkpoint->tensors(),
+                                [](const TensorEntry& entry) { return entry.undecoded != nullptr; }) &&
+           (model_.checkpoint->container() != nullptr || model_.quantization.method.empty());
+  }
+
+  QuantizationRequest read_recipe(const std::string& method) const {
+    OrderedJson config = config_;
+    if (!method.empty()) set_config_value(config, "quantization.method", method);
+    if (config.contains("quantization")) config["quantization"].erase("weight_only");
+    return read_request(config);
+  }
+
+  /// The container that is asked for, or the first of those that the engine loads and that can be written; null: none.
+  const Container* choose(const QuantizationRequest& request, const std::string& format) const {
+    if (!format.empty()) return find_container(format);
+    for (const Holder& holder : loaded_by(request_, method_)) {
+      const Container* container = find_container(holder.container);
+      if (container != nullptr && container->write_metadata != nullptr && holds_all(request, *container))
+        return container;
+    }
+    return nullptr;
+  }
+
+  bool holds_all(const QuantizationRequest& request, const Container& container) const {
+    const Recipe recipe = resolve(request, facts_of(*model_.checkpoint));
+    for (size_t i = 0; i < recipe.tensors.size(); ++i)
+      if (const auto& scheme = recipe.tensors[i].scheme)
+        if (container.fit(*scheme, model_.checkpoint->tensors()[i].shape).verdict == Verdict::impossible) return false;
+    return true;
+  }
+
+  /// The name of what the engine would load, whoever writes it.
+  std::string name_container(const std::string& format) const {
+    if (!format.empty()) return format;
+    const std::string& own = request_.intent.backend_method;
+    for (const Holder& holder : holders())
+      if (!own.empty() && holder.container == own) return own;
+    for (const Holder& holder : loaded_by(request_, method_))
+      if (std::ranges::find(holder.methods, method_) != holder.methods.end()) return std::string(holder.container);
+    return {};
+  }
+
+  void say_not_written(const std::string& container) {
+    if (!container.empty()) plan_.container = container;
+    warnings_.push_back(
+        {"CONTAINER_NOT_WRITTEN",
+         container.empty()
+             ? fmt::format("{} loads no checkpoint that holds {}; sizes are those of the codes and scales",
+                           request_.engine, method_.empty() ? "this" : method_)
+             : fmt::format("{} as {} is not written here yet; sizes are those of the codes and scales",
+                           method_.empty() ? "this" : method_, container)});
+  }
+
+  void add_tensors(const OutputLayout& layout, const ForeignMethod* foreign) {
+    std::map<std::string, size_t> schemes, algorithms;
+    std::vector<StoredTensor> loaded = stored_tensors(*model_.checkpoint);
+    for (size_t i = 0; i < layout.recipe.tensors.size(); ++i) {
+      const TensorPlan& tensor = layout.recipe.tensors[i];
+      const TensorEntry& entry = model_.checkpoint->tensors()[i];
+      double bytes = 0;
+      for (const ArraySpec& array : layout.arrays[i]) bytes += static_cast<double>(array.bytes());
+      if (foreign != nullptr && tensor.scheme) {
+        const double other = static_cast<double>(element_count(entry.shape)) * foreign->bits / 8;
+        plan_.file_bytes += other - bytes;
+        bytes = other;
+      }
+      OrderedJson row = {{"name", tensor.name}, {"shape", entry.shape}, {"scheme", nullptr}, {"algorithm", nullptr}};
+      row["bytes"] = static_cast<uint64_t>(bytes);
+      if (tensor.scheme) {
+        const std::string scheme = foreign != nullptr ? std::string(foreign->scheme) : describe(*tensor.scheme);
+        row["scheme"] = scheme;
+        row["algorithm"] = tensor.algorithm->name;
+        ++schemes[scheme];
+        ++algorithms[std::string(tensor.algorithm->name)];
+        loaded[i].scheme = *tensor.scheme;
+      } else {
+        row["reason"] = tensor.reason;
+      }
+      plan_.tensors.push_back(std::move(row));
+    }
+    plan_.scheme = common(schemes);
+    plan_.algorithm = common(algorithms);
+    plan_.loaded_bytes = native_ && foreign == nullptr
+                             ? static_cast<double>(estimated_weight_bytes(model_.config, loaded))
+                             : plan_.file_bytes;
+  }
+
+  /// Only sizes are known: linear weights at the method's bits, embeddings and head at 16.
+  WeightsPlan without_weights(const ForeignMethod* foreign, const std::string& format) {
+    const QuantizationRequest request = read_recipe(foreign != nullptr ? std::string(foreign->stand_in) : method_);
+    constexpr int64_t kColumns = 4096;
+    const std::array<TensorFacts, 1> linear = {{{.name = "layers.0.linear.weight", .shape = {kColumns, kColumns}}}};
+    const TensorPlan tensor = resolve(request, linear).tensors.front();
+    if (const std::string name = name_container(format); !name.empty()) plan_.container = name;
+    if (!tensor.scheme) return std::move(plan_);
+    double bits = 0;
+    for (const ArraySpec& array :
+         native().layout({.name = tensor.name, .shape = linear[0].shape, .scheme = *tensor.scheme}))
+      bits += 8.0 * static_cast<double>(array.bytes()) / (kColumns * kColumns);
+    if (foreign != nullptr) bits = foreign->bits;
+    plan_.scheme = foreign != nullptr ? std::string(foreign->scheme) : describe(*tensor.scheme);
+    plan_.algorithm = tensor.algorithm->name;
+    const auto count = [&](const char* name) { return static_cast<double>(model_.facts.value(name, int64_t{0})); };
+    const double parameters = parameters_of(model_.facts);
+    const double tables =
+        std::min(parameters, (model_.facts.contains("tied") ? 1 : 2) * count("vocabulary") * count("hidden_size"));
+    plan_.file_bytes = plan_.loaded_bytes = 2 * tables + (parameters - tables) * bits / 8;
+    return std::move(plan_);
+  }
+
+  const ModelSummary& model_;
+  const OrderedJson& config_;
+  const PlanRequest& request_;
+  std::vector<Warning>& warnings_;
+  std::string method_;
+  bool native_ = false;
+  WeightsPlan plan_;
+};
+
+/// Does the request say what weights should be?
+bool asks_for_weights(const OrderedJson& config, const Intent& intent) {
+  if (intent.method != "none" && intent.method != "auto") return true;
+  const OrderedJson* rules = find_config(config, "quantization.layer_configs");
+  return (rules != nullptr && !rules->empty()) || find_config(config, "quantization.scheme.bits") != nullptr ||
+         find_config(config, "quantization.scheme.quant_type") != nullptr;
+}
+
+/// Does the engine itself make of the weights what is asked, while it loads them?
+bool is_met_at_load(const Intent& intent, const EnginePlan& plan) {
+  const bool asks = (intent.method != "none" && intent.method != "auto") || !intent.backend_method.empty();
+  return asks && plan.outcome != "error" &&
+         std::ranges::find(plan.diagnostics, "QUANTIZE_FIRST", &Diagnostic::code) == plan.diagnostics.end();
+}
+
+}  // namespace
+
+WeightsPlan plan_weights(const ModelSummary& model, const OrderedJson& config, const PlanRequest& request,
+                         const EnginePlan& plan, const std::string& format, std::vector<Warning>& warnings) {
+  Weights weights(model, config, request, warnings);
+  if (!model.quantization.method.empty()) return weights.as_stored("quantized already");
+  if (!asks_for_weights(config, request.intent)) return weights.as_stored("method none");
+  if (format.empty() && is_met_at_load(request.intent, plan))
+    return weights.as_stored("quantized by the engine while it loads");
+  return weights.to_be_quantized(format);
+}
+
+}  // namespace bitwright

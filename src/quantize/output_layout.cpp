@@ -1,0 +1,67 @@
+#include "quantize/output_layout.hpp"
+
+#include <fmt/format.h>
+
+#include <set>
+
+#include "base/error.hpp"
+
+namespace bitwright {
+namespace {
+
+void check_fits(const StoredTensor& tensor, const Container& container) {
+  const Fit fit = container.fit(tensor.scheme, tensor.shape);
+  if (fit.verdict == Verdict::impossible)
+    throw Error({.code = "does-not-fit",
+                 .what = "cannot quantize",
+                 .where = tensor.name,
+                 .why = fmt::format("{} cannot hold {}: {}", container.name, describe(tensor.scheme), fit.reason),
+                 .fix = "choose another scheme or --format"});
+}
+
+[[noreturn]] void name_clash(const std::string& name) {
+  throw Error({.code = "name-clash",
+               .what = "cannot quantize",
+               .where = name,
+               .why = "two arrays of the output would have this name",
+               .fix = "skip the module"});
+}
+
+}  // namespace
+
+std::vector<TensorFacts> facts_of(const Checkpoint& source) {
+  std::vector<TensorFacts> facts;
+  for (const TensorEntry& entry : source.tensors())
+    facts.push_back({.name = entry.name,
+                     .shape = entry.shape,
+                     .is_float = info(entry.dtype).is_float,
+                     .bytes = size_bytes(entry.dtype)});
+  return facts;
+}
+
+StoredTensor stored_tensor(const TensorEntry& entry, const Scheme& scheme) {
+  const DType dtype = size_bytes(entry.dtype) < 2 ? DType::f16 : entry.dtype;  // which has every value of 8 bits
+  return {.name = entry.name, .shape = entry.shape, .scheme = scheme, .value_dtype = dtype};
+}
+
+OutputLayout lay_out(const Checkpoint& source, const QuantizationRequest& request, const Container& container,
+                     uint64_t max_shard_bytes) {
+  OutputLayout layout = {.recipe = resolve(request, facts_of(source)), .arrays = {}, .shards = {}};
+  std::set<std::string> names;
+  for (size_t i = 0; i < layout.recipe.tensors.size(); ++i) {
+    const TensorEntry& entry = source.tensors()[i];
+    if (const auto& scheme = layout.recipe.tensors[i].scheme) {
+      const StoredTensor stored = stored_tensor(entry, *scheme);
+      check_fits(stored, container);
+      layout.arrays.push_back(container.layout(stored));
+    } else {
+      layout.arrays.push_back({{entry.name, entry.dtype, entry.shape}});
+    }
+    for (const ArraySpec& array : layout.arrays.back())
+      if (!names.insert(array.name).second) name_clash(array.name);
+  }
+  layout.shards = plan_shards(layout.arrays, max_shard_bytes);
+  return layout;
+}
+
+}  // namespace bitwright

@@ -1,0 +1,30 @@
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "checkpoint/checkpoint.hpp"
+#include "checkpoint/safetensors.hpp"
+#include "container/container.hpp"
+#include "recipe/recipe.hpp"
+
+namespace bitwright {
+
+/// What `quantize` writes, known from the headers of the source alone. quantize works it off and plan shows it, so what
+/// is foretold is what is written.
+struct OutputLayout {
+  Recipe recipe;                               ///< a row for each tensor of the source
+  std::vector<std::vector<ArraySpec>> arrays;  ///< of each tensor
+  ShardPlan shards;
+};
+/// Throws what resolve does, Error{"does-not-fit"} where the container cannot hold a scheme, and Error{"name-clash"}.
+OutputLayout lay_out(const Checkpoint& source, const QuantizationRequest& request, const Container& container,
+                     uint64_t max_shard_bytes);
+
+/// A tensor of the source as it will be stored.
+StoredTensor stored_tensor(const TensorEntry& entry, const Scheme& scheme);
+
+/// What a recipe needs to know of the tensors.
+std::vector<TensorFacts> facts_of(const Checkpoint& source);
+
+}  // namespace bitwright
