@@ -144,17 +144,18 @@ OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, cons
       if (adapt) plan = std::move(adapted->plan);
     }
   }
-  OrderedJson engine = plan_json(plan, arguments.model);
+  const WeightsPlan weights =
+      plan_weights(arguments.model, model, config, request, plan, arguments.text("--format").value_or(""), warnings);
+  OrderedJson engine = plan_json(plan, weights.command.empty() ? arguments.model : kOutput);
   OrderedJson errors = engine["errors"], notes = engine["warnings"];
   engine.erase("errors");
   engine.erase("warnings");
   for (const OrderedJson& warning : notes) warnings.push_back({warning["code"], warning["message"]});
-  const WeightsPlan weights =
-      plan_weights(model, config, request, plan, arguments.text("--format").value_or(""), warnings);
   OrderedJson result = {{"intent", request.intent.method},
                         {"scheme", weights.scheme},
                         {"algorithm", weights.algorithm},
                         {"container", weights.container},
+                        {"quantize", weights.command.empty() ? OrderedJson() : OrderedJson(weights.command)},
                         {"quant_config", get_quant_config_summary(quant_config)}};
   result["checkpoint"] = {{"method", model.quantization.method},         {"bits", model.quantization.bits},
                           {"group_size", model.quantization.group_size}, {"scheme", model.quantization.scheme},

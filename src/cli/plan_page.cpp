@@ -75,6 +75,7 @@ void print_one(const OrderedJson& plan) {
       fmt::print("  {}: {} -> {}\n", c["field"].get<std::string>(), c["from"].get<std::string>(),
                  c["to"].get<std::string>());
   }
+  if (plan["quantize"].is_string()) fmt::print("\n{}\n", plan["quantize"].get<std::string>());
   if (plan["errors"].empty()) fmt::print("\n{}\n", engine["command"].get<std::string>());
 }
 

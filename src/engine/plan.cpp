@@ -653,6 +653,8 @@ const std::vector<std::string>& intent_methods() {
   return methods;
 }
 
+std::string shell_word(const std::string& text) { return quoted(text); }
+
 std::string engine_command(const EnginePlan& plan, std::string_view model, const Facts& facts) {
   const Json& entries = facts.get("engines", plan.engine)["entries"];
   std::string command;
