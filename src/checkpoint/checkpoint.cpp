@@ -140,8 +140,9 @@ WeightFiles find_weight_files(const fs::path& directory) {
     const fs::path index = index_of(directory, *format), only = directory / format->usual_name;
     if (fs::exists(only)) return {.files = {only}};  // before an index, as the transformers library does
     if (fs::exists(index)) {
-      WeightMap shard_of = read_weight_map(index);
-      return {.files = files_of_index(directory, shard_of), .shard_of = std::move(shard_of)};
+      WeightFiles found = {.files = {}, .shard_of = read_weight_map(index)};
+      found.files = files_of_index(directory, found.shard_of);
+      return found;
     }
     if (std::vector<fs::path> files = files_with_suffix(directory, *format); !files.empty())
       return {.files = std::move(files)};

@@ -160,11 +160,13 @@ OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, cons
       if (adapt) plan = std::move(adapted->plan);
     }
   }
-  OrderedJson engine = plan_json(plan, arguments.model);
+  std::vector<Warning> said;
+  const WeightsPlan weights =
+      plan_weights(arguments.model, model, config, request, plan, arguments.text("--format").value_or(""), said);
+  OrderedJson engine = plan_json(plan, weights.command.empty() ? arguments.model : kOutput);
   OrderedJson errors = engine["errors"], notes = engine["warnings"];
   engine.erase("errors");
   engine.erase("warnings");
-  std::vector<Warning> said;
   for (const OrderedJson& note : notes) said.push_back({note["code"], note["message"]});
   for (OrderedJson& answer : engine["answers"]) {
     const auto field = answer["field"].get<std::string>();
@@ -175,11 +177,11 @@ OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, cons
       if (change["field"] == field || (field == "intent" && change["field"] == "method"))
         answer["from"] = fmt::format("--adapt, in place of {}", change["from"].get<std::string>());
   }
-  const WeightsPlan weights = plan_weights(model, config, request, plan, arguments.text("--format").value_or(""), said);
   OrderedJson result = {{"intent", request.intent.method},
                         {"scheme", weights.scheme},
                         {"algorithm", weights.algorithm},
                         {"container", weights.container},
+                        {"quantize", weights.command.empty() ? OrderedJson() : OrderedJson(weights.command)},
                         {"quant_config", get_quant_config_summary(quant_config)}};
   result["checkpoint"] = {{"method", model.quantization.method},         {"bits", model.quantization.bits},
                           {"group_size", model.quantization.group_size}, {"scheme", model.quantization.scheme},

@@ -81,11 +81,42 @@ std::vector<StoredTensor> stored_tensors(const Checkpoint& checkpoint) {
   return tensors;
 }
 
+/// One value as `--set` and the options take it.
+std::string typed(const OrderedJson& value) {
+  if (value.is_string()) return value.get<std::string>();
+  if (!value.is_array()) return value.dump();
+  std::string list;
+  for (const OrderedJson& item : value) list += (list.empty() ? "" : ",") + item.get<std::string>();
+  return list;
+}
+
+/// "bitwright quantize MODEL -o OUT --method int4 ...": all of the configuration that changes what is written.
+std::string quantize_command(const std::string& path, const OrderedJson& config, std::string_view container) {
+  std::string command = fmt::format("bitwright quantize {} -o {}", shell_word(path), kOutput);
+  for (const ConfigKey& key : config_keys()) {
+    const OrderedJson* value = key.path.starts_with("quantization.") ? find_config(config, key.path) : nullptr;
+    if (value == nullptr || key.plan_only) continue;
+    if (key.type == ConfigKey::Type::rules)
+      for (const auto& [pattern, settings] : value->items())
+        for (const auto& [name, setting] : settings.items())
+          command +=
+              fmt::format(" --set {}", shell_word(fmt::format("{}.{}.{}={}", key.path, pattern, name, typed(setting))));
+    else
+      command += fmt::format(" {} {}", option_of(key), shell_word(typed(*value)));
+  }
+  return container == "native" ? command : fmt::format("{} --format {}", command, container);
+}
+
 class Weights {
  public:
-  Weights(const ModelSummary& model, const OrderedJson& config, const PlanRequest& request,
+  Weights(const std::string& path, const ModelSummary& model, const OrderedJson& config, const PlanRequest& request,
           std::vector<Warning>& warnings)
-      : model_(model), config_(config), request_(request), warnings_(warnings), method_(request.intent.method) {
+      : path_(path),
+        model_(model),
+        config_(config),
+        request_(request),
+        warnings_(warnings),
+        method_(request.intent.method) {
     native_ = Facts::standard().get("engines", request.engine)["name"] == "native";
     if (method_ == "none" || method_ == "auto") method_.clear();
   }
@@ -120,7 +151,10 @@ class Weights {
     const QuantizationRequest request = read_recipe(made ? method_ : std::string(foreign->stand_in));
     const Container* container = made ? choose(request, format) : nullptr;
     if (container == nullptr) say_not_written(name_container(format));
-    if (container != nullptr) plan_.container = container->name;
+    if (container != nullptr) {
+      plan_.container = container->name;
+      plan_.command = quantize_command(path_, config_, container->name);
+    }
     const OutputLayout layout =
         lay_out(*model_.checkpoint, request, container != nullptr ? *container : native(), OutputOptions::kUsualShard);
     plan_.file_bytes = static_cast<double>(layout.shards.bytes());
@@ -243,6 +277,7 @@ class Weights {
     return std::move(plan_);
   }
 
+  const std::string& path_;
   const ModelSummary& model_;
   const OrderedJson& config_;
   const PlanRequest& request_;
@@ -269,9 +304,10 @@ bool is_met_at_load(const Intent& intent, const EnginePlan& plan) {
 
 }  // namespace
 
-WeightsPlan plan_weights(const ModelSummary& model, const OrderedJson& config, const PlanRequest& request,
-                         const EnginePlan& plan, const std::string& format, std::vector<Warning>& warnings) {
-  Weights weights(model, config, request, warnings);
+WeightsPlan plan_weights(const std::string& path, const ModelSummary& model, const OrderedJson& config,
+                         const PlanRequest& request, const EnginePlan& plan, const std::string& format,
+                         std::vector<Warning>& warnings) {
+  Weights weights(path, model, config, request, warnings);
   if (!model.quantization.method.empty()) return weights.as_stored("quantized already");
   if (!asks_for_weights(config, request.intent)) return weights.as_stored("method none");
   if (format.empty() && is_met_at_load(request.intent, plan))

@@ -10,17 +10,23 @@
 
 namespace bitwright {
 
+/// What a plan calls the model that is still to be made.
+inline constexpr const char* kOutput = "OUT";
+
 /// What becomes of a model's weights.
 struct WeightsPlan {
   OrderedJson scheme, algorithm, container;  ///< text, or null: they stay as they are
   OrderedJson tensors = OrderedJson::array();
+  std::string command{};    ///< that makes them so, to kOutput; empty: nothing is to be made, or not by this program
   double file_bytes = 0;    ///< of the weight files that the engine gets: as `quantize` writes them, or as they are
   double loaded_bytes = 0;  ///< in the engine's memory, if it changes nothing while loading
 };
 
-/// config: the `quantization` block and what stands around it, as one engine sees it. format: the container asked for,
-/// empty: the one that the engine loads. Adds a warning where weights cannot be made so by this program.
-WeightsPlan plan_weights(const ModelSummary& model, const OrderedJson& config, const PlanRequest& request,
-                         const EnginePlan& plan, const std::string& format, std::vector<Warning>& warnings);
+/// path: of the model, as it was given. config: the `quantization` block and what stands around it, as one engine sees
+/// it. format: the container asked for, empty: the one that the engine loads. Adds a warning where weights cannot be
+/// made so by this program.
+WeightsPlan plan_weights(const std::string& path, const ModelSummary& model, const OrderedJson& config,
+                         const PlanRequest& request, const EnginePlan& plan, const std::string& format,
+                         std::vector<Warning>& warnings);
 
 }  // namespace bitwright

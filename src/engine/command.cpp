@@ -9,14 +9,6 @@
 namespace bitwright {
 namespace {
 
-std::string quoted(const std::string& text) {
-  constexpr std::string_view kPlain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_=.,:/@%+";
-  if (!text.empty() && text.find_first_not_of(kPlain) == std::string::npos) return text;
-  std::string shell = "'";
-  for (const char c : text) shell += c == '\'' ? std::string("'\\''") : std::string(1, c);
-  return shell + "'";
-}
-
 /// A JSON value as Python writes it.
 std::string python_text(const Json& value) {
   if (value.is_null()) return "None";
@@ -90,18 +82,26 @@ std::string python_command(const EnginePlan& plan, const Json& engine, std::stri
 
 }  // namespace
 
+std::string shell_word(const std::string& text) {
+  constexpr std::string_view kPlain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_=.,:/@%+";
+  if (!text.empty() && text.find_first_not_of(kPlain) == std::string::npos) return text;
+  std::string shell = "'";
+  for (const char c : text) shell += c == '\'' ? std::string("'\\''") : std::string(1, c);
+  return shell + "'";
+}
+
 std::string engine_command(const EnginePlan& plan, std::string_view model, const Facts& facts) {
   const Json& engine = facts.get("engines", plan.engine);
   const std::string pattern = engine["entries"].value(plan.entry, plan.entry + " {model}");
   if (pattern.find("({model}") != std::string::npos) return python_command(plan, engine, pattern, model);
   std::string command;
   for (const auto& [name, value] : plan.environment.items())
-    command += fmt::format("{}={} ", name, quoted(value_text(value)));
-  command += fill_text(pattern, Json{{"model", quoted(std::string(model))}});
+    command += fmt::format("{}={} ", name, shell_word(value_text(value)));
+  command += fill_text(pattern, Json{{"model", shell_word(std::string(model))}});
   for (const Argument& argument : plan.args) {
     if (argument.value == false) continue;
     command += " " + argument.flag;
-    if (argument.value != true) command += " " + quoted(value_text(argument.value));
+    if (argument.value != true) command += " " + shell_word(value_text(argument.value));
   }
   const std::string file = engine.value("config_file", "");
   const std::string option = file.substr(0, file.find(' '));

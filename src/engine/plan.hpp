@@ -91,6 +91,9 @@ const std::vector<std::string>& field_values(std::string_view field);
 const std::vector<std::string>& field_names();
 const std::vector<std::string>& intent_methods();
 
+/// In quotes where a shell needs them.
+std::string shell_word(const std::string& text);
+
 /// "vllm serve MODEL --kv-cache-dtype fp8", quoted for a shell, environment first; or the Python call, where the engine
 /// is one.
 std::string engine_command(const EnginePlan& plan, std::string_view model, const Facts& facts = Facts::standard());
