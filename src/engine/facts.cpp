@@ -10,6 +10,7 @@
 #include <iterator>
 
 #include "base/error.hpp"
+#include "base/json.hpp"
 #include "base/nearest.hpp"
 
 // Written by CMake from data/: name, NUL, text, NUL for each file.

@@ -3,7 +3,6 @@
 #include <gtest/gtest.h>
 
 #include "base/error.hpp"
-#include "engine/parameters.hpp"
 
 namespace bitwright {
 namespace {
@@ -88,9 +87,11 @@ TEST(QuantConfig, SummaryIsOneLine) {
 }
 
 TEST(QuantConfig, DynamicFp8IsForUnquantizedModels) {
-  EXPECT_TRUE(should_apply_dynamic_fp8({{"gemm_dtype", "fp8"}}, ""));
-  EXPECT_FALSE(should_apply_dynamic_fp8({{"gemm_dtype", "fp8"}}, "awq"));
-  EXPECT_FALSE(should_apply_dynamic_fp8({{"gemm_dtype", "bfloat16"}}, ""));
+  EXPECT_TRUE(should_apply_dynamic_fp8({{"gemm_dtype", "fp8"}}, {}));
+  EXPECT_TRUE(should_apply_dynamic_fp8({{"preset", "dynamic-fp8"}}, {}));
+  EXPECT_FALSE(should_apply_dynamic_fp8({{"gemm_dtype", "fp8"}}, {.method = "awq"}));
+  EXPECT_FALSE(should_apply_dynamic_fp8({{"preset", "dynamic-fp8"}, {"gemm_dtype", "auto"}}, {}));
+  EXPECT_FALSE(should_apply_dynamic_fp8({{"gemm_dtype", "bfloat16"}}, {}));
 }
 
 TEST(Parameters, TheUsersWin) {
@@ -104,15 +105,14 @@ TEST(Parameters, TheUsersWin) {
 
 TEST(RuntimeArgs, EveryNameOfARuntimeIsOne) {
   for (const char* name : {"tensorrt_llm", "tensorrt-llm", "trtllm", "TRTLLM"})
-    EXPECT_EQ(get_runtime_args(name, json(R"({"kvcache_dtype": "fp8"})"), {}).args.at(0).flag, "--kv_cache_dtype")
-        << name;
-  EXPECT_EQ(code_of([] { get_runtime_args("vlm", OrderedJson(), {}); }), "unknown-engine");
+    EXPECT_EQ(get_runtime_args(name, json(R"({"kvcache_dtype": "fp8"})")).args.at(0).flag, "--kv_cache_dtype") << name;
+  EXPECT_EQ(code_of([] { get_runtime_args("vlm", OrderedJson()); }), "unknown-engine");
 }
 
 TEST(RuntimeArgs, FlagsAreTheSameHoweverTheyAreWritten) {
   for (const char* flag :
        {"--kv-cache-dtype", "kv-cache-dtype", "kv_cache_dtype", "--kv_cache_dtype", "KV_CACHE_DTYPE"}) {
-    const EnginePlan plan = map_to_vllm_args(json(R"({"kvcache_dtype": "fp8_e5m2"})"), {.parameters = {{flag, "fp8"}}});
+    const EnginePlan plan = map_to_vllm_args(json(R"({"kvcache_dtype": "fp8_e5m2"})"), {{flag, "fp8"}});
     ASSERT_EQ(plan.args.size(), 1U) << flag;
     EXPECT_EQ(plan.args[0].value, "fp8") << flag;
     ASSERT_EQ(plan.overrides.size(), 1U) << flag;
@@ -122,8 +122,7 @@ TEST(RuntimeArgs, FlagsAreTheSameHoweverTheyAreWritten) {
 TEST(RuntimeArgs, UnrelatedParametersPassThrough) {
   const EnginePlan plan = map_to_sglang_args(
       OrderedJson(),
-      {.parameters =
-           json(R"({"mem-fraction-static": 0.8, "enable-torch-compile": true, "schedule": ["lpm", "fcfs"]})")});
+      json(R"({"mem-fraction-static": 0.8, "enable-torch-compile": true, "schedule": ["lpm", "fcfs"]})"));
   EXPECT_EQ(find(plan, "--mem-fraction-static")->value, "0.8");
   EXPECT_EQ(find(plan, "--enable-torch-compile")->value, true);
   EXPECT_EQ(find(plan, "--schedule")->value, "lpm");
@@ -132,8 +131,7 @@ TEST(RuntimeArgs, UnrelatedParametersPassThrough) {
 
 TEST(RuntimeArgs, TextOfTheUsersStaysAsItWasTyped) {
   const char* const typed = R"({ "moe" : {"activation":"mxfp8"} })";
-  const EnginePlan plan =
-      map_to_vllm_args(OrderedJson(), {.parameters = {{"quantization-config", typed}}, .checkpoint = "mxfp4"});
+  const EnginePlan plan = map_to_vllm_args(OrderedJson(), {{"quantization-config", typed}}, {.method = "mxfp4"});
   EXPECT_EQ(find(plan, "--quantization-config")->value, typed);
   EXPECT_EQ(plan.outcome, "ok");
 }
@@ -141,8 +139,7 @@ TEST(RuntimeArgs, TextOfTheUsersStaysAsItWasTyped) {
 TEST(RuntimeArgs, TensorParallelismCutsNeitherHeadsNorGroups) {
   const Json model = {{"heads", 32}, {"intermediate_size", 11008}, {"group_size", 128}};
   const auto plan = [&](int parts, const char* checkpoint) {
-    return map_to_vllm_args(
-        OrderedJson(), {.parameters = {{"tensor-parallel-size", parts}}, .checkpoint = checkpoint, .model = model});
+    return map_to_vllm_args(OrderedJson(), {{"tensor-parallel-size", parts}}, {.method = checkpoint}, {.model = model});
   };
   EXPECT_EQ(plan(2, "awq").outcome, "ok");  // 11008 = 86 groups of 128: two devices take 43 each
   EXPECT_EQ(plan(2, "awq").tensor_parallel, 2);
@@ -152,9 +149,8 @@ TEST(RuntimeArgs, TensorParallelismCutsNeitherHeadsNorGroups) {
 }
 
 TEST(RuntimeArgs, TheVersionIsSaid) {
-  const Surroundings other = {.version = "0.31.0"};
-  EXPECT_TRUE(says(map_to_vllm_args(OrderedJson(), other), "VERSION_UNVERIFIED"));
-  EXPECT_FALSE(says(map_to_vllm_args(OrderedJson(), {}), "VERSION_UNVERIFIED"));
+  EXPECT_TRUE(says(map_to_vllm_args(OrderedJson(), {}, {}, {.version = "0.31.0"}), "VERSION_UNVERIFIED"));
+  EXPECT_FALSE(says(map_to_vllm_args(OrderedJson()), "VERSION_UNVERIFIED"));
 }
 
 TEST(Grid, IsPresetsTimesParameters) {
@@ -170,12 +166,12 @@ TEST(Grid, IsPresetsTimesParameters) {
 TEST(Intents, OneBlockServesSeveralEngines) {
   const OrderedJson study = json(
       R"({"quantization": {"method": "int4"}, "engines": {"sglang": {"quantization": {"backend_method": "awq"}}}})");
-  const EnginePlan vllm = to_backend_params(study, "vllm", {});
+  const EnginePlan vllm = to_backend_params(study, "vllm");
   EXPECT_TRUE(says(vllm, "NO_RUNTIME_QUANT"));
-  const EnginePlan sglang = to_backend_params(study, "SGLang", {.checkpoint = "awq"});
+  const EnginePlan sglang = to_backend_params(study, "SGLang", {.method = "awq"});
   EXPECT_EQ(find(sglang, "--quantization")->value, "awq");
-  EXPECT_EQ(to_backend_params(study, "transformers", {}).api["class"], "BitsAndBytesConfig");
-  EXPECT_EQ(code_of([] { to_backend_params(json(R"({"engines": {"vlm": {}}})"), "vllm", {}); }), "unknown-engine");
+  EXPECT_EQ(to_backend_params(study, "transformers").api["class"], "BitsAndBytesConfig");
+  EXPECT_EQ(code_of([] { to_backend_params(json(R"({"engines": {"vlm": {}}})"), "vllm"); }), "unknown-engine");
 }
 
 TEST(Intents, OldSpellingsStayAccepted) {

@@ -4,8 +4,8 @@
 #include <string_view>
 #include <vector>
 
-#include "base/json.hpp"
-#include "engine/plan.hpp"
+#include "bitwright/engine/plan.hpp"
+#include "bitwright/json.hpp"
 
 namespace bitwright {
 

@@ -7,7 +7,7 @@
 #include <string_view>
 #include <vector>
 
-#include "base/json.hpp"
+#include "bitwright/json.hpp"
 
 namespace bitwright {
 

@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "base/json.hpp"
-#include "engine/facts.hpp"
+#include "bitwright/engine/facts.hpp"
+#include "bitwright/json.hpp"
 
 namespace bitwright {
 
