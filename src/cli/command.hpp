@@ -29,6 +29,7 @@ struct Option {
 class Arguments {
  public:
   std::string model;   ///< the positional MODEL, empty if the command takes none
+  std::string chosen;  ///< the positional NAME, empty if none was given
   OrderedJson config;  ///< --config, then --set and the options that are keys of it
   bool json = false;   ///< the result goes to stdout as one JSON document
   std::map<std::string, std::vector<std::string>, std::less<>> values;  ///< by "--name"
@@ -44,7 +45,8 @@ class Arguments {
 struct Command {
   std::string_view name, summary;
   bool takes_model = true;
-  bool takes_config = false;  ///< --config, --set and every key of the configuration
+  std::string_view takes_name{};  ///< what an optional NAME chooses, for --help; empty: the command takes none
+  bool takes_config = false;      ///< --config, --set and every key of the configuration
   std::vector<Option> options{};
   /// The result, as INTERFACES.md lists its fields. Text meant for stdout while running only if !arguments.json.
   OrderedJson (*run)(const Arguments& arguments, std::vector<Warning>& warnings);

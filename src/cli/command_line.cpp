@@ -207,6 +207,7 @@ class Parser {
     // A missing MODEL may come from the configuration; whoever needs it says so.
     if (command.takes_model)
       sub->add_option("MODEL", model_, "directory, or a file of weights (.safetensors, .gguf, .pt)")->type_name("");
+    if (!command.takes_name.empty()) sub->add_option("NAME", name_, std::string(command.takes_name))->type_name("");
     add_options(command.name, options_of(command), *sub);
     subcommands_.emplace_back(&command, sub);
   }
@@ -243,6 +244,7 @@ class Parser {
   void finish(const Command& command, Arguments& arguments) const {
     arguments.json = arguments.flag("--json");
     arguments.model = model_;
+    arguments.chosen = name_;
     if (command.takes_config) arguments.config = read_config(arguments);
     if (const OrderedJson* model = find_config(arguments.config, "model"); model != nullptr && arguments.model.empty())
       arguments.model = model->get<std::string>();
@@ -259,7 +261,7 @@ class Parser {
   }
 
   CLI::App app_;
-  std::string model_;
+  std::string model_, name_;
   std::map<std::string, std::vector<std::string>> typed_;  ///< by command and option
   std::vector<std::pair<const Command*, CLI::App*>> subcommands_;
 };

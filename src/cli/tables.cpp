@@ -1,13 +1,30 @@
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include "algorithm/algorithm.hpp"
 #include "cli/command.hpp"
+#include "cli/page.hpp"
 #include "container/container.hpp"
-#include "engine/matrix.hpp"
+#include "engine/describe.hpp"
+#include "engine/plan.hpp"
 #include "scheme/scheme.hpp"
 
 namespace bitwright {
 namespace {
+
+/// The engines that load a container, each with the least compute capability where there is one.
+OrderedJson engines_that_take(std::string_view container) {
+  OrderedJson engines = OrderedJson::array();
+  for (const Json* engine : Facts::standard().all("engines")) {
+    const auto name = (*engine)["name"].get<std::string>();
+    const Takes takes = takes_checkpoint(name, container == "native" ? "bitwright" : container);
+    if (!takes.taken) continue;
+    engines.push_back({{"name", name}});
+    if (takes.min_sm != 0) engines.back()["min_sm"] = takes.min_sm;
+    if (!takes.code.empty()) engines.back()["warning"] = takes.code;
+  }
+  return engines;
+}
 
 OrderedJson run_formats(const Arguments&, std::vector<Warning>&) {
   OrderedJson formats = OrderedJson::array();
@@ -15,15 +32,23 @@ OrderedJson run_formats(const Arguments&, std::vector<Warning>&) {
     formats.push_back({{"name", c->name},
                        {"reads", true},
                        {"writes", c->write_metadata != nullptr},
+                       {"engines", engines_that_take(c->name)},
                        {"summary", c->summary},
                        {"source", c->source}});
   return {{"formats", formats}};
 }
 
 void print_formats(const OrderedJson& result) {
-  for (const OrderedJson& f : result["formats"])
+  constexpr size_t kIndent = 29;
+  for (const OrderedJson& f : result["formats"]) {
     fmt::print("{:<16} {:<11} {}\n", f["name"].get<std::string>(), f["writes"].get<bool>() ? "read, write" : "read",
                f["summary"].get<std::string>());
+    std::string engines;
+    for (const OrderedJson& e : f["engines"])
+      engines += (engines.empty() ? "" : ", ") + e["name"].get<std::string>() +
+                 (e.contains("min_sm") ? fmt::format(" ({}+)", capability_text(e["min_sm"].get<int>())) : "");
+    fmt::print("{}engines: {}\n", std::string(kIndent, ' '), wrapped(engines, kIndent + 9));
+  }
 }
 
 OrderedJson run_methods(const Arguments&, std::vector<Warning>&) {
@@ -43,50 +68,40 @@ void print_methods(const OrderedJson& result) {
   fmt::print("\nelements:{}\n", names);
 }
 
-OrderedJson run_engines(const Arguments& arguments, std::vector<Warning>&) {
-  if (arguments.flag("--matrix")) return {{"matrix", precision_matrix()}};
-  OrderedJson engines = OrderedJson::array();
-  for (const Json* engine : Facts::standard().all("engines")) {
-    OrderedJson fields = OrderedJson::object();
-    for (const auto& [field, values] : (*engine)["map"].items()) {
-      fields[field] = OrderedJson::array();
-      for (const auto& [value, candidates] : values.items()) fields[field].push_back(value);
-    }
-    engines.push_back({{"name", (*engine)["name"].get<std::string>()},
-                       {"aliases", engine->value("aliases", std::vector<std::string>())},
-                       {"version", (*engine)["version"].get<std::string>()},
-                       {"summary", (*engine)["summary"].get<std::string>()},
-                       {"entry", (*engine)["entry"].get<std::string>()},
-                       {"fields", fields},
-                       {"methods", OrderedJson::array()},
-                       {"source", OrderedJson((*engine)["source"])}});
-    for (const auto& [method, facts] : (*engine)["methods"].items()) engines.back()["methods"].push_back(method);
-  }
-  return {{"engines", engines}};
-}
-
-void print_engines(const OrderedJson& result) {
-  if (result.contains("matrix")) {
-    fmt::print("{}", result["matrix"].get<std::string>());
-    return;
-  }
-  for (const OrderedJson& e : result["engines"])
-    fmt::print("{:<14} {:<14} {}\n", e["name"].get<std::string>(), e["version"].get<std::string>(),
-               e["summary"].get<std::string>());
-}
-
-OrderedJson run_hardware(const Arguments&, std::vector<Warning>&) {
+OrderedJson run_hardware(const Arguments& arguments, std::vector<Warning>&) {
+  if (!arguments.chosen.empty()) return {{"device", OrderedJson(Facts::standard().get("hardware", arguments.chosen))}};
   OrderedJson devices = OrderedJson::array();
   for (const Json* device : Facts::standard().all("hardware")) devices.push_back(OrderedJson(*device));
   return {{"hardware", devices}};
 }
 
+void print_device(const OrderedJson& d) {
+  constexpr size_t kIndent = 13;
+  const auto line = [](const char* title, const std::string& text) {
+    if (!text.empty()) fmt::print("{:<12} {}\n", title, wrapped(text, kIndent));
+  };
+  const auto list = [&](const char* member) {
+    return d.contains(member) ? fmt::format("{}", fmt::join(d[member].get<std::vector<std::string>>(), ", ")) : "";
+  };
+  fmt::print("{}: {} {} {}\n", d["name"].get<std::string>(), d["vendor"].get<std::string>(),
+             d.value("architecture", ""), d["kind"].get<std::string>());
+  line("also called", list("aliases"));
+  if (d.contains("sm")) line("capability", capability_text(d["sm"].get<int>()));
+  line("instructions", list("instructions"));
+  if (d.contains("memory_gib")) line("memory", fmt::format("{} GiB", d["memory_gib"].get<double>()));
+  if (d.contains("bandwidth_gbps")) line("bandwidth", fmt::format("{} GB/s", d["bandwidth_gbps"].get<double>()));
+  line("computes in", list("dtypes"));
+  line("note", d.value("note", ""));
+  line("facts from", d["source"].get<std::string>());
+}
+
 void print_hardware(const OrderedJson& result) {
+  if (result.contains("device")) return print_device(result["device"]);
   for (const OrderedJson& d : result["hardware"])
     fmt::print("{:<18} {:<7} {:>7} {:>9}  {}\n", d["name"].get<std::string>(), d["vendor"].get<std::string>(),
                d.contains("memory_gib") ? fmt::format("{} GiB", d["memory_gib"].get<double>()) : "",
                d.contains("bandwidth_gbps") ? fmt::format("{} GB/s", d["bandwidth_gbps"].get<double>()) : "",
-               d.contains("sm") ? fmt::format("compute capability {:.1f}", d["sm"].get<int>() / 10.0) : "");
+               d.contains("sm") ? "compute capability " + capability_text(d["sm"].get<int>()) : "");
 }
 
 OrderedJson run_presets(const Arguments&, std::vector<Warning>&) {
@@ -104,9 +119,9 @@ void print_presets(const OrderedJson& result) {
 
 }  // namespace
 
-extern const Command formats_command, methods_command, engines_command, hardware_command, presets_command;
+extern const Command formats_command, methods_command, hardware_command, presets_command;
 const Command formats_command = {.name = "formats",
-                                 .summary = "containers that can be read and written",
+                                 .summary = "containers that can be read and written, and which engines load them",
                                  .takes_model = false,
                                  .run = run_formats,
                                  .print = print_formats};
@@ -115,18 +130,10 @@ const Command methods_command = {.name = "methods",
                                  .takes_model = false,
                                  .run = run_methods,
                                  .print = print_methods};
-const Command engines_command = {.name = "engines",
-                                 .summary = "engines that plans are made for",
-                                 .takes_model = false,
-                                 .options = {{.name = "--matrix",
-                                              .type = Option::Type::flag,
-                                              .value_name = "",
-                                              .help = "Markdown table: each precision field on each engine"}},
-                                 .run = run_engines,
-                                 .print = print_engines};
 const Command hardware_command = {.name = "hardware",
                                   .summary = "devices that are known by name",
                                   .takes_model = false,
+                                  .takes_name = "one device, with what it computes in and where that is from",
                                   .run = run_hardware,
                                   .print = print_hardware};
 const Command presets_command = {.name = "presets",

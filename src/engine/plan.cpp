@@ -76,7 +76,7 @@ class Planner {
  private:
   void check_request() const;
   void add_parameters();
-  void place(const Argument& argument, const std::string& path, const Json* row);
+  void place(Argument argument, const std::string& path, const Json* row);
   void emit(const std::string& flag, const Json& value, const std::string& rule, const std::string& source);
 
   void find_checkpoint();
@@ -113,6 +113,7 @@ class Planner {
   EnginePlan plan_;
   std::vector<NamedParameter> given_;
   const Json* checkpoint_ = nullptr;  ///< the engine's row for the checkpoint
+  std::vector<std::string> said_;     ///< codes since the last candidate, those said before as well
 };
 
 Planner::Planner(const PlanRequest& request, const Facts& known)
@@ -189,6 +190,7 @@ void Planner::add_parameters() {
   given_ = name_parameters(engine_, plan_.entry, request_.parameters);
   for (const NamedParameter& parameter : given_) {
     Argument argument{.flag = parameter.flag, .value = parameter.value, .rule = "given", .given = true};
+    if (parameter.row != nullptr) argument.source = text_of(*parameter.row, "file");
     if (!parameter.path.empty()) argument.flag += "." + parameter.path;
     const bool on_command_line = parameter.row == nullptr || text_of(*parameter.row, "place", "cli") == "cli";
     if (on_command_line) argument.value = parameter.given;
@@ -207,12 +209,14 @@ void Planner::add_parameters() {
 }
 
 /// An argument goes to the command line, the configuration file or the Python call, as its row says.
-void Planner::place(const Argument& argument, const std::string& path, const Json* row) {
-  const std::string where = row != nullptr ? text_of(*row, "place", "cli") : "cli";
+void Planner::place(Argument argument, const std::string& path, const Json* row) {
+  argument.place = row != nullptr ? text_of(*row, "place", "cli") : "cli";
   std::string name(without_dashes(row != nullptr ? (*row)["flag"].get_ref<const std::string&>() : argument.flag));
   if (!path.empty()) name += "." + path;
-  if (where == "config") return put_at(plan_.config_file, name, argument.value);
-  if (where != "api") return plan_.args.push_back(argument);
+  if (argument.place == "cli") return plan_.args.push_back(std::move(argument));
+  plan_.settings.push_back(argument);
+  plan_.settings.back().flag = name;
+  if (argument.place == "config") return put_at(plan_.config_file, name, argument.value);
   const Json& classes = row != nullptr ? member(*row, "classes") : kNone;
   if (classes.is_object() && argument.value.is_object()) {
     // a configuration object: its class from what it calls itself, its members as they are
@@ -306,7 +310,7 @@ void Planner::answer_field(const Field& field) {
   if (answered_by_parameter(name, value)) return;
   if (name == "moe_dtype" && !holds({{"model.moe", true}}, facts_)) {
     say("NO_EFFECT", Severity::note, fmt::format("moe_dtype {}: the model has no experts", value));
-    plan_.answers.push_back({name, value, "diagnostic"});
+    plan_.answers.push_back({name, value, "diagnostic", "NO_EFFECT"});
   } else if (weights && answered_by_checkpoint(name, value)) {
     return;
   } else if (!map(name, value)) {
@@ -320,7 +324,7 @@ void Planner::answer_field(const Field& field) {
     } else {
       return answer_sixteen_bits(name, value);
     }
-    plan_.answers.push_back({name, value, "diagnostic"});
+    plan_.answers.push_back({name, value, "diagnostic", weights ? "NO_RUNTIME_QUANT" : "UNSUPPORTED_KV"});
   }
 }
 
@@ -329,12 +333,12 @@ void Planner::answer_sixteen_bits(const std::string& field, const std::string& v
   const std::string flag(without_dashes(text_of(engine_, "dtype_flag")));
   const Json& dtype = member(facts_["arg"], flag);
   if (!flag.empty() && same_value(dtype, value) && field != "gemm_dtype") {
-    plan_.answers.push_back({field, value, "argument"});
+    plan_.answers.push_back({field, value, "argument", "--" + flag});
     return;
   }
   say("NO_ENGINE_FLAG", Severity::warning,
       fmt::format("{} {}: {} has no such setting; it is left to the engine", field, value, plan_.engine));
-  plan_.answers.push_back({field, value, "diagnostic"});
+  plan_.answers.push_back({field, value, "diagnostic", "NO_ENGINE_FLAG"});
 }
 
 bool Planner::answered_by_parameter(const std::string& field, const std::string& value) {
@@ -346,7 +350,7 @@ bool Planner::answered_by_parameter(const std::string& field, const std::string&
     if (given == given_.end()) continue;
     plan_.overrides.push_back(
         {.flag = given->flag, .derived = value, .given = given->value, .rule = field + " " + value});
-    plan_.answers.push_back({field, value, "override"});
+    plan_.answers.push_back({field, value, "override", given->flag + " is given"});
     return true;
   }
   return false;
@@ -356,7 +360,7 @@ bool Planner::answered_by_parameter(const std::string& field, const std::string&
 bool Planner::answered_by_checkpoint(const std::string& field, const std::string& value) {
   if (request_.checkpoint.empty()) return false;
   if (holds({{"kinds", value}}, facts_)) {
-    plan_.answers.push_back({field, value, "checkpoint"});
+    plan_.answers.push_back({field, value, "checkpoint", "the checkpoint is " + request_.checkpoint});
     return true;
   }
   const Json& row = member(member(engine_, "already_quantized"), field == "intent" ? "intent" : "field");
@@ -364,7 +368,7 @@ bool Planner::answered_by_checkpoint(const std::string& field, const std::string
       fmt::format("the checkpoint is quantized already ({}); {} {} changes nothing", request_.checkpoint, field, value),
       {"quantize the 16-bit model instead", "leave the weights as they are and drop the request"});
   if (row.is_object()) say_rule(row);
-  plan_.answers.push_back({field, value, "diagnostic"});
+  plan_.answers.push_back({field, value, "diagnostic", "ALREADY_QUANTIZED"});
   return true;
 }
 
@@ -377,7 +381,7 @@ void Planner::answer_intent() {
     if (map("backend_method", "*")) return;
     say("NO_ENGINE_FLAG", Severity::error,
         fmt::format("{} has no flag for the method '{}'", plan_.engine, printable(own)));
-    plan_.answers.push_back({"backend_method", own, "diagnostic"});
+    plan_.answers.push_back({"backend_method", own, "diagnostic", "NO_ENGINE_FLAG"});
     return;
   }
   if (method == "none" || method == "auto") return;
@@ -387,7 +391,7 @@ void Planner::answer_intent() {
       fmt::format("{} {}: {} {} cannot quantize weights so while loading", "method", method, plan_.engine,
                   plan_.version),
       {"a checkpoint that is quantized already: bitwright quantize"});
-  plan_.answers.push_back({"intent", method, "diagnostic"});
+  plan_.answers.push_back({"intent", method, "diagnostic", "NO_RUNTIME_QUANT"});
 }
 
 bool Planner::map(const std::string& field, const std::string& value) {
@@ -402,22 +406,35 @@ bool Planner::map(const std::string& field, const std::string& value) {
 void Planner::apply(const Json& candidate, const std::string& field, const std::string& value) {
   const std::string shown = value == "*" ? value_text(facts_["value"]) : value;
   const std::string rule = field + " " + shown;
-  const size_t said = plan_.diagnostics.size(), overridden = plan_.overrides.size();
+  said_.clear();
+  const size_t overridden = plan_.overrides.size();
+  const size_t args = plan_.args.size(), settings = plan_.settings.size();
   for (const auto& [flag, setting] : member(candidate, "args").items())
     emit(flag, fill(setting, facts_), rule, text_of(candidate, "file"));
   for (const auto& [name, setting] : member(candidate, "env").items()) {
     if (facts_["env"].contains(name)) continue;  // the user's own
     const Json filled = fill(setting, facts_);
     plan_.environment[name] = value_text(filled);
+    plan_.settings.push_back({.flag = name,
+                              .value = value_text(filled),
+                              .rule = rule,
+                              .source = text_of(candidate, "file"),
+                              .place = "env"});
     facts_["env"][name] = filled;
   }
   if (candidate.contains("say")) run_rules(candidate["say"]);
   const bool sets = candidate.contains("args") || candidate.contains("env");
+  std::vector<std::string> why = said_;
+  for (size_t i = overridden; i < plan_.overrides.size(); ++i) why.push_back(plan_.overrides[i].flag + " is given");
+  for (size_t i = args; i < plan_.args.size(); ++i) why.push_back(plan_.args[i].flag);
+  for (size_t i = settings; i < plan_.settings.size(); ++i) why.push_back(plan_.settings[i].flag);
+  if (why.empty()) why.push_back(sets ? "what it sets stands there already" : text_of(candidate, "default"));
   plan_.answers.push_back({field, shown,
-                           plan_.diagnostics.size() > said       ? "diagnostic"
+                           !said_.empty()                        ? "diagnostic"
                            : plan_.overrides.size() > overridden ? "override"
                            : sets                                ? "argument"
-                                                                 : "default"});
+                                                                 : "default",
+                           fmt::format("{}", fmt::join(why, ", ")), text_of(candidate, "file")});
 }
 
 // ---- judging ----
@@ -619,6 +636,7 @@ void Planner::say_rule(const Json& rule) {
 }
 
 void Planner::say(std::string code, Severity severity, std::string message, std::vector<std::string> instead) {
+  said_.push_back(code);
   for (const Diagnostic& said : plan_.diagnostics)
     if (said.code == code && said.message == message) return;
   plan_.diagnostics.push_back({std::move(code), severity, std::move(message), std::move(instead)});
@@ -672,9 +690,18 @@ std::string engine_command(const EnginePlan& plan, std::string_view model, const
 
 OrderedJson plan_json(const EnginePlan& plan, std::string_view model, const Facts& facts) {
   OrderedJson args = OrderedJson::array(), warnings = OrderedJson::array(), errors = OrderedJson::array();
-  OrderedJson explained = OrderedJson::array(), overrides = OrderedJson::array();
+  OrderedJson explained = OrderedJson::array(), overrides = OrderedJson::array(), answers = OrderedJson::array();
+  for (const auto* arguments : {&plan.args, &plan.settings})
+    for (const Argument& a : *arguments)
+      explained.push_back({{"flag", a.flag},
+                           {"value", OrderedJson(a.value)},
+                           {"place", a.place},
+                           {"rule", a.rule},
+                           {"source", a.source}});
+  for (const Answer& a : plan.answers)
+    answers.push_back(
+        {{"field", a.field}, {"value", a.value}, {"outcome", a.outcome}, {"why", a.why}, {"source", a.source}});
   for (const Argument& a : plan.args) {
-    explained.push_back({{"flag", a.flag}, {"value", OrderedJson(a.value)}, {"rule", a.rule}, {"source", a.source}});
     if (a.value == false) continue;
     args.push_back(a.flag);
     if (a.value != true) args.push_back(value_text(a.value));
@@ -694,6 +721,7 @@ OrderedJson plan_json(const EnginePlan& plan, std::string_view model, const Fact
           {"outcome", plan.outcome},
           {"args", args},
           {"explained", explained},
+          {"answers", answers},
           {"env", OrderedJson(plan.environment)},
           {"config_file", OrderedJson(plan.config_file)},
           {"api", OrderedJson(plan.api)},

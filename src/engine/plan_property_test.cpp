@@ -2,6 +2,7 @@
 
 #include <iostream>
 #include <random>
+#include <set>
 
 #include "engine/condition.hpp"
 #include "engine/parameters.hpp"
@@ -123,7 +124,41 @@ bool is_kept(const EnginePlan& plan, const NamedParameter& parameter) {
   return plan.api.contains("class") && parameter.value.is_object();  // a configuration object stands as its members
 }
 
+/// The leaves of a tree of settings by their dotted names.
+void list_leaves(const Json& tree, const std::string& prefix, std::vector<std::string>& names) {
+  for (const auto& [name, value] : tree.items())
+    if (value.is_object() && !value.empty())
+      list_leaves(value, prefix + name + ".", names);
+    else
+      names.push_back(prefix + name);
+}
+
+/// Nothing stands in a plan without the rule that put it there, and what was derived names the engine's file.
+void check_explained(const PlanRequest& request, const EnginePlan& plan) {
+  std::set<std::string> explained;
+  for (const auto* arguments : {&plan.args, &plan.settings})
+    for (const Argument& argument : *arguments) {
+      EXPECT_FALSE(argument.rule.empty()) << argument.flag;
+      EXPECT_TRUE(argument.given || !argument.source.empty()) << argument.flag;
+      explained.insert(argument.flag);
+    }
+  std::vector<std::string> leaves;
+  for (const Json* tree : {&plan.environment, &plan.config_file, &plan.api}) list_leaves(*tree, "", leaves);
+  for (std::string name : leaves) {
+    // the members of a structured setting are explained with it; a configuration object stands as its members
+    while (!explained.contains(name) && name.find('.') != std::string::npos) name.resize(name.rfind('.'));
+    EXPECT_TRUE(explained.contains(name) || explained.contains("quantization_config")) << name;
+  }
+  for (const Answer& answer : plan.answers) EXPECT_FALSE(answer.why.empty()) << answer.field << " " << answer.value;
+  if (const std::string& method = request.intent.method; method != "none" && method != "auto") {
+    EXPECT_TRUE(std::ranges::any_of(plan.answers, [](const Answer& a) {
+      return a.field == "intent" || a.field == "backend_method";
+    })) << method;
+  }
+}
+
 void check_plan(const PlanRequest& request, const EnginePlan& plan) {
+  check_explained(request, plan);
   const Json& engine = Facts::standard().get("engines", request.engine);
   for (const Argument& argument : plan.args)
     if (!argument.given) check_derived(engine, argument, plan.entry);

@@ -31,6 +31,7 @@ struct Argument {
   std::string rule;      ///< "kvcache_dtype fp8", or "given" for the user's own
   std::string source{};  ///< the engine's file that says so
   bool given = false;
+  std::string place = "cli";  ///< cli | config (its configuration file) | api (its Python call) | env
 };
 
 /// The user's parameter took the place of what a rule would have set.
@@ -43,7 +44,9 @@ struct Override {
 /// What became of a field or an intent. None is ever dropped without a word.
 struct Answer {
   std::string field, value;
-  std::string outcome;  ///< argument | default | checkpoint | override | diagnostic
+  std::string outcome;   ///< argument | default | checkpoint | override | diagnostic
+  std::string why{};     ///< the flags that were set, the codes that were said, or why nothing was needed
+  std::string source{};  ///< the engine's file that says so
 };
 
 /// Intent (SPECIFICATION A). weight_only absent: what the method usually means.
@@ -69,6 +72,7 @@ struct EnginePlan {
   std::string engine, version, entry;
   std::string outcome;  ///< ok | warning | error
   std::vector<Argument> args{};
+  std::vector<Argument> settings{};  ///< what stands in environment, config_file and api, each with its rule
   Json environment = Json::object(), config_file = Json::object(), api = Json::object();
   std::vector<Diagnostic> diagnostics{};
   Json resolved = Json::object();  ///< what the engine itself will choose
@@ -91,7 +95,8 @@ const std::vector<std::string>& intent_methods();
 /// `config_path`.
 std::string engine_command(const EnginePlan& plan, std::string_view model, const Facts& facts = Facts::standard());
 
-/// The plan as JSON: name, version, outcome, args, env, config_file, api, command, resolved, warnings, errors.
+/// The plan as JSON: name, version, outcome, args, explained, answers, env, config_file, api, command, resolved,
+/// overrides, warnings, errors.
 OrderedJson plan_json(const EnginePlan& plan, std::string_view model, const Facts& facts = Facts::standard());
 
 }  // namespace bitwright
