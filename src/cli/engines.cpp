@@ -99,8 +99,7 @@ void print_engine(const OrderedJson& e) {
   for (const OrderedJson& flag : e["flags"]) flags.push_back({text_of(flag, "flag"), values_of(flag)});
   if (!flags.empty()) fmt::print("\nflags about precision\n{}", columns(flags, 2));
   for (const OrderedJson& flag : e["removed_flags"])
-    fmt::print("  {} is gone{}: {}\n", text_of(flag, "flag"),
-               flag.contains("since") ? " since " + text_of(flag, "since") : "", text_of(flag, "say"));
+    fmt::print("  not any more: {}, {}\n", text_of(flag, "flag"), text_of(flag, "say"));
 
   OrderedJson at_load = OrderedJson::array();
   for (const OrderedJson& method : e["methods"])

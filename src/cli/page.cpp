@@ -73,7 +73,7 @@ std::string coloured(std::string_view text, Colour colour) {
 
 std::string size_text(double bytes) {
   constexpr double kGiB = 1073741824.0, kMB = 1e6;
-  return bytes >= kGiB / 100 ? fmt::format("{:.2f} GiB", bytes / kGiB) : fmt::format("{:.2f} MB", bytes / kMB);
+  return bytes >= kGiB / 10 ? fmt::format("{:.2f} GiB", bytes / kGiB) : fmt::format("{:.2f} MB", bytes / kMB);
 }
 
 }  // namespace bitwright

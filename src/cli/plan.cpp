@@ -9,6 +9,7 @@
 #include "base/mapped_file.hpp"
 #include "base/nearest.hpp"
 #include "cli/command.hpp"
+#include "cli/plan_diff.hpp"
 #include "cli/plan_page.hpp"
 #include "engine/adapt.hpp"
 #include "engine/detect.hpp"
@@ -267,6 +268,12 @@ void add_recommendation(const Model& model, const EnginePlan& plan, const Deploy
   }
 }
 
+/// Several plans may have the same to say.
+void add_warning(std::vector<Warning>& warnings, Warning warning) {
+  const auto same = [&](const Warning& w) { return w.code == warning.code && w.message == warning.message; };
+  if (std::ranges::none_of(warnings, same)) warnings.push_back(std::move(warning));
+}
+
 OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, const OrderedJson& quant_config,
                      const Model& model, const Json& hardware, std::vector<Warning>& warnings) {
   PlanRequest request = request_of(config, quant_config, model, hardware);
@@ -285,7 +292,16 @@ OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, cons
   OrderedJson errors = engine["errors"], notes = engine["warnings"];
   engine.erase("errors");
   engine.erase("warnings");
-  for (const OrderedJson& warning : notes) warnings.push_back({warning["code"], warning["message"]});
+  for (const OrderedJson& note : notes) add_warning(warnings, {note["code"], note["message"]});
+  for (OrderedJson& answer : engine["answers"]) {
+    const auto field = answer["field"].get<std::string>();
+    const bool of_intent = field == "intent" || field == "backend_method";
+    answer["from"] = of_intent ? (field == "intent" ? "quantization.method" : "quantization.backend_method")
+                               : field_origin(quant_config, field);
+    for (const OrderedJson& change : changes)
+      if (change["field"] == field || (field == "intent" && change["field"] == "method"))
+        answer["from"] = fmt::format("--adapt, in place of {}", change["from"].get<std::string>());
+  }
   OrderedJson result = {{"intent", request.intent.method}, {"quant_config", get_quant_config_summary(quant_config)}};
   result["checkpoint"] = {{"method", model.quantization.method},         {"bits", model.quantization.bits},
                           {"group_size", model.quantization.group_size}, {"scheme", model.quantization.scheme},
@@ -298,6 +314,7 @@ OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, cons
   if (!nearest.empty()) result["nearest"] = std::move(nearest);
   result["explain"] = arguments.flag("--explain");
   result["errors"] = std::move(errors);
+  result["warnings"] = std::move(notes);
   return result;
 }
 
@@ -324,7 +341,46 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
   return {{"plans", std::move(plans)}, {"errors", std::move(errors)}};
 }
 
+OrderedJson warnings_json(const std::vector<Warning>& warnings) {
+  OrderedJson list = OrderedJson::array();
+  for (const Warning& warning : warnings) list.push_back({{"code", warning.code}, {"message", warning.message}});
+  return list;
+}
+
+/// The other side of --diff: a plan that was kept, or the plan of the other configuration, everything else as asked.
+OrderedJson plan_of_file(const Arguments& arguments, const std::string& file) {
+  const std::string text = read_text_file(file);
+  if (const size_t first = text.find_first_not_of(" \t\r\n"); first != std::string::npos && text[first] == '{') {
+    // a mapping in YAML may begin so as well
+    if (OrderedJson::accept(text)) {
+      OrderedJson document = parse_ordered_json(text, file);
+      if (is_plan(document)) return document;
+    }
+  }
+  Arguments other = arguments;
+  other.values["--config"] = {file};
+  std::vector<Warning> warnings;
+  OrderedJson result = run(other, warnings);
+  result["warnings"] = warnings_json(warnings);
+  return result;
+}
+
+OrderedJson run_and_compare(const Arguments& arguments, std::vector<Warning>& warnings) {
+  OrderedJson result = run(arguments, warnings);
+  if (const auto file = arguments.text("--diff")) {
+    result["warnings"] = warnings_json(warnings);
+    result["diff"] = diff_plans(plan_of_file(arguments, *file), result);
+  }
+  return result;
+}
+
+void print(const OrderedJson& result) {
+  if (result.contains("diff")) return print_diff(result["diff"]);
+  print_plan(result);
+}
+
 ExitStatus status(const OrderedJson& result) {
+  if (result.contains("diff")) return ExitStatus::done;  // what was asked for is the difference
   return result["errors"].empty() ? ExitStatus::done : ExitStatus::failed;
 }
 
@@ -382,7 +438,8 @@ std::vector<Option> options() {
           {.name = "--explain",
            .type = Option::Type::flag,
            .value_name = "",
-           .help = "the rule and the source of every argument"}};
+           .help = "the rule and the source of every argument, and what became of every request"},
+          text("--diff", "PLAN2", "what differs from another plan: its JSON, or another configuration file")};
 }
 
 }  // namespace
@@ -391,8 +448,8 @@ extern const Command plan_command;
 const Command plan_command = {.name = "plan",
                               .summary = "what an engine must be told, and what it will take",
                               .options = options(),
-                              .run = run,
-                              .print = print_plan,
+                              .run = run_and_compare,
+                              .print = print,
                               .status = status};
 
 }  // namespace bitwright

@@ -5,18 +5,41 @@
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
+#include <vector>
+
+#include "cli/page.hpp"
+#include "cli/tensor_groups.hpp"
+#include "engine/facts.hpp"
 
 namespace bitwright {
 namespace {
 
-std::string gib(const OrderedJson& bytes) { return fmt::format("{:.2f} GiB", bytes.get<double>() / 1073741824.0); }
+constexpr size_t kIndent = 12;  // where what follows a line's title begins
+
+std::string text_of(const OrderedJson& object, const char* member) {
+  const auto found = object.find(member);
+  if (found == object.end() || found->is_null()) return {};
+  return found->is_string() ? found->get<std::string>() : found->dump();
+}
+
+void print_line(std::string_view title, const std::string& text) {
+  fmt::print("{:<11} {}\n", title, wrapped(text, kIndent));
+}
+
+std::string outcome_of(const OrderedJson& plan) {
+  const std::string outcome = text_of(plan["engine"], "outcome");
+  return coloured(outcome, outcome == "ok" ? Colour::green : outcome == "warning" ? Colour::yellow : Colour::red);
+}
+
+std::string engine_of(const OrderedJson& plan) {
+  const OrderedJson& engine = plan["engine"];
+  const std::string device = text_of(plan, "hardware");
+  return fmt::format("{} {}{}", text_of(engine, "name"), text_of(engine, "version"),
+                     device.empty() ? "" : " on " + device);
+}
 
 /// The parts of the memory, drawn to scale: weights, KV cache, the rest, free.
-void print_memory(const OrderedJson& p) {
-  fmt::print("memory      weights {}, KV cache {} ({} tokens x {}), activations {}: {}\n", gib(p["weights_bytes"]),
-             gib(p["kv_cache_bytes"]), p["context"].get<int64_t>(), p["batch"].get<int64_t>(),
-             gib(p["activation_bytes"]), gib(p["total_bytes"]));
-  if (!p.contains("fits")) return;
+std::string memory_bar(const OrderedJson& p) {
   constexpr double kWidth = 50;
   const double memory = p["memory_bytes"].get<double>();
   std::string bar;
@@ -27,65 +50,172 @@ void print_memory(const OrderedJson& p) {
   draw(p["weights_bytes"].get<double>(), '#');
   draw(p["kv_cache_bytes"].get<double>(), '=');
   draw(p["activation_bytes"].get<double>() + p["overhead_bytes"].get<double>(), '-');
-  fmt::print("            [{:<50}] of {}: {}\n", bar, gib(p["memory_bytes"]),
-             p["fits"].get<bool>() ? "fits" : "does not fit");
+  return fmt::format("[{:<50}]", bar);
+}
+
+std::string size_at(const OrderedJson& object, const char* member) { return size_text(object[member].get<double>()); }
+
+void print_memory(const OrderedJson& p) {
+  print_line(
+      "memory",
+      fmt::format(
+          "weights {} #, KV cache {} = ({} tokens x {}), activations {} -{}: {}", size_at(p, "weights_bytes"),
+          size_at(p, "kv_cache_bytes"), p["context"].get<int64_t>(), p["batch"].get<int64_t>(),
+          size_at(p, "activation_bytes"),
+          p["overhead_bytes"].get<double>() > 0 ? fmt::format(", overhead {} -", size_at(p, "overhead_bytes")) : "",
+          size_at(p, "total_bytes")));
+  if (!p.contains("fits")) return;
+  const bool fits = p["fits"].get<bool>();
+  fmt::print("            {} of {}: {}\n", memory_bar(p), size_at(p, "memory_bytes"),
+             coloured(fits ? "fits" : "does not fit", fits ? Colour::green : Colour::red));
   fmt::print("            fits up to {} tokens, or {} sequences\n", p["most_context"].get<int64_t>(),
              p["most_batch"].get<int64_t>());
 }
 
-void print_one(const OrderedJson& plan) {
-  const OrderedJson& engine = plan["engine"];
-  const std::string checkpoint = plan["checkpoint"]["method"].get<std::string>();
-  fmt::print("{} {}{}: {}\n", engine["name"].get<std::string>(), engine["version"].get<std::string>(),
-             plan["hardware"].is_string() ? " on " + plan["hardware"].get<std::string>() : "",
-             engine["outcome"].get<std::string>());
-  fmt::print("asked       method {}; {}\n", plan["intent"].get<std::string>(), plan["quant_config"].get<std::string>());
-  fmt::print("checkpoint  {}\n", checkpoint.empty() ? "not quantized"
-                                                    : fmt::format("{} ({}, {} bits)", checkpoint,
-                                                                  plan["checkpoint"]["scheme"].get<std::string>(),
-                                                                  plan["checkpoint"]["bits"].get<double>()));
-  print_memory(plan["predicted"]);
-  if (plan.contains("recommend")) {
-    for (const OrderedJson& r : plan["recommend"])
-      fmt::print("            {:<5} {:>4} bits: {:>10}{}\n", r["method"].get<std::string>(), r["bits"].get<double>(),
-                 gib(r["total_bytes"]), r["fits"].get<bool>() ? "" : ", does not fit");
-    fmt::print("recommended {}\n", plan["recommended"].is_string()
-                                       ? "--method " + plan["recommended"].get<std::string>()
-                                       : "a larger device: not even 2 bits fit");
+/// What the weights become: the whole in a line, then the tensors that are alike.
+void print_tensors(const OrderedJson& plan) {
+  if (!plan.contains("tensors") || plan["tensors"].empty()) return;
+  const std::string algorithm = text_of(plan, "algorithm"), container = text_of(plan, "container");
+  const OrderedJson& predicted = plan["predicted"];
+  print_line(
+      "weights",
+      text_of(plan, "scheme") + (algorithm.empty() ? "" : " by " + algorithm) +
+          (container.empty() ? "" : ", container " + container) +
+          (predicted.contains("bytes") && predicted["bytes"].is_number() ? ": " + size_at(predicted, "bytes") : ""));
+  constexpr size_t kMost = 12;  // one screen
+  std::vector<std::vector<std::string>> rows;
+  const std::vector<TensorGroup> groups = group_tensors(plan["tensors"]);
+  for (const TensorGroup& group : groups) {
+    if (rows.size() == kMost) break;
+    std::string names;
+    for (const std::string& name : group.names) names += (names.empty() ? "" : " ") + name;
+    if (group.count > 1) names += fmt::format(" x{}", group.count);
+    rows.push_back({size_text(group.bytes), group.scheme, group.algorithm,
+                    names + (group.reason.empty() ? "" : ": " + group.reason)});
   }
-  if (plan.contains("changes"))
-    for (const OrderedJson& c : plan["changes"])
-      fmt::print("changed     {}: {} -> {}\n", c["field"].get<std::string>(), c["from"].get<std::string>(),
-                 c["to"].get<std::string>());
-  for (const char* part : {"api", "config_file"})
-    if (!engine[part].empty()) fmt::print("{:<11} {}\n", part, engine[part].dump());
-  if (plan["explain"].get<bool>())
-    for (const OrderedJson& a : engine["explained"])
-      fmt::print("argument    {} {}: {}{}\n", a["flag"].get<std::string>(),
-                 a["value"].is_string() ? a["value"].get<std::string>() : a["value"].dump(),
-                 a["rule"].get<std::string>(),
-                 a["source"].get<std::string>().empty() ? "" : " (" + a["source"].get<std::string>() + ")");
+  fmt::print("{}", columns(rows, kIndent));
+  if (groups.size() > kMost) fmt::print("            and {} more groups (--json lists all)\n", groups.size() - kMost);
+}
+
+void print_recommendation(const OrderedJson& plan) {
+  if (!plan.contains("recommend")) return;
+  for (const OrderedJson& r : plan["recommend"])
+    fmt::print("            {:<5} {:>4} bits: {:>10}{}\n", text_of(r, "method"), r["bits"].get<double>(),
+               size_at(r, "total_bytes"), r["fits"].get<bool>() ? "" : ", does not fit");
+  print_line("recommended", plan["recommended"].is_string() ? "--method " + text_of(plan, "recommended")
+                                                            : "a larger device: not even 2 bits fit");
+}
+
+std::string in_brackets(const std::string& text) { return text.empty() ? text : " (" + text + ")"; }
+
+/// For every argument the rule and the source; for every request what became of it; what the user's own replaced.
+void print_explanation(const OrderedJson& engine) {
+  const auto place_of = [](const OrderedJson& a) -> std::string {
+    const std::string place = text_of(a, "place");
+    return place == "config" ? "config file"
+           : place == "api"  ? "Python call"
+           : place == "env"  ? "environment"
+                             : "argument";
+  };
+  for (const OrderedJson& a : engine["explained"])
+    print_line(place_of(a), fmt::format("{} {}: {}{}", text_of(a, "flag"), text_of(a, "value"), text_of(a, "rule"),
+                                        in_brackets(text_of(a, "source"))));
+  for (const OrderedJson& a : engine["answers"])
+    print_line("asked for", fmt::format("{} {}{}: {}, {}{}", text_of(a, "field"), text_of(a, "value"),
+                                        in_brackets(text_of(a, "from")), text_of(a, "outcome"), text_of(a, "why"),
+                                        in_brackets(text_of(a, "source"))));
+  for (const OrderedJson& o : engine["overrides"])
+    print_line("overridden", fmt::format("{} {} is given; {} would have made it {}", text_of(o, "flag"),
+                                         text_of(o, "given"), text_of(o, "rule"), text_of(o, "derived")));
+  for (const auto& [name, value] : engine["resolved"].items())
+    print_line("engine uses", fmt::format("{} {}", name, text_of(engine["resolved"], name.c_str())));
+}
+
+void print_changes(const OrderedJson& changes, const char* title) {
+  for (const OrderedJson& c : changes)
+    print_line(title, fmt::format("{}: {} -> {}", text_of(c, "field"), text_of(c, "from"), text_of(c, "to")));
+}
+
+void print_errors(const OrderedJson& plan) {
   for (const OrderedJson& e : plan["errors"]) {
-    fmt::print("error[{}]: {}\n", e["code"].get<std::string>(), e["message"].get<std::string>());
+    fmt::print(
+        "{}\n",
+        wrapped(coloured(fmt::format("error[{}]:", text_of(e, "code")), Colour::red) + " " + text_of(e, "message"), 2));
     for (const OrderedJson& instead : e["instead"]) fmt::print("  instead: {}\n", instead.get<std::string>());
   }
-  if (plan.contains("nearest")) {
-    fmt::print("nearest plan that works (--adapt):\n");
-    for (const OrderedJson& c : plan["nearest"])
-      fmt::print("  {}: {} -> {}\n", c["field"].get<std::string>(), c["from"].get<std::string>(),
-                 c["to"].get<std::string>());
+  if (!plan.contains("nearest")) return;
+  fmt::print("nearest plan that works (--adapt):\n");
+  for (const OrderedJson& c : plan["nearest"])
+    fmt::print("  {}: {} -> {}\n", text_of(c, "field"), text_of(c, "from"), text_of(c, "to"));
+}
+
+/// The lines to paste: the configuration file where there is one (JSON is YAML), then the command.
+void print_command(const OrderedJson& plan) {
+  const OrderedJson& engine = plan["engine"];
+  if (!plan["errors"].empty()) {  // what was derived is shown all the same
+    if (!engine["config_file"].empty()) fmt::print("config file {}\n", engine["config_file"].dump());
+    return;
   }
-  if (plan["errors"].empty()) fmt::print("\n{}\n", engine["command"].get<std::string>());
+  if (!engine["config_file"].empty()) {
+    const std::string option = Facts::standard().get("engines", text_of(engine, "name")).value("config_file", "");
+    fmt::print("cat > {} <<'END'\n{}\nEND\n", option.substr(option.rfind(' ') + 1), engine["config_file"].dump());
+  }
+  fmt::print("{}\n", text_of(engine, "command"));
+}
+
+void print_checkpoint(const OrderedJson& checkpoint) {
+  const std::string method = text_of(checkpoint, "method"), scheme = text_of(checkpoint, "scheme");
+  if (method.empty()) return print_line("checkpoint", "not quantized");
+  const double bits = checkpoint["bits"].get<double>();
+  std::string details = scheme;
+  if (bits > 0) details += fmt::format("{}{} bits", details.empty() ? "" : ", ", bits);
+  print_line("checkpoint", method + in_brackets(details));
+}
+
+void print_details(const OrderedJson& plan) {
+  if (plan.contains("changes")) print_changes(plan["changes"], "changed");
+  if (plan["explain"].get<bool>()) print_explanation(plan["engine"]);
+  print_errors(plan);
+  print_command(plan);
+}
+
+void print_one(const OrderedJson& plan) {
+  fmt::print("{}: {}\n", engine_of(plan), outcome_of(plan));
+  print_line("asked", fmt::format("method {}; {}", text_of(plan, "intent"), text_of(plan, "quant_config")));
+  print_checkpoint(plan["checkpoint"]);
+  print_tensors(plan);
+  print_memory(plan["predicted"]);
+  print_recommendation(plan);
+  print_details(plan);
+}
+
+/// Several plans: a row for each to compare, then what each engine is told.
+void print_several(const OrderedJson& plans) {
+  std::vector<std::vector<std::string>> rows;
+  for (const OrderedJson& plan : plans) {
+    std::string codes;
+    for (const char* said : {"errors", "warnings"})
+      if (plan.contains(said))
+        for (const OrderedJson& one : plan[said]) codes += (codes.empty() ? "" : " ") + text_of(one, "code");
+    const OrderedJson& p = plan["predicted"];
+    rows.push_back({engine_of(plan), text_of(plan, "quant_config"), text_of(plan["engine"], "outcome"),
+                    size_at(p, "total_bytes") + (p.contains("fits") && !p["fits"].get<bool>() ? ", does not fit" : ""),
+                    codes});
+  }
+  fmt::print("{}", columns(rows));
+  for (const OrderedJson& plan : plans) {
+    fmt::print("\n{}, {}\n", text_of(plan["engine"], "name"), text_of(plan, "quant_config"));
+    print_details(plan);
+  }
 }
 
 }  // namespace
 
 void print_plan(const OrderedJson& result) {
-  if (!result.contains("plans")) return print_one(result);
-  for (const OrderedJson& plan : result["plans"]) {
-    print_one(plan);
-    fmt::print("\n");
-  }
+  if (result.contains("plans"))
+    print_several(result["plans"]);
+  else
+    print_one(result);
 }
 
 }  // namespace bitwright

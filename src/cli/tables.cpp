@@ -5,8 +5,10 @@
 #include "cli/command.hpp"
 #include "cli/page.hpp"
 #include "container/container.hpp"
+#include "engine/backends.hpp"
 #include "engine/describe.hpp"
 #include "engine/plan.hpp"
+#include "engine/precision.hpp"
 #include "scheme/scheme.hpp"
 
 namespace bitwright {
@@ -51,13 +53,31 @@ void print_formats(const OrderedJson& result) {
   }
 }
 
+/// What the weights may be asked to be, and the engines that make them so from a 16-bit checkpoint while loading.
+OrderedJson intents() {
+  OrderedJson rows = OrderedJson::array();
+  for (const std::string& method : intent_methods()) {
+    if (method == "none" || method == "auto") continue;
+    rows.push_back({{"name", method}, {"bits", bits_of(method)}, {"at_load", OrderedJson::array()}});
+    for (const Json* engine : Facts::standard().all("engines")) {
+      PlanRequest request{.engine = (*engine)["name"]};
+      request.intent.method = method;
+      if (plan_engine(request).outcome != "error") rows.back()["at_load"].push_back(request.engine);
+    }
+  }
+  return rows;
+}
+
 OrderedJson run_methods(const Arguments&, std::vector<Warning>&) {
   OrderedJson algorithms = OrderedJson::array(), elements = OrderedJson::array();
   for (const Algorithm* a : all_algorithms())
     algorithms.push_back({{"name", a->name}, {"summary", a->summary}, {"source", a->source}});
   for (const ElementType* e : all_elements())
     elements.push_back({{"name", e->name}, {"bits", e->bits}, {"source", e->source}});
-  return {{"algorithms", algorithms}, {"elements", elements}};
+  return {{"algorithms", algorithms},
+          {"elements", elements},
+          {"intents", intents()},
+          {"libraries", report_import_status()}};
 }
 
 void print_methods(const OrderedJson& result) {
@@ -66,6 +86,20 @@ void print_methods(const OrderedJson& result) {
   std::string names;
   for (const OrderedJson& e : result["elements"]) names += " " + e["name"].get<std::string>();
   fmt::print("\nelements:{}\n", names);
+  std::vector<std::vector<std::string>> rows;
+  for (const OrderedJson& i : result["intents"])
+    rows.push_back({i["name"].get<std::string>(),
+                    i["bits"].get<int>() > 0 ? fmt::format("{} bits", i["bits"].get<int>()) : "",
+                    fmt::format("{}", fmt::join(i["at_load"].get<std::vector<std::string>>(), ", "))});
+  fmt::print("\nmethods of a plan, and the engines that quantize so while loading\n{}", columns(rows, 2));
+  rows.clear();
+  for (const OrderedJson& l : result["libraries"]) {
+    std::string backends;
+    for (const auto& [backend, status] : l["backends"].items())
+      if (status["usable"].get<bool>()) backends += (backends.empty() ? "" : ", ") + backend;
+    rows.push_back({l["method"].get<std::string>(), l["library"].get<std::string>(), backends});
+  }
+  fmt::print("\nmethods of libraries, and the back ends that each runs on there\n{}", columns(rows, 2));
 }
 
 OrderedJson run_hardware(const Arguments& arguments, std::vector<Warning>&) {
@@ -126,7 +160,7 @@ const Command formats_command = {.name = "formats",
                                  .run = run_formats,
                                  .print = print_formats};
 const Command methods_command = {.name = "methods",
-                                 .summary = "algorithms and number types",
+                                 .summary = "algorithms, number types, methods of plans and of libraries",
                                  .takes_model = false,
                                  .run = run_methods,
                                  .print = print_methods};

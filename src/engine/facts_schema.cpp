@@ -82,7 +82,7 @@ void check_flags(const Json& engine, Problems& problems) {
       Member{"refused", kList},    Member{"place", kText},
       Member{"entries", kTexts},   Member{"since", kText},
       Member{"classes", kTextMap}, Member{"help", kText},
-      Member{"file", kText, true}};
+      Member{"call", kText},       Member{"file", kText, true}};
   const Json none = Json::array();
   for (const Json& flag : member_or(engine, "flags", none)) {
     const std::string where = "flags." + value_text(member_or(flag, "flag", none));
@@ -215,7 +215,7 @@ Problems check_engine(const Json& engine) {
       Member{"checkpoints", kList, true},   Member{"before", kList},        Member{"after", kList},
       Member{"overridden_by", kObject},     Member{"map", kObject, true},   Member{"checks", kList, true},
       Member{"already_quantized", kObject}, Member{"memory", kObject},      Member{"facts", kObject},
-      Member{"config_file", kText}};
+      Member{"config_file", kText},         Member{"packages", kTexts}};
   Problems problems;
   check_members(engine, kMembers, "engine", problems);
   check_flags(engine, problems);

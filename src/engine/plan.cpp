@@ -663,14 +663,6 @@ void Planner::say(std::string code, Severity severity, std::string message, std:
   plan_.diagnostics.push_back({std::move(code), severity, std::move(message), std::move(instead)});
 }
 
-std::string quoted(const std::string& text) {
-  constexpr std::string_view kPlain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_=.,:/@%+";
-  if (!text.empty() && text.find_first_not_of(kPlain) == std::string::npos) return text;
-  std::string shell = "'";
-  for (const char c : text) shell += c == '\'' ? std::string("'\\''") : std::string(1, c);
-  return shell + "'";
-}
-
 }  // namespace
 
 std::string_view severity_name(Severity severity) {
@@ -690,23 +682,6 @@ const std::vector<std::string>& intent_methods() {
   static const std::vector<std::string> methods = {"none", "int8", "int4",  "int3",  "int2", "nf4",
                                                    "fp4",  "fp8",  "mxfp4", "nvfp4", "auto"};
   return methods;
-}
-
-std::string engine_command(const EnginePlan& plan, std::string_view model, const Facts& facts) {
-  const Json& entries = facts.get("engines", plan.engine)["entries"];
-  std::string command;
-  for (const auto& [name, value] : plan.environment.items())
-    command += fmt::format("{}={} ", name, quoted(value_text(value)));
-  const std::string pattern = text_of(entries, plan.entry, plan.entry + " {model}");
-  command += fill_text(pattern, Json{{"model", quoted(std::string(model))}});
-  for (const Argument& argument : plan.args) {
-    if (argument.value == false) continue;
-    command += " " + quoted(argument.flag);
-    if (argument.value != true) command += " " + quoted(value_text(argument.value));
-  }
-  const std::string file = text_of(facts.get("engines", plan.engine), "config_file");
-  if (!plan.config_file.empty() && !file.empty()) command += " " + file;
-  return command;
 }
 
 OrderedJson plan_json(const EnginePlan& plan, std::string_view model, const Facts& facts) {

@@ -136,6 +136,13 @@ PrecisionFields resolve_fields(const OrderedJson& quant_config, const Facts& fac
   return fields;
 }
 
+std::string field_origin(const OrderedJson& quant_config, std::string_view field, const Facts& facts) {
+  const PrecisionFields fields = resolve_fields(quant_config, facts);
+  if (const auto found = fields.find(std::string(field)); found == fields.end() || found->second == "auto") return {};
+  if (quant_config.contains(field)) return "quant_config";
+  return fmt::format("preset {}", quant_config.value("preset", ""));
+}
+
 bool should_apply_dynamic_fp8(const OrderedJson& quant_config, const DetectedQuantization& model_quantization,
                               const Facts& facts) {
   const PrecisionFields fields = resolve_fields(quant_config, facts);

@@ -92,8 +92,8 @@ const std::vector<std::string>& field_values(std::string_view field);
 const std::vector<std::string>& field_names();
 const std::vector<std::string>& intent_methods();
 
-/// "vllm serve MODEL --kv-cache-dtype fp8", quoted for a shell; environment first, a configuration file by
-/// `config_path`.
+/// "vllm serve MODEL --kv-cache-dtype fp8", quoted for a shell, environment first; or the Python call, where the engine
+/// is one.
 std::string engine_command(const EnginePlan& plan, std::string_view model, const Facts& facts = Facts::standard());
 
 /// The plan as JSON: name, version, outcome, args, explained, answers, env, config_file, api, command, resolved,

@@ -29,6 +29,10 @@ std::vector<OrderedJson> expand_quantization_presets(const OrderedJson& quant_co
 /// The fields of a configuration with at most one preset: what is explicit overrides the preset.
 PrecisionFields resolve_fields(const OrderedJson& quant_config, const Facts& facts = Facts::standard());
 
+/// Where a field's value comes from: "quant_config", "preset kv-cache-fp8", or empty for "auto".
+std::string field_origin(const OrderedJson& quant_config, std::string_view field,
+                         const Facts& facts = Facts::standard());
+
 /// FP8 while loading (`gemm_dtype` fp8, also by a preset) is for a model that nothing has quantized yet.
 bool should_apply_dynamic_fp8(const OrderedJson& quant_config, const DetectedQuantization& model_quantization,
                               const Facts& facts = Facts::standard());

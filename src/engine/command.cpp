@@ -1,0 +1,109 @@
+#include <fmt/format.h>
+
+#include "engine/condition.hpp"
+#include "engine/parameters.hpp"
+#include "engine/plan.hpp"
+
+namespace bitwright {
+namespace {
+
+std::string quoted(const std::string& text) {
+  constexpr std::string_view kPlain = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_=.,:/@%+";
+  if (!text.empty() && text.find_first_not_of(kPlain) == std::string::npos) return text;
+  std::string shell = "'";
+  for (const char c : text) shell += c == '\'' ? std::string("'\\''") : std::string(1, c);
+  return shell + "'";
+}
+
+/// A JSON value as Python writes it.
+std::string python_text(const Json& value) {
+  if (value.is_null()) return "None";
+  if (value.is_boolean()) return value.get<bool>() ? "True" : "False";
+  if (!value.is_structured()) return value.dump(-1, ' ', true, Json::error_handler_t::replace);
+  std::string text;
+  for (const auto& [key, element] : value.items())
+    text += (text.empty() ? "" : ", ") + (value.is_object() ? python_text(key) + ": " : "") + python_text(element);
+  return value.is_object() ? "{" + text + "}" : "[" + text + "]";
+}
+
+std::string python_name(std::string_view flag) {
+  while (flag.starts_with('-')) flag.remove_prefix(1);
+  std::string name(flag);
+  for (char& c : name) c = c == '-' ? '_' : c;
+  return name;
+}
+
+/// "load_in_4bit=True, bnb_4bit_quant_type='nf4'" of a configuration object, without what names its class.
+std::string members_text(const Json& object) {
+  std::string text;
+  for (const auto& [name, value] : object.items())
+    if (name != "quant_method") text += (text.empty() ? "" : ", ") + name + "=" + python_text(value);
+  return text;
+}
+
+/// The keyword arguments of a Python call by their name; "a.b" is member b of a.
+Json keywords(const EnginePlan& plan) {
+  Json all = Json::object();
+  for (const auto* arguments : {&plan.settings, &plan.args})
+    for (const Argument& argument : *arguments) {
+      if (argument.place == "env") continue;
+      std::string name = python_name(argument.flag);
+      Json* at = &all;
+      for (size_t dot; (dot = name.find('.')) != std::string::npos; name.erase(0, dot + 1)) {
+        Json& inner = (*at)[name.substr(0, dot)];
+        if (!inner.is_object()) inner = Json::object();
+        at = &inner;
+      }
+      (*at)[name] = argument.value;
+    }
+  return all;
+}
+
+/// CLASS.from_pretrained("M", dtype="bfloat16"); what is an argument of a later call stands in that call.
+std::string python_command(const EnginePlan& plan, const Json& engine, std::string_view pattern,
+                           std::string_view model) {
+  std::string load, later, call;
+  const Json arguments = keywords(plan);
+  for (const auto& [name, value] : arguments.items()) {
+    const Json* row = find_flag(engine, name, plan.entry);
+    const bool is_object =
+        row != nullptr && row->contains("classes") && value.is_object() && plan.api.contains("class");
+    const std::string text =
+        ", " + name + "=" +
+        (is_object ? plan.api["class"].get<std::string>() + "(" + members_text(value) + ")" : python_text(value));
+    if (row != nullptr && row->contains("call")) {
+      call = (*row)["call"].get<std::string>();
+      later += text;
+    } else {
+      load += text;
+    }
+  }
+  constexpr std::string_view kModel = "{model}";
+  const size_t at = pattern.find(kModel);
+  std::string text(pattern.substr(0, at));
+  text += python_text(std::string(model)) + load + std::string(pattern.substr(at + kModel.size()));
+  if (later.empty()) return text;
+  return fmt::format("model = {}; model.{}(**inputs{})", text, call, later);
+}
+
+}  // namespace
+
+std::string engine_command(const EnginePlan& plan, std::string_view model, const Facts& facts) {
+  const Json& engine = facts.get("engines", plan.engine);
+  const std::string pattern = engine["entries"].value(plan.entry, plan.entry + " {model}");
+  if (pattern.find("({model}") != std::string::npos) return python_command(plan, engine, pattern, model);
+  std::string command;
+  for (const auto& [name, value] : plan.environment.items())
+    command += fmt::format("{}={} ", name, quoted(value_text(value)));
+  command += fill_text(pattern, Json{{"model", quoted(std::string(model))}});
+  for (const Argument& argument : plan.args) {
+    if (argument.value == false) continue;
+    command += " " + argument.flag;
+    if (argument.value != true) command += " " + quoted(value_text(argument.value));
+  }
+  const std::string file = engine.value("config_file", "");
+  if (!plan.config_file.empty() && !file.empty()) command += " " + file;
+  return command;
+}
+
+}  // namespace bitwright
