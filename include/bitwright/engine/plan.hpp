@@ -52,6 +52,8 @@ struct Answer {
 
 /// Intent (SPECIFICATION A). weight_only absent: what the method usually means.
 struct Intent {
+  bool enabled() const { return method != "none" || !backend_method.empty(); }
+
   std::string method = "none";
   std::optional<bool> weight_only{};
   std::string backend_method{};  ///< the engine's own name; bypasses the mapping
