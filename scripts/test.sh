@@ -9,7 +9,7 @@ stage() {
   "${@:2}"
   echo "== $1: passed in $((SECONDS - start)) s"
 }
-sources() { find src tests -name '*.cpp' "$@"; }
+sources() { find include src tests -name '*.cpp' "$@"; }
 check_format() { sources -o -name '*.hpp' | xargs clang-format --dry-run --Werror; }
 # Tests are compiled with the same warnings; reading them by clang-tidy too would take as long again.
 check_tidy() { find src -name '*.cpp' ! -name '*_test.cpp' | sort | xargs -P "$(nproc)" -n 1 clang-tidy -p build/release --quiet 2>/dev/null; }

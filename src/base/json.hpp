@@ -1,13 +1,11 @@
 #pragma once
 
-#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <string_view>
 
-namespace bitwright {
+#include "bitwright/json.hpp"
 
-using Json = nlohmann::json;                 ///< for reading: members sorted, look-ups fast in large objects
-using OrderedJson = nlohmann::ordered_json;  ///< for writing: members in the order they were added
+namespace bitwright {
 
 /// Strict RFC 8259 text: no comments, no duplicate members, at most 128 levels deep.
 /// Throws Error{code "bad-json"} naming `where` and the line.

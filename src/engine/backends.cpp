@@ -7,20 +7,21 @@
 
 #include "base/error.hpp"
 #include "base/nearest.hpp"
+#include "container/container.hpp"
 #include "engine/condition.hpp"
 
 namespace bitwright {
 namespace {
 
-constexpr std::array<AdapterMethod, 9> kMethods = {{{"bnb_nf4", "bitsandbytes", 4, 0.5},
-                                                    {"bnb_int8", "bitsandbytes", 8, 1},
-                                                    {"hqq", "hqq", 0, 0.5},
-                                                    {"mlx_int4", "mlx", 4, 0.5},
-                                                    {"mlx_int8", "mlx", 8, 1},
-                                                    {"quanto_int2", "optimum-quanto", 2, 0.25},
-                                                    {"quanto_int4", "optimum-quanto", 4, 0.5},
-                                                    {"quanto_int8", "optimum-quanto", 8, 1},
-                                                    {"none", "", 16, 2}}};
+constexpr std::array<AdapterMethod, 9> kMethods = {{{"bnb_nf4", "bitsandbytes", "bitsandbytes", 4, 0.5},
+                                                    {"bnb_int8", "bitsandbytes", "", 8, 1},
+                                                    {"hqq", "hqq", "hqq", 0, 0.5},
+                                                    {"mlx_int4", "mlx", "mlx", 4, 0.5},
+                                                    {"mlx_int8", "mlx", "mlx", 8, 1},
+                                                    {"quanto_int2", "optimum-quanto", "quanto", 2, 0.25},
+                                                    {"quanto_int4", "optimum-quanto", "quanto", 4, 0.5},
+                                                    {"quanto_int8", "optimum-quanto", "quanto", 8, 1},
+                                                    {"none", "", "", 16, 2}}};
 
 const AdapterMethod& method_named(std::string_view name) {
   const auto* row = std::ranges::find(kMethods, name, &AdapterMethod::name);
@@ -34,14 +35,58 @@ const AdapterMethod& method_named(std::string_view name) {
                .status = ExitStatus::usage});
 }
 
+/// The members of a configuration (D1) and what may stand in them.
+struct Key {
+  std::string_view name;
+  bool (*is_good)(const Json& value);
+  std::string_view needs;
+};
+bool is_text(const Json& value) { return value.is_string(); }
+bool is_flag(const Json& value) { return value.is_boolean(); }
+bool is_object(const Json& value) { return value.is_object(); }
+bool is_count(const Json& value) { return value.is_number_integer() && value > 0; }
+bool is_list_of_text(const Json& value) { return value.is_array() && std::ranges::all_of(value, is_text); }
+bool is_float_type(const Json& value) { return value == "float16" || value == "bfloat16" || value == "float32"; }
+constexpr std::array<Key, 10> kKeys = {
+    {{"method", is_text, "text"},
+     {"bits", is_count, "a whole number"},
+     {"group_size", is_count, "a whole number"},
+     {"compute_dtype", is_float_type, "float16, bfloat16 or float32"},
+     {"storage_dtype", is_text, "text"},
+     {"double_quant", is_flag, "true or false"},
+     {"quant_type", [](const Json& v) { return v == "nf4" || v == "fp4"; }, "nf4 or fp4"},
+     {"skip_modules", is_list_of_text, "a list of names"},
+     {"layer_configs", is_object, "a mapping"},
+     {"backend_options", is_object, "a mapping"}}};
+
+/// What is wrong with the form of a configuration; members that are wrong are dropped from it.
+void check_form(Json& config, std::vector<Diagnostic>& found) {
+  const Json given = config;
+  for (const auto& [name, value] : given.items()) {
+    const auto* key = std::ranges::find(kKeys, name, &Key::name);
+    if (key == kKeys.end()) {
+      std::vector<std::string> known;
+      for (const Key& one : kKeys) known.emplace_back(one.name);
+      found.push_back(
+          {"UNKNOWN_KEY", Severity::error, fmt::format("there is no '{}'", printable(name)), {suggest(name, known)}});
+    } else if (!value.is_null() && !key->is_good(value)) {
+      found.push_back({"INVALID_VALUE", Severity::error,
+                       fmt::format("{} {}: it needs {}", name, printable(value.dump()), key->needs)});
+    } else if (!value.is_null()) {
+      continue;
+    }
+    config.erase(name);
+  }
+}
+
 /// What D1 leaves unsaid.
-Json with_defaults(const OrderedJson& config) {
+Json with_defaults(const OrderedJson& config, std::vector<Diagnostic>& found) {
+  Json given = config.is_object() ? Json::parse(config.dump()) : Json::object();
+  check_form(given, found);
   Json filled = {{"method", "none"}, {"group_size", 64}, {"compute_dtype", "bfloat16"}, {"double_quant", true}};
-  if (config.is_object()) filled.update(Json::parse(config.dump()));
-  const Json& name = filled["method"];
-  const AdapterMethod& method = method_named(name.is_string() ? name.get<std::string>() : name.dump());
-  if (!filled.contains("bits") || !filled["bits"].is_number_integer())
-    filled["bits"] = method.bits != 0 ? method.bits : 4;
+  filled.update(given);
+  const AdapterMethod& method = method_named(filled["method"].get<std::string>());
+  if (!filled.contains("bits")) filled["bits"] = method.bits != 0 ? method.bits : 4;
   return filled;
 }
 
@@ -57,10 +102,10 @@ bool backend_runs(std::string_view backend, std::string_view method, const Facts
 std::vector<Diagnostic> validate_quantization_config(const OrderedJson& config, std::string_view backend,
                                                      const Facts& facts) {
   const Json& row = facts.get("backends", backend);
-  const Json asked = with_defaults(config);
+  std::vector<Diagnostic> found;
+  const Json asked = with_defaults(config, found);
   const std::string method = asked["method"];
   const int bits = method_named(method).bits, given = asked["bits"].get<int>();
-  std::vector<Diagnostic> found;
   if (!backend_runs(backend, method, facts))
     found.push_back({"BACKEND_UNSUPPORTED",
                      Severity::error,
@@ -117,7 +162,17 @@ OrderedJson report_import_status(const Facts& facts) {
       backends[name] = {{"usable", runs},
                         {"why", runs ? "" : fmt::format("{} has no {} back end", method.library, name)}};
     }
-    status.push_back({{"method", method.name}, {"library", method.library}, {"native", true}, {"backends", backends}});
+    const Container* container = method.container.empty() ? nullptr : find_container(method.container);
+    const bool usable = container != nullptr || method.name == "none";
+    const std::string why = usable ? "" : fmt::format("this build has no container for {}", method.name);
+    status.push_back(
+        {{"method", method.name},
+         {"library", method.library},
+         {"usable", usable},
+         {"why", why},
+         {"reads", usable},
+         {"writes", method.name == "none" || (container != nullptr && container->write_metadata != nullptr)},
+         {"backends", backends}});
   }
   return status;
 }

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include "base/error.hpp"
+#include "container/container.hpp"
 
 namespace bitwright {
 namespace {
@@ -49,6 +50,33 @@ TEST(Backends, ConfigurationsAreJudged) {
   EXPECT_EQ(codes({{"method", "mlx_int4"}, {"group_size", 48}}, "mlx"), "INVALID_VALUE ");
   EXPECT_EQ(codes({{"method", "bnb_int8"}, {"bits", 4}}, "cuda"), "INVALID_VALUE ");
   EXPECT_EQ(codes({{"method", "hqq"}, {"bits", 5}}, "cuda"), "INVALID_VALUE ");
+  EXPECT_EQ(codes({{"method", "hqq"}, {"compute_dtype", "float16"}, {"bits", 4}}, "mps"), "NOT_OPTIMIZED ");
+  EXPECT_EQ(codes({{"method", "quanto_int8"}, {"compute_dtype", "float16"}}, "mps"), "");
+  const OrderedJson whole = {{"method", "bnb_nf4"},
+                             {"bits", 4},
+                             {"group_size", 64},
+                             {"compute_dtype", "bfloat16"},
+                             {"storage_dtype", "uint8"},
+                             {"double_quant", true},
+                             {"quant_type", "nf4"},
+                             {"skip_modules", {"lm_head"}},
+                             {"layer_configs", {{"x", {{"bits", 8}}}}},
+                             {"backend_options", OrderedJson::object()}};
+  EXPECT_EQ(codes(whole, "cuda"), "");
+  for (const auto& [name, value] : whole.items()) {
+    if (name == "method") continue;
+    OrderedJson wrong = whole;
+    wrong[name] = OrderedJson::array({1.5});
+    EXPECT_EQ(codes(wrong, "cuda"), "INVALID_VALUE ") << name;
+  }
+  EXPECT_EQ(codes({{"method", "hqq"}, {"bits", "4"}, {"group_size", -1}}, "cuda"), "INVALID_VALUE INVALID_VALUE ");
+  const auto unknown = validate_quantization_config({{"metod", "hqq"}}, "cuda");
+  ASSERT_EQ(unknown.size(), 1U);
+  EXPECT_EQ(unknown[0].code, "UNKNOWN_KEY");
+  EXPECT_EQ(unknown[0].instead[0], "did you mean 'method'?");
+  const auto unsupported = validate_quantization_config({{"method", "bnb_nf4"}}, "cpu");
+  ASSERT_EQ(unsupported.size(), 1U);  // what to fall back to is one that the backend runs
+  EXPECT_TRUE(backend_runs("cpu", unsupported[0].instead[0]));
   EXPECT_THROW(validate_quantization_config({{"method", "bnb_int9"}}, "cuda"), Error);
   EXPECT_THROW(validate_quantization_config({{"method", "hqq"}}, "tpu"), Error);
 }
@@ -66,6 +94,13 @@ TEST(Backends, StatusSaysWhyNot) {
   ASSERT_EQ(status.size(), adapter_methods().size());
   EXPECT_EQ(status[0]["method"], "bnb_nf4");
   EXPECT_EQ(status[0]["backends"]["cuda"]["usable"], true);
+  for (size_t i = 0; i < status.size(); ++i) {
+    const AdapterMethod& method = adapter_methods()[i];
+    const bool reads = method.name == "none" || find_container(method.container) != nullptr;
+    EXPECT_EQ(status[i]["usable"], reads) << method.name;
+    EXPECT_EQ(status[i]["why"] == "", reads) << method.name;
+    EXPECT_LE(status[i]["writes"].get<bool>(), reads) << method.name;
+  }
   EXPECT_EQ(status[0]["backends"]["mlx"]["why"], "bitsandbytes has no mlx back end");
 }
 

@@ -27,11 +27,19 @@ std::string python_name(std::string_view flag) {
   return name;
 }
 
+/// name=value; what Python would not take for a name, and a user may have typed, goes through a dictionary.
+std::string keyword(const std::string& name, const std::string& value) {
+  constexpr std::string_view kLetters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ_0123456789";
+  const bool is_name = !name.empty() && name.find_first_not_of(kLetters) == std::string::npos &&
+                       kLetters.substr(0, kLetters.size() - 10).find(name[0]) != std::string_view::npos;
+  return is_name ? name + "=" + value : fmt::format("**{{{}: {}}}", python_text(name), value);
+}
+
 /// "load_in_4bit=True, bnb_4bit_quant_type='nf4'" of a configuration object, without what names its class.
 std::string members_text(const Json& object) {
   std::string text;
   for (const auto& [name, value] : object.items())
-    if (name != "quant_method") text += (text.empty() ? "" : ", ") + name + "=" + python_text(value);
+    if (name != "quant_method") text += (text.empty() ? "" : ", ") + keyword(name, python_text(value));
   return text;
 }
 
@@ -63,8 +71,8 @@ std::string python_command(const EnginePlan& plan, const Json& engine, std::stri
     const bool is_object =
         row != nullptr && row->contains("classes") && value.is_object() && plan.api.contains("class");
     const std::string text =
-        ", " + name + "=" +
-        (is_object ? plan.api["class"].get<std::string>() + "(" + members_text(value) + ")" : python_text(value));
+        ", " + keyword(name, is_object ? plan.api["class"].get<std::string>() + "(" + members_text(value) + ")"
+                                       : python_text(value));
     if (row != nullptr && row->contains("call")) {
       call = (*row)["call"].get<std::string>();
       later += text;
@@ -100,7 +108,7 @@ std::string engine_command(const EnginePlan& plan, std::string_view model, const
   command += fill_text(pattern, Json{{"model", shell_word(std::string(model))}});
   for (const Argument& argument : plan.args) {
     if (argument.value == false) continue;
-    command += " " + argument.flag;
+    command += " " + shell_word(argument.flag);
     if (argument.value != true) command += " " + shell_word(value_text(argument.value));
   }
   const std::string file = engine.value("config_file", "");

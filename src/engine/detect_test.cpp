@@ -5,6 +5,7 @@
 #include <iostream>
 #include <sstream>
 
+#include "base/json.hpp"
 #include "tests/support.hpp"
 
 namespace bitwright {

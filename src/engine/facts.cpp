@@ -10,6 +10,7 @@
 #include <iterator>
 
 #include "base/error.hpp"
+#include "base/json.hpp"
 #include "base/nearest.hpp"
 
 // Written by CMake from data/: name, NUL, text, NUL for each file.
@@ -18,7 +19,7 @@ extern "C" const char bitwright_facts[], bitwright_facts_end[];
 namespace bitwright {
 namespace {
 
-/// Does this document answer to `name`, given as plain_name makes it?
+/// Does this document answer to `name`, as its own or another, given as plain_name makes it?
 bool is_called(const Json& document, const std::string& name) {
   if (plain_name(document["name"].get_ref<const std::string&>()) == name) return true;
   const auto aliases = document.find("aliases");
@@ -65,11 +66,14 @@ Facts::Facts(const std::filesystem::path& directory) {
                  .where = directory.string(),
                  .why = "there is no such directory",
                  .fix = "set or unset BITWRIGHT_DATA"});
-  for (const auto& entry : std::filesystem::recursive_directory_iterator(directory)) {
-    if (!entry.is_regular_file() || entry.path().extension() != ".json") continue;
-    std::ifstream file(entry.path(), std::ios::binary);
+  std::vector<std::filesystem::path> files;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(directory))
+    if (entry.is_regular_file() && entry.path().extension() == ".json") files.push_back(entry.path());
+  std::ranges::sort(files);  // so that of two documents of one name the same is taken on every file system
+  for (const std::filesystem::path& path : files) {
+    std::ifstream file(path, std::ios::binary);
     const std::string text{std::istreambuf_iterator<char>(file), {}};
-    add(std::filesystem::relative(entry.path(), directory).generic_string(), text);
+    add(std::filesystem::relative(path, directory).generic_string(), text);
   }
 }
 
@@ -92,12 +96,29 @@ void Facts::add(const std::string& file, std::string_view text) {
                  .what = "cannot use the facts",
                  .where = file,
                  .why = fmt::format("{}", fmt::join(problems, "; "))});
+  visit(parsed, [&](const Json& document) { forget(kind_of(file), document["name"].get<std::string>()); });
   documents_.insert_or_assign(file, std::move(parsed));
+}
+
+void Facts::forget(std::string_view kind, std::string_view name) {
+  const auto is_it = [plain = plain_name(name)](const Json& document) {
+    return plain_name(document["name"].get_ref<const std::string&>()) == plain;
+  };
+  for (auto file = documents_.begin(); file != documents_.end();) {
+    Json& documents = file->second;
+    const bool other = kind_of(file->first) != kind;
+    if (!other && documents.is_array()) std::erase_if(documents.get_ref<Json::array_t&>(), is_it);
+    const bool gone = !other && (documents.is_array() ? documents.empty() : is_it(documents));
+    file = gone ? documents_.erase(file) : std::next(file);
+  }
 }
 
 const Json* Facts::find(std::string_view kind, std::string_view name) const {
   const std::string plain = plain_name(name);
-  for (const Json* document : all(kind))
+  const std::vector<const Json*> documents = all(kind);
+  for (const Json* document : documents)
+    if (plain_name((*document)["name"].get_ref<const std::string&>()) == plain) return document;
+  for (const Json* document : documents)
     if (is_called(*document, plain)) return document;
   return nullptr;
 }

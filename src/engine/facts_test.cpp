@@ -4,6 +4,8 @@
 
 #include "base/error.hpp"
 #include "engine/condition.hpp"
+#include "engine/matrix.hpp"
+#include "engine/precision.hpp"
 #include "tests/support.hpp"
 
 namespace bitwright {
@@ -73,6 +75,39 @@ TEST(Facts, AUsersDirectoryAddsAndReplaces) {
   EXPECT_EQ(facts.get("hardware", "mine")["source"], "me");
   EXPECT_EQ(facts.get("engines", "native")["summary"], "changed");
   EXPECT_EQ(facts.all("engines").size(), Facts::standard().all("engines").size());
+}
+
+TEST(Facts, AnEngineAndADeviceAreAFileEach) {
+  const test::TemporaryDirectory directory;
+  for (const char* kind : {"engines", "hardware", "presets"}) std::filesystem::create_directories(directory / kind);
+  test::write_file(directory / "hardware/zz.json", R"([
+    {"name": "x1", "vendor": "nvidia", "kind": "gpu", "sm": 75, "memory_gib": 10, "bandwidth_gbps": 500,
+     "dtypes": ["float16"], "source": "its data sheet"},
+    {"name": "H100", "vendor": "nvidia", "kind": "gpu", "sm": 90, "memory_gib": 1, "bandwidth_gbps": 1,
+     "dtypes": ["float16"], "source": "ours has less"}])");
+  test::write_file(directory / "presets/small.json", R"({"name": "small", "kvcache_dtype": "int8"})");
+  test::write_file(directory / "engines/my_engine.json", R"({
+    "name": "mine", "aliases": ["my-engine"], "summary": "an engine of our own", "source": {"repo": "here"},
+    "version": "1.0", "entries": {"serve": "mine serve {model}"}, "entry": "serve", "method_flag": "--weights",
+    "flags": [{"flag": "--kv", "values": ["f16", "i8"], "file": "kv.cpp"},
+              {"flag": "--weights", "values": ["w8"], "file": "weights.cpp"}],
+    "methods": {"w8": {"mode": ["online"], "min_sm": 80, "file": "weights.cpp"}},
+    "checkpoints": [], "checks": [],
+    "map": {"kvcache_dtype": {"int8": [{"args": {"--kv": "i8"}, "file": "kv.cpp"}]},
+            "gemm_dtype": {"int8": [{"args": {"--weights": "w8"}, "file": "weights.cpp"}]}}})");
+  const Facts facts(directory.path());
+  const auto plan = [&](const char* device, const OrderedJson& quant_config, const OrderedJson& parameters = {}) {
+    return get_runtime_args("My_Engine", quant_config, parameters, {}, {.hardware = facts.get("hardware", device)},
+                            facts);
+  };
+  EXPECT_EQ(engine_command(plan("x1", {{"preset", "small"}}), "M", facts), "mine serve M --kv i8");
+  EXPECT_EQ(plan("x1", {{"preset", "small"}}).outcome, "ok");
+  EXPECT_EQ(plan("x1", {{"gemm_dtype", "int8"}}).outcome, "error");  // its GPU is older than the method
+  EXPECT_EQ(plan("h100", {{"gemm_dtype", "int8"}}).outcome, "ok");
+  EXPECT_EQ(plan("x1", {}, {{"kv", "i4"}}).diagnostics.at(0).code, "INVALID_VALUE");
+  EXPECT_EQ(facts.get("hardware", "h100")["memory_gib"], 1);  // ours, although "zz" comes last
+  EXPECT_EQ(facts.all("hardware").size(), Facts::standard().all("hardware").size() + 1);
+  EXPECT_NE(precision_matrix("x1", facts).find(" mine |"), std::string::npos);
 }
 
 TEST(Facts, ABadFileSaysWhatIsWrongWithIt) {

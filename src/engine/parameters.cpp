@@ -69,6 +69,7 @@ void add_parameter(const Json& engine, std::string_view entry, const std::string
 std::string plain_flag(std::string_view flag) {
   while (flag.starts_with('-')) flag.remove_prefix(1);
   std::string plain(flag);
+  if (plain.size() == 1) return plain;
   for (char& c : plain) c = c == '_' ? '-' : c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
   return plain;
 }
@@ -93,29 +94,6 @@ std::vector<NamedParameter> name_parameters(const Json& engine, std::string_view
     add_parameter(engine, entry, name, value, named);
   }
   return named;
-}
-
-OrderedJson merge_parameters(const OrderedJson& derived, const OrderedJson& given) {
-  OrderedJson merged = OrderedJson::object();
-  const auto put = [&](const std::string& name, const OrderedJson& value) {
-    const std::string plain = plain_flag(name);
-    for (auto& [flag, old] : merged.items())
-      if (plain_flag(flag) == plain) {
-        old = value;
-        return;
-      }
-    merged[name.starts_with('-') ? name : "--" + name] = value;
-  };
-  const auto put_all = [&](const OrderedJson& parameters) {
-    for (const auto& [name, value] : parameters.items()) {
-      if (value.is_null() || (value.is_array() && value.empty())) continue;
-      const OrderedJson& one = value.is_array() ? value[0] : value;
-      put(name, one.is_boolean() || one.is_string() ? one : OrderedJson(one.dump()));
-    }
-  };
-  put_all(derived);
-  put_all(given);
-  return merged;
 }
 
 }  // namespace bitwright

@@ -12,7 +12,7 @@ namespace bitwright {
 
 using Parameters = std::vector<std::pair<std::string, Json>>;
 
-/// How flags are compared: no leading dashes, letter case kept off, underscores as hyphens.
+/// How flags are compared: no leading dashes, letter case aside (but -c and -C are two), underscores as hyphens.
 std::string plain_flag(std::string_view flag);
 
 /// The engine's row for a parameter name, by its flag or alias, of this entry if several have it; or null.
@@ -30,9 +30,5 @@ struct NamedParameter {
   Json given;  ///< what goes to the engine: the user's own text
 };
 std::vector<NamedParameter> name_parameters(const Json& engine, std::string_view entry, const Parameters& parameters);
-
-/// SPECIFICATION B4: `given` over `derived`; names are compared without dashes, '_' as '-'. Booleans stay flags, lists
-/// give their first element, other values become text. The result's names carry their leading "--".
-OrderedJson merge_parameters(const OrderedJson& derived, const OrderedJson& given);
 
 }  // namespace bitwright

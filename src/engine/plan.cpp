@@ -63,6 +63,12 @@ void put_at(Json& object, std::string_view path, const Json& value) {
   (*at)[std::string(path)] = value;
 }
 
+/// Digits, perhaps after a minus.
+bool is_whole(std::string_view text) {
+  if (text.starts_with('-')) text.remove_prefix(1);
+  return !text.empty() && text.find_first_not_of("0123456789") == std::string_view::npos;
+}
+
 std::string_view without_dashes(std::string_view flag) {
   while (flag.starts_with('-')) flag.remove_prefix(1);
   return flag;
@@ -81,6 +87,8 @@ class Planner {
   void add_parameters();
   void place(Argument argument, const std::string& path, const Json* row);
   void emit(const std::string& flag, const Json& value, const std::string& rule, const std::string& source);
+
+  std::string rule_of(const std::string& name, const std::string& flag) const;
 
   void find_checkpoint();
   void say_version();
@@ -223,7 +231,7 @@ void Planner::place(Argument argument, const std::string& path, const Json* row)
   plan_.settings.back().flag = name;
   if (argument.place == "config") return put_at(plan_.config_file, name, argument.value);
   const Json& classes = row != nullptr ? member(*row, "classes") : kNone;
-  if (classes.is_object() && argument.value.is_object()) {
+  if (classes.is_object() && argument.value.is_object() && path.empty()) {
     // a configuration object: its class from what it calls itself, its members as they are
     const std::string method = text_of(argument.value, "quant_method");
     plan_.api["class"] = text_of(classes, method, method);
@@ -242,11 +250,20 @@ void Planner::emit(const std::string& flag, const Json& value, const std::string
   const Json text = value.is_structured() || value.is_boolean() ? value : Json(value_text(value));
   if (const auto there = facts_["arg"].find(name); there != facts_["arg"].end()) {
     if (!same_value(*there, canonical_value(row, text)))
-      plan_.overrides.push_back({.flag = flag, .derived = text, .given = *there, .rule = rule});
+      plan_.overrides.push_back(
+          {.flag = flag, .derived = text, .given = *there, .rule = rule, .by = rule_of(name, flag)});
     return;
   }
   place({.flag = flag, .value = text, .rule = rule, .source = source}, {}, row);
   facts_["arg"][name] = canonical_value(row, text);
+}
+
+/// Which rule set a flag that stands already.
+std::string Planner::rule_of(const std::string& name, const std::string& flag) const {
+  for (const auto* arguments : {&plan_.args, &plan_.settings})
+    for (const Argument& argument : *arguments)
+      if (argument.flag == flag || argument.flag == name) return argument.rule;
+  return "given";
 }
 
 Json Planner::canonical_value(const Json* row, const Json& value) const {
@@ -340,7 +357,7 @@ void Planner::answer_sixteen_bits(const std::string& field, const std::string& v
   const std::string flag(without_dashes(text_of(engine_, "dtype_flag")));
   const Json& dtype = member(facts_["arg"], flag);
   if (!flag.empty() && same_value(dtype, value) && field != "gemm_dtype") {
-    plan_.answers.push_back({field, value, "argument", "--" + flag});
+    plan_.answers.push_back({field, value, "argument", text_of(engine_, "dtype_flag")});
     return;
   }
   say("NO_ENGINE_FLAG", Severity::warning,
@@ -432,7 +449,10 @@ void Planner::apply(const Json& candidate, const std::string& field, const std::
   if (candidate.contains("say")) run_rules(candidate["say"]);
   const bool sets = candidate.contains("args") || candidate.contains("env");
   std::vector<std::string> why = said_;
-  for (size_t i = overridden; i < plan_.overrides.size(); ++i) why.push_back(plan_.overrides[i].flag + " is given");
+  for (size_t i = overridden; i < plan_.overrides.size(); ++i) {
+    const Override& o = plan_.overrides[i];
+    why.push_back(o.flag + (o.by == "given" ? " is given" : " is set by " + o.by));
+  }
   for (size_t i = args; i < plan_.args.size(); ++i) why.push_back(plan_.args[i].flag);
   for (size_t i = settings; i < plan_.settings.size(); ++i) why.push_back(plan_.settings[i].flag);
   if (why.empty()) why.push_back(sets ? "what it sets stands there already" : text_of(candidate, "default"));
@@ -485,8 +505,7 @@ void Planner::judge_value(const NamedParameter& parameter) {
   const std::string type = text_of(row, "type");
   if (!parameter.path.empty()) return;
   if (type == "json" && !parameter.value.is_object() && !parameter.value.is_boolean()) return bad("JSON is needed");
-  if (type == "int" && value_text(parameter.value).find_first_not_of("0123456789-") != std::string::npos)
-    return bad("a whole number is needed");
+  if (type == "int" && !is_whole(value_text(parameter.value))) return bad("a whole number is needed");
   const Json value = canonical_value(&row, parameter.value);
   for (const Json& refused : member(row, "refused"))
     if (same_value(refused["value"], value) &&
@@ -660,6 +679,8 @@ void Planner::say_rule(const Json& rule) {
 }
 
 void Planner::say(std::string code, Severity severity, std::string message, std::vector<std::string> instead) {
+  constexpr size_t kMost = 2000;
+  message = printable(message, kMost);  // it may repeat what the user typed
   said_.push_back(code);
   for (const Diagnostic& said : plan_.diagnostics)
     if (said.code == code && said.message == message) return;
@@ -706,8 +727,11 @@ OrderedJson plan_json(const EnginePlan& plan, std::string_view model, const Fact
     if (a.value != true) args.push_back(value_text(a.value));
   }
   for (const Override& o : plan.overrides)
-    overrides.push_back(
-        {{"flag", o.flag}, {"derived", OrderedJson(o.derived)}, {"given", OrderedJson(o.given)}, {"rule", o.rule}});
+    overrides.push_back({{"flag", o.flag},
+                         {"derived", OrderedJson(o.derived)},
+                         {"given", OrderedJson(o.given)},
+                         {"rule", o.rule},
+                         {"by", o.by}});
   for (const Diagnostic& d : plan.diagnostics)
     (d.severity == Severity::error ? errors : warnings)
         .push_back({{"code", d.code},

@@ -9,6 +9,7 @@
 #include "base/error.hpp"
 #include "base/nearest.hpp"
 #include "engine/condition.hpp"
+#include "engine/parameters.hpp"
 
 namespace bitwright {
 namespace {
@@ -37,11 +38,6 @@ std::string preset_name(const OrderedJson& value, const Facts& facts) {
   return facts.get("presets", value.get<std::string>())["name"].get<std::string>();
 }
 
-std::string value_of(const PrecisionFields& fields, const std::string& name) {
-  const auto found = fields.find(name);
-  return found == fields.end() ? "auto" : found->second;
-}
-
 /// `over` laid over `under`, objects by their members.
 void merge_into(OrderedJson& under, const OrderedJson& over) {
   if (!under.is_object() || !over.is_object()) {
@@ -51,15 +47,21 @@ void merge_into(OrderedJson& under, const OrderedJson& over) {
   for (const auto& [key, value] : over.items()) merge_into(under[key], value);
 }
 
-PlanRequest request_for(std::string_view engine, const Surroundings& around) {
-  PlanRequest request{.engine = std::string(engine), .version = around.version};
-  request.hardware = around.hardware;
-  request.checkpoint = around.checkpoint;
-  request.model = around.model;
-  for (const auto& [name, value] : around.parameters.items()) {
+void add_parameters(const OrderedJson& parameters, PlanRequest& request) {
+  if (parameters.is_null()) return;
+  if (!parameters.is_object()) bad("parameters", "names with values are needed");
+  for (const auto& [name, value] : parameters.items()) {
     if (value.is_array() && value.empty()) continue;
     request.parameters.emplace_back(name, Json::parse((value.is_array() ? value[0] : value).dump()));
   }
+}
+
+PlanRequest request_for(std::string_view engine, const DetectedQuantization& quantization, const Target& target) {
+  PlanRequest request{.engine = std::string(engine), .version = target.version};
+  request.hardware = target.hardware;
+  request.checkpoint = quantization.method;
+  request.model = quantization.facts;
+  request.model.update(target.model);
   return request;
 }
 
@@ -68,6 +70,12 @@ PlanRequest request_for(std::string_view engine, const Surroundings& around) {
 void validate_quant_config(const OrderedJson& quant_config, const Facts& facts) {
   if (quant_config.is_null()) return;
   if (!quant_config.is_object()) bad("quant_config", "it is a preset, presets or fields");
+  const auto is_given = [&](const char* key) {
+    const auto found = quant_config.find(key);
+    return found != quant_config.end() && !found->empty();
+  };
+  if (is_given("preset") && is_given("presets"))
+    bad("quant_config", "both 'preset' and 'presets' are given", "give one of them");
   for (const auto& [key, value] : quant_config.items()) {
     if (is_field(key)) {
       check_field(key, value);
@@ -141,8 +149,11 @@ std::string field_origin(const OrderedJson& quant_config, std::string_view field
   return fmt::format("preset {}", quant_config.value("preset", ""));
 }
 
-bool should_apply_dynamic_fp8(const PrecisionFields& fields, std::string_view checkpoint) {
-  return value_of(fields, "gemm_dtype") == "fp8" && checkpoint.empty();
+bool should_apply_dynamic_fp8(const OrderedJson& quant_config, const DetectedQuantization& model_quantization,
+                              const Facts& facts) {
+  const PrecisionFields fields = resolve_fields(quant_config, facts);
+  const auto gemm = fields.find("gemm_dtype");
+  return gemm != fields.end() && gemm->second == "fp8" && model_quantization.method.empty();
 }
 
 std::string get_quant_config_summary(const OrderedJson& quant_config) {
@@ -170,20 +181,48 @@ std::string get_quant_config_summary(const OrderedJson& quant_config) {
   return line;
 }
 
-EnginePlan get_runtime_args(std::string_view runtime, const OrderedJson& quant_config, const Surroundings& around,
-                            const Facts& facts) {
-  PlanRequest request = request_for(runtime, around);
+OrderedJson merge_parameters(const OrderedJson& derived, const OrderedJson& given) {
+  OrderedJson merged = OrderedJson::object();
+  const auto put = [&](const std::string& name, const OrderedJson& value) {
+    const std::string plain = plain_flag(name);
+    for (auto& [flag, old] : merged.items())
+      if (plain_flag(flag) == plain) {
+        old = value;
+        return;
+      }
+    merged[name.starts_with('-') ? name : "--" + name] = value;
+  };
+  const auto put_all = [&](const OrderedJson& parameters) {
+    for (const auto& [name, value] : parameters.items()) {
+      if (value.is_null() || (value.is_array() && value.empty())) continue;
+      const OrderedJson& one = value.is_array() ? value[0] : value;
+      put(name, one.is_boolean() || one.is_string() ? one : OrderedJson(one.dump()));
+    }
+  };
+  put_all(derived);
+  put_all(given);
+  return merged;
+}
+
+EnginePlan get_runtime_args(std::string_view runtime, const OrderedJson& quant_config,
+                            const OrderedJson& user_parameters, const DetectedQuantization& model_quantization,
+                            const Target& target, const Facts& facts) {
+  PlanRequest request = request_for(runtime, model_quantization, target);
   request.fields = resolve_fields(quant_config, facts);
+  add_parameters(user_parameters, request);
   return plan_engine(request, facts);
 }
-EnginePlan map_to_vllm_args(const OrderedJson& quant_config, const Surroundings& around) {
-  return get_runtime_args("vllm", quant_config, around);
+EnginePlan map_to_vllm_args(const OrderedJson& quant_config, const OrderedJson& user_parameters,
+                            const DetectedQuantization& model_quantization, const Target& target) {
+  return get_runtime_args("vllm", quant_config, user_parameters, model_quantization, target);
 }
-EnginePlan map_to_sglang_args(const OrderedJson& quant_config, const Surroundings& around) {
-  return get_runtime_args("sglang", quant_config, around);
+EnginePlan map_to_sglang_args(const OrderedJson& quant_config, const OrderedJson& user_parameters,
+                              const DetectedQuantization& model_quantization, const Target& target) {
+  return get_runtime_args("sglang", quant_config, user_parameters, model_quantization, target);
 }
-EnginePlan map_to_tensorrt_llm_args(const OrderedJson& quant_config, const Surroundings& around) {
-  return get_runtime_args("tensorrt_llm", quant_config, around);
+EnginePlan map_to_tensorrt_llm_args(const OrderedJson& quant_config, const OrderedJson& user_parameters,
+                                    const DetectedQuantization& model_quantization, const Target& target) {
+  return get_runtime_args("tensorrt_llm", quant_config, user_parameters, model_quantization, target);
 }
 
 std::vector<Experiment> prepare_experiment_parameters(const OrderedJson& quant_config, const OrderedJson& parameters,
@@ -191,6 +230,7 @@ std::vector<Experiment> prepare_experiment_parameters(const OrderedJson& quant_c
   std::vector<Experiment> grid;
   for (const OrderedJson& one : expand_quantization_presets(quant_config, facts))
     grid.push_back({.quant_config = one, .parameters = OrderedJson::object()});
+  if (!parameters.is_null() && !parameters.is_object()) bad("parameters", "names with values are needed");
   for (const auto& [name, value] : parameters.items()) {
     if (value.is_array() && value.empty()) continue;
     const OrderedJson choices = value.is_array() ? value : OrderedJson::array({value});
@@ -235,27 +275,31 @@ Intent intent_of(const OrderedJson& quantization) {
   return intent;
 }
 
-EnginePlan to_backend_params(const OrderedJson& config, std::string_view engine, const Surroundings& around,
-                             const Facts& facts) {
+OrderedJson settings_of_engine(const OrderedJson& config, std::string_view engine, const Facts& facts) {
   OrderedJson own = config.is_object() ? config : OrderedJson::object();
-  const std::string name = plain_name(facts.get("engines", engine)["name"].get<std::string>());
-  if (const auto engines = own.find("engines"); engines != own.end() && engines->is_object()) {
-    const OrderedJson overrides = *engines;
-    own.erase("engines");
-    for (const auto& [other, section] : overrides.items()) {
-      const Json* row = facts.find("engines", other);
-      if (row == nullptr) facts.get("engines", other);  // says which names there are
-      if (plain_name((*row)["name"].get<std::string>()) == name) merge_into(own, section);
-    }
-  }
-  PlanRequest request = request_for(engine, around);
-  if (const auto quantization = own.find("quantization"); quantization != own.end())
-    request.intent = intent_of(*quantization);
-  if (const auto quant_config = own.find("quant_config"); quant_config != own.end())
-    request.fields = resolve_fields(*quant_config, facts);
-  if (const auto parameters = own.find("parameters"); parameters != own.end() && parameters->is_object())
-    for (const auto& [key, value] : parameters->items())
-      request.parameters.emplace_back(key, Json::parse(value.dump()));
+  own.erase("engines");
+  const Json* const row = &facts.get("engines", engine);
+  const auto sections = config.is_object() ? config.find("engines") : config.end();
+  if (sections == config.end() || sections->is_null()) return own;
+  if (!sections->is_object()) bad("engines", "it holds a section for each engine's name");
+  for (const auto& [name, section] : sections->items())
+    if (&facts.get("engines", name) == row && !section.is_null()) merge_into(own, section);
+  return own;
+}
+
+EnginePlan to_backend_params(const OrderedJson& config, std::string_view engine,
+                             const DetectedQuantization& model_quantization, const Target& target, const Facts& facts) {
+  const OrderedJson own = settings_of_engine(config, engine, facts);
+  PlanRequest request = request_for(engine, model_quantization, target);
+  if (const auto block = own.find("quantization"); block != own.end()) request.intent = intent_of(*block);
+  if (const auto block = own.find("quant_config"); block != own.end()) request.fields = resolve_fields(*block, facts);
+  if (const auto block = own.find("parameters"); block != own.end()) add_parameters(*block, request);
+  if (const auto name = own.find("hardware"); name != own.end() && name->is_string() && request.hardware.empty())
+    request.hardware = facts.get("hardware", name->get<std::string>());
+  // the version that the configuration names is its main engine's, or this one's if the section says so
+  if (const auto named = own.find("engine"); named != own.end() && named->is_object() && request.version.empty())
+    if (facts.find("engines", named->value("name", std::string(engine))) == &facts.get("engines", engine))
+      request.version = named->value("version", "");
   return plan_engine(request, facts);
 }
 

@@ -7,13 +7,13 @@
 #include <string_view>
 #include <vector>
 
-#include "base/json.hpp"
+#include "bitwright/json.hpp"
 
 namespace bitwright {
 
 /// What is known of engines, hardware, checkpoints and presets: data/*/*.json, one file each, embedded in the program.
-/// A user's directory of the same shape (engines/, hardware/, checkpoints/, presets/) adds files; one that has the same
-/// name as an embedded file replaces it.
+/// A user's directory of the same shape (engines/, hardware/, checkpoints/, presets/, backends/) adds files; a document
+/// there takes the place of the embedded one of its name, whatever the files are called.
 class Facts {
  public:
   /// The embedded files, then those of `directory` (may be empty: none). Throws Error{"bad-facts"} naming the file and
@@ -29,10 +29,13 @@ class Facts {
   const Json* find(std::string_view kind, std::string_view name) const;
   /// All documents of a kind, in the order of their names.
   std::vector<const Json*> all(std::string_view kind) const;
-  /// Adds or replaces one file ("engines/mine.json"). Throws like the constructor.
+  /// Adds one file ("engines/mine.json"), or replaces it and the documents of its documents' names. Throws like the
+  /// constructor.
   void add(const std::string& file, std::string_view text);
 
  private:
+  void forget(std::string_view kind, std::string_view name);
+
   std::map<std::string, Json, std::less<>> documents_;  ///< by "engines/vllm.json"; one file may hold several in a list
 };
 

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <concepts>
+#include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>  // what is read and what is found are JSON values
 #include <optional>
@@ -7,7 +9,7 @@
 #include <string_view>
 #include <vector>
 
-#include "base/json.hpp"
+#include "bitwright/json.hpp"
 
 namespace bitwright {
 
@@ -35,6 +37,15 @@ struct DetectedQuantization {
 /// Reads the documents in the order the engines do; the first that declares a method decides. `name` (of the directory
 /// or the file) gives a hint only. Never throws: a member of the wrong type is as good as absent.
 DetectedQuantization detect_model_quantization(const ModelDocuments& documents, std::string_view name = {});
+
+/// The same for a model on disk: a directory, or a file of it (a GGUF file says so by its first bytes). `facts` holds
+/// model_facts as well, so that the result is all that planning needs. Reads no weights.
+/// Throws Error{"no-model"} if there is none, and parse errors of the documents.
+DetectedQuantization detect_model_at(const std::filesystem::path& model);
+template <std::convertible_to<std::filesystem::path> Path>  // so that documents in braces are never taken for a path
+DetectedQuantization detect_model_quantization(const Path& model) {
+  return detect_model_at(model);
+}
 
 /// What a config.json says of the architecture, as far as planning needs it: arch, model_type, moe, mla, head_dim,
 /// layers, kv_heads, heads, hidden_size, kv_lora_rank, sliding_window, context, dtype. Members it does not give are

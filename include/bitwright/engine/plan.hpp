@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "base/json.hpp"
-#include "engine/facts.hpp"
+#include "bitwright/engine/facts.hpp"
+#include "bitwright/json.hpp"
 
 namespace bitwright {
 
@@ -34,11 +34,12 @@ struct Argument {
   std::string place = "cli";  ///< cli | config (its configuration file) | api (its Python call) | env
 };
 
-/// The user's parameter took the place of what a rule would have set.
+/// The user's parameter, or a field before an intent, took the place of what a rule would have set.
 struct Override {
   std::string flag;
   Json derived, given;
   std::string rule;
+  std::string by = "given";  ///< "given": by the user's parameter; else the rule that came first
 };
 
 /// What became of a field or an intent. None is ever dropped without a word.
@@ -51,6 +52,8 @@ struct Answer {
 
 /// Intent (SPECIFICATION A). weight_only absent: what the method usually means.
 struct Intent {
+  bool enabled() const { return method != "none" || !backend_method.empty(); }
+
   std::string method = "none";
   std::optional<bool> weight_only{};
   std::string backend_method{};  ///< the engine's own name; bypasses the mapping
