@@ -79,11 +79,10 @@ void check_flags(const Json& engine, Problems& problems) {
       Member{"type", kText},       Member{"default", kText | kList | kObject | kFlag | kWhole | kNull},
       Member{"values", kList},     Member{"open_ended", kFlag},
       Member{"lower_case", kFlag}, Member{"upper_case", kFlag},
-      Member{"same", kTextMap},
-      Member{"refused", kList},    Member{"place", kText},
-      Member{"entries", kTexts},   Member{"since", kText},
-      Member{"classes", kTextMap}, Member{"help", kText},
-      Member{"file", kText, true}};
+      Member{"same", kTextMap},    Member{"refused", kList},
+      Member{"place", kText},      Member{"entries", kTexts},
+      Member{"since", kText},      Member{"classes", kTextMap},
+      Member{"help", kText},       Member{"file", kText, true}};
   const Json none = Json::array();
   for (const Json& flag : member_or(engine, "flags", none)) {
     const std::string where = "flags." + value_text(member_or(flag, "flag", none));
