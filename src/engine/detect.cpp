@@ -90,6 +90,12 @@ void read_bitsandbytes(const Json& q, DetectedQuantization& found) {
   add_skipped(member(q, "llm_int8_skip_modules"), found);
 }
 
+/// Does ModelOpt's list of layers have some in NVFP4?
+void find_nvfp4_layers(const Json& q, DetectedQuantization& found) {
+  for (const auto& [layer, how] : member(q, "quantized_layers").items())
+    if (text(member(how, "quant_algo")).find("NVFP4") != std::string::npos) found.facts["nvfp4_layers"] = true;
+}
+
 void read_fp8(const Json& q, DetectedQuantization& found) {
   const Json& block = member(q, "weight_block_size");
   const bool blocks = block.is_array() && !block.empty();
@@ -99,6 +105,12 @@ void read_fp8(const Json& q, DetectedQuantization& found) {
       blocks && block.size() == 2 ? fmt::format("fp8 block {}x{}", integer(block[0]), integer(block[1])) : "fp8";
   if (blocks) found.facts["weight_block_size"] = block;
   copy(q, found.facts, {"activation_scheme", "fmt", "scale_fmt", "kv_cache_scheme"});
+  // ModelOpt over fp8 weights: some layers, the experts, are quantized again; "ignore" are those that were not
+  if (!q.contains("quant_algo")) return;
+  copy(q, found.facts, {"quant_algo", "moe_quant_algo"});
+  find_nvfp4_layers(q, found);
+  add_skipped(member(q, "exclude_modules"), found);
+  add_skipped(member(q, "ignore"), found);
 }
 
 void read_fbgemm(const Json& q, DetectedQuantization& found) {
@@ -192,8 +204,7 @@ void read_modelopt(const Json& q, DetectedQuantization& found) {
   if (scheme.is_string()) kv = text(scheme);
   if (scheme.is_object()) kv = integer(member(scheme, "num_bits")) == 4 ? "NVFP4" : "FP8";
   if (!kv.empty()) found.facts["kv_cache_quant_algo"] = kv;
-  for (const auto& [layer, how] : member(q, "quantized_layers").items())
-    if (text(member(how, "quant_algo")).find("NVFP4") != std::string::npos) found.facts["nvfp4_layers"] = true;
+  find_nvfp4_layers(q, found);
 }
 
 void read_mlx(const Json& q, DetectedQuantization& found) {
@@ -284,7 +295,12 @@ void read_fp_quant(const Json& q, DetectedQuantization& found) {
 void read_quark(const Json& q, DetectedQuantization& found) {
   if (q.contains("config_groups")) return read_compressed_tensors(q, found);
   const Json& all = member(q, "global_quant_config");
-  const auto type_of = [](const Json& config) { return text(member(member(config, "weight"), "dtype")); };
+  // a list is a pipeline, fp8 and then int4: what is stored is its last
+  const auto weight_of = [](const Json& config) -> const Json& {
+    const Json& weight = member(config, "weight");
+    return weight.is_array() && !weight.empty() ? weight.back() : weight;
+  };
+  const auto type_of = [&](const Json& config) { return text(member(weight_of(config), "dtype")); };
   const std::string type = type_of(all);
   found.scheme = type;
   add_skipped(member(q, "exclude"), found);
@@ -293,7 +309,7 @@ void read_quark(const Json& q, DetectedQuantization& found) {
       if (const std::string own = type_of(layer); !own.empty() && own != type) found.scheme = "mixed";
   const size_t digit = type.find_first_of("0123456789");
   if (found.scheme == "mixed" || digit == std::string::npos) return;
-  const Json& weight = member(all, "weight");
+  const Json& weight = weight_of(all);
   const bool rows = text(member(weight, "qscheme")) == "per_channel";
   set_bits(found, type[digit] - '0', rows ? -1 : integer(member(weight, "group_size")));
   found.facts["num_bits"] = static_cast<int>(found.bits);
@@ -306,7 +322,10 @@ void read_quark(const Json& q, DetectedQuantization& found) {
 /// number before "weight" is the weights'.
 void read_torchao(const Json& q, DetectedQuantization& found) {
   const Json& type = member(q, "quant_type");
-  const Json& config = type.is_object() && type.contains("default") ? type["default"] : type;
+  const Json& whole = type.is_object() && type.contains("default") ? type["default"] : type;
+  // a map from modules to configurations has one for all others
+  const Json& others = member(member(member(whole, "_data"), "module_fqn_to_config"), "_default");
+  const Json& config = others.is_object() ? others : whole;
   std::string name = config.is_object() ? text(member(config, "_type")) : text(config);
   const Json& data = config.is_object() ? member(config, "_data") : member(q, "quant_type_kwargs");
   for (char& c : name) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
@@ -320,6 +339,11 @@ void read_torchao(const Json& q, DetectedQuantization& found) {
   const size_t digit = from.find_last_of("12345678");
   if (digit == std::string::npos) return;
   const double bits = from[digit] - '0';
+  if (name.starts_with("nvfp4")) {
+    found.scheme = "nvfp4";
+    found.facts["scheme"] = "nvfp4";
+    return set_bits(found, bits, 16);
+  }
   const Json& granularity = member(member(data, "weight_granularity"), "_data");
   const int64_t group = integer(member(data.contains("group_size") ? data : granularity, "group_size"));
   constexpr int64_t kInt4Group = 128, kDynamicGroup = 32;
