@@ -364,6 +364,12 @@ void read_quip(const Json& q, DetectedQuantization& found) {
            integer(member(q, "codesz")));
 }
 
+/// What transformers.js' converter leaves beside its ONNX files.
+void read_onnx(const Json& q, DetectedQuantization& found) {
+  set_bits(found, 8, is_true(member(q, "per_channel")) ? -1 : 0);
+  found.scheme = "int";
+}
+
 void read_mxfp8(const Json&, DetectedQuantization& found) {
   set_bits(found, 8, 32);
   found.scheme = "mxfp8";
@@ -392,7 +398,7 @@ void read_bitnet(const Json&, DetectedQuantization& found) {
 }
 
 void read_other(const Json& q, DetectedQuantization& found) {
-  set_bits(found, number(first_of(q, {"bits", "nbits", "w_bit", "num_bits"})),
+  set_bits(found, number(first_of(q, {"bits", "nbits", "w_bit", "wbits", "num_bits"})),
            integer(first_of(q, {"group_size", "q_group_size"})));
   copy(q, found.facts, {"sym"});
 }
@@ -401,12 +407,14 @@ struct Method {
   std::string_view declared, name;
   Reader read;
 };
-constexpr std::array<Method, 41> kMethods = {{
+constexpr std::array<Method, 43> kMethods = {{
     {"gptq", "gptq", read_integers},
     {"awq", "awq", read_integers},
     {"auto-round", "auto-round", read_autoround},
     {"intel/auto-round", "auto-round", read_autoround},
     {"auto_round", "auto-round", read_autoround},
+    {"autoround", "auto-round", read_autoround},
+    {"onnx", "onnx", read_onnx},
     {"inc", "auto-round", read_autoround},
     {"bitsandbytes", "bitsandbytes", read_bitsandbytes},
     {"bitsandbytes_4bit", "bitsandbytes", read_bitsandbytes},
@@ -464,6 +472,8 @@ std::string_view unnamed_method(const Json& q) {
   if (q.contains("w_bit") || (q.contains("zero_point") && q.contains("bits"))) return "awq";
   if (q.contains("desc_act") || q.contains("damp_percent")) return "gptq";
   if (q.contains("in_group_size")) return "aqlm";
+  if (q.contains("per_model_config")) return "onnx";
+  if (q.contains("wbits")) return "squeezellm";
   if (q.contains("bits") && q.contains("group_size")) return "mlx";
   return {};
 }
@@ -512,6 +522,18 @@ DetectedQuantization from_modelopt(const Json& document, const std::string& file
 
 DetectedQuantization from_whole(const Json& document, const std::string& file) { return read_config(document, file); }
 
+/// MLC's file; the older ones name the quantization only at the end of the model's name, "Llama-2-7b-chat-hf-q4f16_1".
+DetectedQuantization from_mlc(const Json& document, const std::string& file) {
+  if (DetectedQuantization found = from_config(document, file); !found.method.empty()) return found;
+  for (const char* key : {"local_id", "model_lib"}) {
+    const std::string name = text(member(document, key));
+    const size_t dash = name.rfind("-q");
+    if (dash == std::string::npos || dash + 3 >= name.size() || name[dash + 2] < '0' || name[dash + 2] > '8') continue;
+    return read_as("mlc", Json(name.substr(dash + 1)), file + " " + key);
+  }
+  return {};
+}
+
 DetectedQuantization from_modelslim(const Json&, const std::string& file) {
   return {.method = "modelslim", .bits = 0, .group_size = 0, .scheme = "", .evidence = file};
 }
@@ -529,7 +551,7 @@ constexpr std::array<Place, 8> kPlaces = {{
     {"quant_config.json", from_whole},
     {"quantization_config.json", from_whole},
     {"openvino_config.json", from_config},
-    {"mlc-chat-config.json", from_config},
+    {"mlc-chat-config.json", from_mlc},
 }};
 
 /// Hints in names, as people write them; the longer first.
