@@ -50,6 +50,8 @@ void set_kind(DetectedQuantization& found, std::string_view mode, std::optional<
 }
 
 void set_bits(DetectedQuantization& found, double bits, int64_t group_size) {
+  constexpr double kMost = 64;
+  if (!(bits <= kMost)) bits = 0;  // no weight's code
   found.bits = bits;
   found.group_size = group_size;
   if (bits > 0 && bits == std::floor(bits)) found.facts["bits"] = static_cast<int>(bits);
@@ -65,13 +67,26 @@ void read_integers(const Json& q, DetectedQuantization& found) {
   set_bits(found, number(first_of(q, {"bits", "w_bit", "nbits"})),
            integer(first_of(q, {"group_size", "q_group_size"})));
   found.scheme = "int";
-  copy(q, found.facts, {"sym", "desc_act", "zero_point", "version"});
+  copy(q, found.facts, {"sym", "desc_act", "zero_point", "version", "checkpoint_format"});
   set_kind(found, "weight-only", std::nullopt);
   if (const Json& sym = member(q, "sym"); sym.is_boolean()) found.symmetric = is_true(sym);
   if (const Json& zero = member(q, "zero_point"); zero.is_boolean()) found.symmetric = !is_true(zero);
   // GPTQModel: "-:pattern" leaves modules out
   for (const auto& [pattern, rule] : member(q, "dynamic").items())
     if (pattern.starts_with("-:")) found.skipped.push_back(pattern.substr(2));
+}
+
+/// AutoRound: integers unless data_type says floats; extra_config raises layers to 16 bits.
+void read_autoround(const Json& q, DetectedQuantization& found) {
+  read_integers(q, found);
+  const std::string type = text(member(q, "data_type"));
+  if (type.starts_with("mx_fp")) found.scheme = found.bits == 8 ? "mxfp8" : "mxfp4";
+  if (type.starts_with("nv_fp")) found.scheme = "nvfp4";
+  if (type.starts_with("fp8")) found.scheme = "fp8";
+  if (found.scheme != "int") found.facts["scheme"] = found.scheme;
+  constexpr double kWhole = 16;
+  for (const auto& [layer, how] : member(q, "extra_config").items())
+    if (number(member(how, "bits")) >= kWhole) found.skipped.push_back(layer);
 }
 
 void read_bitsandbytes(const Json& q, DetectedQuantization& found) {
@@ -86,6 +101,12 @@ void read_bitsandbytes(const Json& q, DetectedQuantization& found) {
   add_skipped(member(q, "llm_int8_skip_modules"), found);
 }
 
+/// Does ModelOpt's list of layers have some in NVFP4?
+void find_nvfp4_layers(const Json& q, DetectedQuantization& found) {
+  for (const auto& [layer, how] : member(q, "quantized_layers").items())
+    if (text(member(how, "quant_algo")).find("NVFP4") != std::string::npos) found.facts["nvfp4_layers"] = true;
+}
+
 void read_fp8(const Json& q, DetectedQuantization& found) {
   const Json& block = member(q, "weight_block_size");
   const bool blocks = block.is_array() && !block.empty();
@@ -94,8 +115,19 @@ void read_fp8(const Json& q, DetectedQuantization& found) {
   found.scheme =
       blocks && block.size() == 2 ? fmt::format("fp8 block {}x{}", integer(block[0]), integer(block[1])) : "fp8";
   if (blocks) found.facts["weight_block_size"] = block;
-  copy(q, found.facts, {"activation_scheme", "fmt", "scale_fmt"});
+  copy(q, found.facts, {"activation_scheme", "fmt", "scale_fmt", "kv_cache_scheme"});
   set_kind(found, text(member(q, "activation_scheme")), true);
+  // ModelOpt over fp8 weights: some layers, the experts, are quantized again; "ignore" are those that were not
+  if (!q.contains("quant_algo")) return;
+  copy(q, found.facts, {"quant_algo", "moe_quant_algo"});
+  find_nvfp4_layers(q, found);
+  add_skipped(member(q, "exclude_modules"), found);
+  add_skipped(member(q, "ignore"), found);
+}
+
+void read_fbgemm(const Json& q, DetectedQuantization& found) {
+  read_fp8(q, found);
+  found.group_size = -1;  // a scale for each row
 }
 
 void read_mxfp4(const Json&, DetectedQuantization& found) {
@@ -140,25 +172,30 @@ void read_compressed_tensors(const Json& q, DetectedQuantization& found) {
   if (const Json& kv = member(q, "kv_cache_scheme"); !kv.is_null()) found.facts["kv_cache_scheme"] = kv;
   const Json& groups = member(q, "config_groups");
   if (!groups.is_object()) return;
-  std::vector<std::string> schemes;
+  std::vector<std::string> schemes;  // each with its bits: W4 and W8 beside each other are mixed as well
   for (const Json& group : groups) {
     const Json& weights = member(group, "weights");
     if (!weights.is_object()) continue;
     const std::string scheme = compressed_scheme(weights, member(group, "input_activations"));
     add_names(member(group, "targets"), found.affected);
-    if (std::ranges::find(schemes, scheme) == schemes.end()) schemes.push_back(scheme);
+    const std::string kind = fmt::format("{} {}", scheme, integer(member(weights, "num_bits")));
+    if (std::ranges::find(schemes, kind) == schemes.end()) schemes.push_back(kind);
     if (schemes.size() > 1) continue;
     read_kind(group, found);
     const std::string strategy = text(member(weights, "strategy"));
+    const Json& block = member(weights, "block_structure");
+    const bool blocks = strategy == "block" && block.is_array() && !block.empty();
     set_bits(found, number(member(weights, "num_bits")),
-             strategy == "channel" ? -1 : integer(member(weights, "group_size")));
+             strategy == "channel" ? -1
+             : blocks              ? integer(block.back())
+                                   : integer(member(weights, "group_size")));
     copy(weights, found.facts, {"num_bits", "type", "strategy"});
     if (const Json& act = member(group, "input_activations"); act.is_object())
       if (const std::string how = text(member(act, "strategy")); !how.empty()) found.facts["activation"] = how;
     if (const Json& symmetric = member(weights, "symmetric"); !symmetric.is_null()) found.facts["sym"] = symmetric;
     found.facts["scheme"] = scheme;
   }
-  found.scheme = schemes.size() == 1 ? schemes[0] : schemes.empty() ? "" : "mixed";
+  found.scheme = schemes.size() > 1 ? "mixed" : text(member(found.facts, "scheme"));
   if (schemes.size() > 1) {
     set_bits(found, 0, 0);
     set_kind(found, "", std::nullopt);
@@ -188,24 +225,22 @@ constexpr std::array<Algo, 12> kAlgos = {{{"FP8", 8, 0, "static"},
 
 void read_modelopt(const Json& q, DetectedQuantization& found) {
   found.scheme = text(member(q, "quant_algo"));
+  add_skipped(member(q, "exclude_modules"), found);
+  add_skipped(member(q, "ignore"), found);
   if (const auto* row = std::ranges::find(kAlgos, found.scheme, &Algo::name); row != kAlgos.end()) {
     set_bits(found, row->bits, row->group_size);
     set_kind(found, row->mode, true);
   }
-  if (const int64_t group = integer(member(q, "group_size")); group != 0) set_bits(found, found.bits, group);
-  if (found.scheme.empty()) return;
-  found.facts["quant_algo"] = found.scheme;
+  if (const int64_t group = integer(member(q, "group_size")); group != 0 && found.bits != 0)
+    set_bits(found, found.bits, group);
+  if (!found.scheme.empty()) found.facts["quant_algo"] = found.scheme;
   std::string kv = text(member(q, "kv_cache_quant_algo"));
   const Json& scheme = member(q, "kv_cache_scheme");  // the same in config.json: a name, or bits and type
   if (scheme.is_string()) kv = text(scheme);
   if (scheme.is_object()) kv = integer(member(scheme, "num_bits")) == 4 ? "NVFP4" : "FP8";
   if (!kv.empty()) found.facts["kv_cache_quant_algo"] = kv;
-  for (const auto& [layer, how] : member(q, "quantized_layers").items()) {
-    found.affected.push_back(layer);
-    if (text(member(how, "quant_algo")).find("NVFP4") != std::string::npos) found.facts["nvfp4_layers"] = true;
-  }
-  add_skipped(member(q, "exclude_modules"), found);
-  add_skipped(member(q, "ignore"), found);
+  for (const auto& [layer, how] : member(q, "quantized_layers").items()) found.affected.push_back(layer);
+  find_nvfp4_layers(q, found);
 }
 
 void read_mlx(const Json& q, DetectedQuantization& found) {
@@ -221,11 +256,13 @@ void read_mlx(const Json& q, DetectedQuantization& found) {
 void read_hqq(const Json& q, DetectedQuantization& found) {
   // transformers nests quant_config.weight_quant_params; the library's own files have one for each part of the model
   std::vector<const Json*> parts;
-  for (const Json* at : {&q, &member(q, "quant_config")})
+  for (const Json* at : {&q, &member(q, "quant_config")}) {
     if (const Json& weights = member(*at, "weight_quant_params"); weights.is_object()) parts.push_back(&weights);
-  if (q.is_object())
-    for (const Json& part : q)
-      if (const Json& weights = member(part, "weight_quant_params"); weights.is_object()) parts.push_back(&weights);
+    if (!at->is_object()) continue;
+    for (const auto& [name, part] : at->items())
+      if (const Json& weights = member(part, "weight_quant_params"); weights.is_object() && name != "quant_config")
+        parts.push_back(&weights);
+  }
   if (parts.empty() && (q.contains("nbits") || q.contains("bits"))) parts.push_back(&q);
   found.scheme = "int";
   set_kind(found, "weight-only", false);
@@ -242,6 +279,7 @@ void read_hqq(const Json& q, DetectedQuantization& found) {
 void read_quanto(const Json& q, DetectedQuantization& found) {
   const std::string weights = text(member(q, "weights"));
   found.scheme = weights;
+  if (weights.starts_with("float")) found.facts["scheme"] = "fp8";
   const size_t digit = weights.find_first_of("0123456789");
   if (digit != std::string::npos)
     set_bits(found, weights[digit] - '0', weights.starts_with("int") && weights[digit] != '8' ? 128 : -1);
@@ -253,19 +291,151 @@ void read_aqlm(const Json& q, DetectedQuantization& found) {
     set_bits(found, number(member(q, "nbits_per_codebook")) * number(member(q, "num_codebooks")) / (in * out),
              integer(member(q, "in_group_size")));
   found.scheme = "codebook";
+  set_kind(found, "weight-only", std::nullopt);
   add_skipped(member(q, "linear_weights_not_to_quantize"), found);
 }
 
-/// MLC's "q4f16_1": bits, the type of the rest, the layout (0: column-major, groups of 40 or 32).
+/// MLC's "q4f16_1": bits, the type of the rest, the layout; 3 bits fill words of 32 by tens, in groups of 40.
 void read_mlc(const Json& q, DetectedQuantization& found) {
   const std::string name = text(q);
   found.scheme = name;
-  if (name.size() > 1 && name[1] >= '1' && name[1] <= '8') set_bits(found, name[1] - '0', 32);
+  if (name.starts_with("e4m3") || name.starts_with("e5m2")) return set_bits(found, 8, 0);
+  if (!name.starts_with('q') || name.size() < 2 || name[1] < '1' || name[1] > '8') return;
+  set_bits(found, name[1] - '0', name.ends_with("_ft") ? -1 : name.ends_with("awq") ? 128 : name[1] == '3' ? 40 : 32);
 }
 
-void read_eight_bits(const Json&, DetectedQuantization& found) {
-  set_bits(found, 8, -1);
+/// VPTQ: indices into two codebooks stand for vectors of weights; each layer says so for itself.
+void read_vptq(const Json& q, DetectedQuantization& found) {
+  found.scheme = "codebook";
+  set_kind(found, "weight-only", std::nullopt);
+  const auto last = [](const Json& list) { return list.is_array() && !list.empty() ? integer(list.back()) : 0; };
+  for (const Json& layer : member(q, "config_for_layers")) {
+    const int64_t length = last(member(layer, "vector_lens"));
+    if (length <= 0) continue;
+    double bits = 0;
+    for (const char* book : {"num_centroids", "num_res_centroids"})
+      if (const int64_t centroids = last(member(layer, book)); centroids > 1)
+        bits += std::log2(static_cast<double>(centroids));
+    return set_bits(found, bits / static_cast<double>(length), length);
+  }
+}
+
+void read_spqr(const Json& q, DetectedQuantization& found) {
+  set_bits(found, number(member(q, "bits")), integer(member(q, "beta1")));
   found.scheme = "int";
+  set_kind(found, "weight-only", std::nullopt);
+}
+
+void read_fp_quant(const Json& q, DetectedQuantization& found) {
+  found.scheme = text(member(q, "forward_dtype"));
+  found.facts["scheme"] = found.scheme;
+  set_bits(found, 4, found.scheme == "nvfp4" ? 16 : 32);
+}
+
+/// Quark names its types: "fp8_e4m3", "fp4", "int4", "uint4", "int8", for all layers and for some by name.
+void read_quark(const Json& q, DetectedQuantization& found) {
+  if (q.contains("config_groups")) return read_compressed_tensors(q, found);
+  const Json& all = member(q, "global_quant_config");
+  // a list is a pipeline, fp8 and then int4: what is stored is its last
+  const auto weight_of = [](const Json& config) -> const Json& {
+    const Json& weight = member(config, "weight");
+    return weight.is_array() && !weight.empty() ? weight.back() : weight;
+  };
+  const auto type_of = [&](const Json& config) { return text(member(weight_of(config), "dtype")); };
+  const std::string type = type_of(all);
+  found.scheme = type;
+  add_skipped(member(q, "exclude"), found);
+  for (const char* by : {"layer_quant_config", "layer_type_quant_config"})
+    for (const Json& layer : member(q, by))
+      if (const std::string own = type_of(layer); !own.empty() && own != type) found.scheme = "mixed";
+  const size_t digit = type.find_first_of("0123456789");
+  if (found.scheme == "mixed" || digit == std::string::npos) return;
+  const Json& weight = weight_of(all);
+  const bool rows = text(member(weight, "qscheme")) == "per_channel";
+  set_bits(found, type[digit] - '0', rows ? -1 : integer(member(weight, "group_size")));
+  found.facts["num_bits"] = static_cast<int>(found.bits);
+  found.facts["type"] = type.starts_with("fp") ? "float" : "int";
+  if (type.starts_with("fp4")) found.scheme = found.group_size == 16 ? "nvfp4" : "mxfp4";
+  if (type.starts_with("fp4")) found.facts["scheme"] = found.scheme;
+}
+
+/// TorchAO: "int4_weight_only", or a configuration object's class, Int8DynamicActivationInt4WeightConfig: the last
+/// number before "weight" is the weights'.
+void read_torchao(const Json& q, DetectedQuantization& found) {
+  const Json& type = member(q, "quant_type");
+  const Json& whole = type.is_object() && type.contains("default") ? type["default"] : type;
+  // a map from modules to configurations has one for all others
+  const Json& others = member(member(member(whole, "_data"), "module_fqn_to_config"), "_default");
+  const Json& config = others.is_object() ? others : whole;
+  std::string name = config.is_object() ? text(member(config, "_type")) : text(config);
+  const Json& data = config.is_object() ? member(config, "_data") : member(q, "quant_type_kwargs");
+  for (char& c : name) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
+  found.scheme = name.find("float8") != std::string::npos ? "fp8" : "int";
+  const bool weight_only = name.find("only") != std::string::npos;
+  set_kind(found, weight_only ? "weight-only" : name.find("dynamic") != std::string::npos ? "dynamic" : "", std::nullopt);
+  if (found.scheme == "fp8") found.facts["scheme"] = "fp8";
+  const Json& type_of_weights =
+      member(data, "weight_dtype");  // "torch.int4" or an object around it, of Intx... classes
+  const std::string packed = text(type_of_weights.is_object() ? member(type_of_weights, "_data") : type_of_weights);
+  const std::string from =
+      name.find("intx") != std::string::npos && !packed.empty() ? packed : name.substr(0, name.rfind("weight"));
+  const size_t digit = from.find_last_of("12345678");
+  if (digit == std::string::npos) return;
+  const double bits = from[digit] - '0';
+  if (name.starts_with("nvfp4")) {
+    found.scheme = "nvfp4";
+    found.facts["scheme"] = "nvfp4";
+    return set_bits(found, bits, 16);
+  }
+  const Json& granularity = member(member(data, "weight_granularity"), "_data");
+  const int64_t group = integer(member(data.contains("group_size") ? data : granularity, "group_size"));
+  constexpr int64_t kInt4Group = 128, kDynamicGroup = 32;
+  const bool dynamic = name.find("dynamic") != std::string::npos;
+  set_bits(found, bits, group != 0 ? group : bits < 8 ? (dynamic ? kDynamicGroup : kInt4Group) : -1);
+}
+
+/// QuIP# and QTIP put their block at the top of config.json.
+void read_quip(const Json& q, DetectedQuantization& found) {
+  const std::string book = text(member(q, "codebook"));
+  const double bits = number(member(q, "K"));
+  found.scheme = "codebook";
+  set_bits(found,
+           bits > 0                                           ? bits
+           : book.ends_with("3B")                             ? 3
+           : book.ends_with("4B") || book.starts_with("HI4B") ? 4
+                                                              : 2,
+           integer(member(q, "codesz")));
+}
+
+/// What transformers.js' converter leaves beside its ONNX files.
+void read_onnx(const Json& q, DetectedQuantization& found) {
+  set_bits(found, 8, is_true(member(q, "per_channel")) ? -1 : 0);
+  found.scheme = "int";
+}
+
+void read_mxfp8(const Json&, DetectedQuantization& found) {
+  set_bits(found, 8, 32);
+  found.scheme = "mxfp8";
+  set_kind(found, "", true);
+}
+
+void read_w4afp8(const Json& q, DetectedQuantization& found) {
+  const int64_t group = integer(member(q, "group_size"));
+  set_bits(found, 4, group != 0 ? group : 128);
+  found.scheme = "w4afp8";
+  set_kind(found, "", true);
+}
+
+/// vLLM's and SGLang's names for 8 bits with a scale for each row.
+void read_row_fp8(const Json&, DetectedQuantization& found) {
+  set_bits(found, 8, -1);
+  found.scheme = "fp8";
+  set_kind(found, "dynamic", true);
+}
+
+void read_eight_bits(const Json& q, DetectedQuantization& found) {
+  set_bits(found, 8, -1);
+  found.scheme = text(member(q, "quant_dtype")).starts_with("f") ? "fp8" : "int";  // LMDeploy's smooth_quant has both
 }
 
 void read_bitnet(const Json&, DetectedQuantization& found) {
@@ -274,7 +444,7 @@ void read_bitnet(const Json&, DetectedQuantization& found) {
 }
 
 void read_other(const Json& q, DetectedQuantization& found) {
-  set_bits(found, number(first_of(q, {"bits", "nbits", "w_bit", "num_bits"})),
+  set_bits(found, number(first_of(q, {"bits", "nbits", "w_bit", "wbits", "num_bits"})),
            integer(first_of(q, {"group_size", "q_group_size"})));
   copy(q, found.facts, {"sym"});
 }
@@ -283,22 +453,37 @@ struct Method {
   std::string_view declared, name;
   Reader read;
 };
-constexpr std::array<Method, 27> kMethods = {{
+constexpr std::array<Method, 43> kMethods = {{
     {"gptq", "gptq", read_integers},
     {"awq", "awq", read_integers},
-    {"auto-round", "auto-round", read_integers},
-    {"intel/auto-round", "auto-round", read_integers},
-    {"auto_round", "auto-round", read_integers},
+    {"auto-round", "auto-round", read_autoround},
+    {"intel/auto-round", "auto-round", read_autoround},
+    {"auto_round", "auto-round", read_autoround},
+    {"autoround", "auto-round", read_autoround},
+    {"onnx", "onnx", read_onnx},
+    {"inc", "auto-round", read_autoround},
     {"bitsandbytes", "bitsandbytes", read_bitsandbytes},
     {"bitsandbytes_4bit", "bitsandbytes", read_bitsandbytes},
     {"bitsandbytes_8bit", "bitsandbytes", read_bitsandbytes},
     {"fp8", "fp8", read_fp8},
-    {"fbgemm_fp8", "fbgemm_fp8", read_fp8},
+    {"fbgemm_fp8", "fbgemm_fp8", read_fbgemm},
+    {"mxfp8", "mxfp8", read_mxfp8},
+    {"w8a8_fp8", "w8a8_fp8", read_row_fp8},
+    {"ptpc_fp8", "ptpc_fp8", read_row_fp8},
+    {"w8a8_int8", "w8a8_int8", read_eight_bits},
+    {"smooth_quant", "smooth_quant", read_eight_bits},
+    {"w4afp8", "w4afp8", read_w4afp8},
+    {"fp_quant", "fp_quant", read_fp_quant},
+    {"torchao", "torchao", read_torchao},
+    {"vptq", "vptq", read_vptq},
+    {"quip", "quip", read_quip},
     {"mxfp4", "mxfp4", read_mxfp4},
     {"compressed-tensors", "compressed-tensors", read_compressed_tensors},
     {"compressed_tensors", "compressed-tensors", read_compressed_tensors},
     {"modelopt", "modelopt", read_modelopt},
     {"modelopt_fp4", "modelopt_fp4", read_modelopt},
+    {"modelopt_fp8", "modelopt_fp8", read_modelopt},
+    {"modelopt_mixed", "modelopt_mixed", read_modelopt},
     {"mlx", "mlx", read_mlx},
     {"hqq", "hqq", read_hqq},
     {"quanto", "quanto", read_quanto},
@@ -307,8 +492,9 @@ constexpr std::array<Method, 27> kMethods = {{
     {"mlc", "mlc", read_mlc},
     {"bitnet", "bitnet", read_bitnet},
     {"higgs", "higgs", read_other},
-    {"spqr", "spqr", read_other},
-    {"quark", "quark", read_compressed_tensors},
+    {"spqr", "spqr", read_spqr},
+    {"quark", "quark", read_quark},
+    {"marlin", "marlin", read_integers},
     {"default", "openvino", read_other},  // optimum-intel's name for its own
     {"openvino", "openvino", read_other},
 }};
@@ -332,6 +518,8 @@ std::string_view unnamed_method(const Json& q) {
   if (q.contains("w_bit") || (q.contains("zero_point") && q.contains("bits"))) return "awq";
   if (q.contains("desc_act") || q.contains("damp_percent")) return "gptq";
   if (q.contains("in_group_size")) return "aqlm";
+  if (q.contains("per_model_config")) return "onnx";
+  if (q.contains("wbits")) return "squeezellm";
   if (q.contains("bits") && q.contains("group_size")) return "mlx";
   return {};
 }
@@ -343,18 +531,32 @@ DetectedQuantization read_config(const Json& q, const std::string& evidence) {
   return declared.empty() ? DetectedQuantization{} : read_as(declared, q, evidence);
 }
 
+/// The block at the top of a config.json, or of the nearest model within a multimodal one; the text models first.
+DetectedQuantization from_nested(const Json& config, const std::string& file, int depth) {
+  for (const char* name : {"quantization_config", "compression_config"})
+    if (DetectedQuantization found = read_config(member(config, name), file + " " + name); !found.method.empty())
+      return found;
+  constexpr int kDeepest = 4;
+  if (depth == kDeepest || !config.is_object()) return {};
+  for (const bool text_models : {true, false})
+    for (const auto& [name, inner] : config.items()) {
+      const bool is_text = name == "text_config" || name == "llm_config" || name == "language_config";
+      if (is_text != text_models || !name.ends_with("_config")) continue;
+      if (DetectedQuantization found = from_nested(inner, file, depth + 1); !found.method.empty()) return found;
+    }
+  return {};
+}
+
 /// config.json and what is shaped like it: quantization_config, at the top or of the text model, and older names.
 DetectedQuantization from_config(const Json& config, const std::string& file) {
   // MLX writes the same block under both names; "quantization" marks it as MLX's
   if (const Json& q = member(config, "quantization");
       q.is_object() && q.contains("bits") && !q.contains("quant_method"))
     return read_as("mlx", q, file + " quantization");
-  for (const Json* at : {&config, &member(config, "text_config"), &member(config, "llm_config")})
-    for (const char* name : {"quantization_config", "compression_config"})
-      if (DetectedQuantization found = read_config(member(*at, name), file + " " + name); !found.method.empty())
-        return found;
+  if (DetectedQuantization found = from_nested(config, file, 0); !found.method.empty()) return found;
   if (const Json& q = member(config, "quantization"); q.is_string()) return read_as("mlc", q, file + " quantization");
   if (const Json& q = member(config, "aqlm"); q.is_object()) return read_as("aqlm", q, file + " aqlm");
+  if (const Json& q = member(config, "quip_params"); q.is_object()) return read_as("quip", q, file + " quip_params");
   return {};
 }
 
@@ -365,6 +567,18 @@ DetectedQuantization from_modelopt(const Json& document, const std::string& file
 }
 
 DetectedQuantization from_whole(const Json& document, const std::string& file) { return read_config(document, file); }
+
+/// MLC's file; the older ones name the quantization only at the end of the model's name, "Llama-2-7b-chat-hf-q4f16_1".
+DetectedQuantization from_mlc(const Json& document, const std::string& file) {
+  if (DetectedQuantization found = from_config(document, file); !found.method.empty()) return found;
+  for (const char* key : {"local_id", "model_lib"}) {
+    const std::string name = text(member(document, key));
+    const size_t dash = name.rfind("-q");
+    if (dash == std::string::npos || dash + 3 >= name.size() || name[dash + 2] < '0' || name[dash + 2] > '8') continue;
+    return read_as("mlc", Json(name.substr(dash + 1)), file + " " + key);
+  }
+  return {};
+}
 
 DetectedQuantization from_modelslim(const Json&, const std::string& file) {
   return {.method = "modelslim", .bits = 0, .group_size = 0, .scheme = "", .evidence = file};
@@ -383,7 +597,7 @@ constexpr std::array<Place, 8> kPlaces = {{
     {"quant_config.json", from_whole},
     {"quantization_config.json", from_whole},
     {"openvino_config.json", from_config},
-    {"mlc-chat-config.json", from_config},
+    {"mlc-chat-config.json", from_mlc},
 }};
 
 /// Hints in names, as people write them; the longer first.

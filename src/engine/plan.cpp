@@ -69,6 +69,20 @@ bool is_whole(std::string_view text) {
   return !text.empty() && text.find_first_not_of("0123456789") == std::string_view::npos;
 }
 
+/// The entry a program is called by: its name, or how people shorten and lengthen it ("auto_awq" and "lmdeploy lite
+/// auto_awq", "python -m mlx_lm.convert" and "mlx_lm.convert"); what none is stays as it is.
+std::string known_entry(const Json& entries, const std::string& name) {
+  const auto words = [](std::string text) {
+    for (char& c : text) c = c == ' ' || c == '.' || c == '/' || c == '_' ? '-' : c;
+    return "-" + text;
+  };
+  if (name.empty() || entries.contains(name)) return name;
+  const std::string wanted = words(name);
+  for (const auto& [entry, command] : entries.items())
+    if (const std::string known = words(entry); known.ends_with(wanted) || wanted.ends_with(known)) return entry;
+  return name;
+}
+
 std::string_view without_dashes(std::string_view flag) {
   while (flag.starts_with('-')) flag.remove_prefix(1);
   return flag;
@@ -132,7 +146,7 @@ Planner::Planner(const PlanRequest& request, const Facts& known)
     : request_(request), known_(known), engine_(known.get("engines", request.engine)) {
   plan_.engine = engine_["name"].get<std::string>();
   plan_.version = request.version.empty() ? engine_["version"].get<std::string>() : request.version;
-  plan_.entry = text_of(request.model, "entry", engine_["entry"].get<std::string>());
+  plan_.entry = known_entry(engine_["entries"], text_of(request.model, "entry", engine_["entry"].get<std::string>()));
 }
 
 void Planner::check_request() const {
@@ -391,7 +405,7 @@ bool Planner::answered_by_checkpoint(const std::string& field, const std::string
   say("ALREADY_QUANTIZED", Severity::warning,
       fmt::format("the checkpoint is quantized already ({}); {} {} changes nothing", request_.checkpoint, field, value),
       {"quantize the 16-bit model instead", "leave the weights as they are and drop the request"});
-  if (row.is_object()) say_rule(row);
+  if (row.is_object()) run_rules(Json::array({row}));
   plan_.answers.push_back({field, value, "diagnostic", "ALREADY_QUANTIZED"});
   return true;
 }
