@@ -205,6 +205,27 @@ void check_tables(const Json& engine, Problems& problems) {
         problems.push_back(fmt::format("overridden_by.{}.{}: a list of flags is needed", field, value));
 }
 
+/// What the engine refuses of a checkpoint's layers: which it fuses, and rules over one layer's facts (lint.cpp).
+void check_lint(const Json& lint, Problems& problems) {
+  static const std::array kMembers = {Member{"fused", kList}, Member{"experts", kText}, Member{"rules", kList, true},
+                                      Member{"source", kText, true}};
+  static const std::array kFused = {Member{"as", kText, true}, Member{"of", kTexts, true}, Member{"when", kObject},
+                                    Member{"file", kText}};
+  check_members(lint, kMembers, "lint", problems);
+  const Json none = Json::array(), all = "all";
+  const Json& experts = member_or(lint, "experts", all);
+  if (experts != "all" && experts != "projection") problems.emplace_back("lint.experts: all or projection");
+  for (const Json& row : member_or(lint, "fused", none)) {
+    check_members(row, kFused, "lint.fused", problems);
+    check_when(row, "lint.fused", problems);
+  }
+  for (const Json& rule : member_or(lint, "rules", none)) {
+    const std::string where = "lint.rules." + value_text(member_or(rule, "code", none));
+    check_diagnostic(rule, where, problems);
+    if (rule.is_object() && !rule.contains("when")) problems.push_back(where + ": 'when' is missing");
+  }
+}
+
 Problems check_engine(const Json& engine) {
   static const std::array kMembers = {
       Member{"name", kText, true},          Member{"aliases", kTexts},      Member{"summary", kText, true},
@@ -215,7 +236,7 @@ Problems check_engine(const Json& engine) {
       Member{"checkpoints", kList, true},   Member{"before", kList},        Member{"after", kList},
       Member{"overridden_by", kObject},     Member{"map", kObject, true},   Member{"checks", kList, true},
       Member{"already_quantized", kObject}, Member{"memory", kObject},      Member{"facts", kObject},
-      Member{"config_file", kText}};
+      Member{"config_file", kText},         Member{"lint", kObject}};
   Problems problems;
   check_members(engine, kMembers, "engine", problems);
   check_flags(engine, problems);
@@ -225,6 +246,7 @@ Problems check_engine(const Json& engine) {
   check_choices(engine, "before", "before", problems);
   check_choices(engine, "after", "after", problems);
   check_tables(engine, problems);
+  if (engine.is_object() && engine.contains("lint")) check_lint(engine["lint"], problems);
   const Json none = Json::array();
   for (const Json& rule : member_or(engine, "checks", none))
     check_diagnostic(rule, "checks." + value_text(member_or(rule, "when", none)), problems);
@@ -266,6 +288,16 @@ Problems check_kinds(const Json& document) {
   return problems;
 }
 
+Problems check_modules(const Json& modules) {
+  static const std::array kMembers = {Member{"name", kText, true},      Member{"summary", kText},
+                                      Member{"source", kText, true},    Member{"cut_inputs", kTexts, true},
+                                      Member{"not_cut", kTexts, true},  Member{"not_linear", kTexts, true},
+                                      Member{"kv_heads", kTexts, true}, Member{"head", kTexts, true}};
+  Problems problems;
+  check_members(modules, kMembers, "modules", problems);
+  return problems;
+}
+
 Problems check_preset(const Json& preset) {
   static const std::array kMembers = {Member{"name", kText, true},    Member{"aliases", kTexts},
                                       Member{"summary", kText},       Member{"gemm_dtype", kText},
@@ -296,9 +328,9 @@ std::vector<std::string> check_facts(std::string_view kind, const Json& document
     std::string_view name;
     Problems (*check)(const Json&);
   };
-  static constexpr std::array kKinds = {Kind{"engines", check_engine}, Kind{"hardware", check_hardware},
+  static constexpr std::array kKinds = {Kind{"engines", check_engine},    Kind{"hardware", check_hardware},
                                         Kind{"checkpoints", check_kinds}, Kind{"presets", check_preset},
-                                        Kind{"backends", check_backend}};
+                                        Kind{"backends", check_backend},  Kind{"modules", check_modules}};
   const auto* row = std::ranges::find(kKinds, kind, &Kind::name);
   if (row == kKinds.end()) return {fmt::format("no facts are called '{}'", kind)};
   return row->check(document);
