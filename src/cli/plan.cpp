@@ -14,6 +14,7 @@
 #include "engine/detect.hpp"
 #include "engine/memory.hpp"
 #include "engine/precision.hpp"
+#include "engine/stored.hpp"
 #include "recipe/config.hpp"
 
 namespace bitwright {
@@ -66,7 +67,20 @@ struct Model {
   DetectedQuantization quantization;
   Json facts = Json::object();
   double weight_bytes = 0;
+  std::vector<fs::path> weight_files;
+  StoredWeights stored;  ///< what their headers say
+  std::string unread;    ///< why they say nothing
 };
+
+/// The headers of the weight files. A download that is not complete can still be planned by its configuration.
+void read_headers(Model& model) {
+  std::ranges::sort(model.weight_files);
+  try {
+    model.stored = read_stored(model.weight_files);
+  } catch (const Error& error) {
+    model.unread = error.what();
+  }
+}
 
 void read_directory(const fs::path& path, Model& model) {
   constexpr uintmax_t kLargest = 64U << 20;  // an index of many shards; nothing else here is near it
@@ -74,8 +88,10 @@ void read_directory(const fs::path& path, Model& model) {
     if (!entry.is_regular_file()) continue;
     const std::string name = entry.path().filename().string();
     const std::string suffix = entry.path().extension().string();
-    if (suffix == ".safetensors" || suffix == ".gguf" || suffix == ".npz")
+    if (suffix == ".safetensors" || suffix == ".gguf" || suffix == ".npz") {
       model.weight_bytes += static_cast<double>(entry.file_size());
+      model.weight_files.push_back(entry.path());
+    }
     const bool says =
         name.ends_with("config.json") || name == "quant_model_description.json" || name == "quantization_metadata.json";
     if (says && entry.file_size() <= kLargest)
@@ -94,6 +110,7 @@ Model read_model(const std::string& name) {
   } else {
     const MappedFile file(path);
     model.weight_bytes = static_cast<double>(file.bytes().size());
+    model.weight_files.push_back(path);
     if (file.text().starts_with("GGUF")) model.quantization = {.method = "gguf", .evidence = "the file's first bytes"};
     if (const fs::path config = path.parent_path() / "config.json";
         fs::is_regular_file(config) && model.quantization.method.empty())
@@ -103,6 +120,12 @@ Model read_model(const std::string& name) {
     model.facts = model_facts(config->second);
   if (model.quantization.method.empty())
     model.quantization = detect_model_quantization(model.documents, path.filename().string());
+  read_headers(model);
+  if (model.facts.empty()) model.facts = model.stored.model;
+  if (const DetectedQuantization& stored = model.stored.quantization;
+      stored.method == "gguf" || (model.quantization.method.empty() && !stored.method.empty()))
+    model.quantization = stored;
+  apply_declared(model.quantization, model.stored.modules);
   model.facts.update(model.quantization.facts);
   return model;
 }
@@ -281,6 +304,7 @@ OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, cons
       if (adapt) plan = std::move(adapted->plan);
     }
   }
+  add_lint(model.stored.modules, request, plan);
   OrderedJson engine = plan_json(plan, arguments.model);
   OrderedJson errors = engine["errors"], notes = engine["warnings"];
   engine.erase("errors");
@@ -307,6 +331,7 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
   if (!model.quantization.hint.empty())
     warnings.push_back({"NAME_HINT", fmt::format("the name suggests '{}', but no file says so: taken for 16 bits",
                                                  model.quantization.hint)});
+  if (!model.unread.empty()) warnings.push_back({"NO_TENSORS", "the weights cannot be listed: " + model.unread});
   const OrderedJson* engine = find_config(config, "engine.name");
   config = for_engine(config, engine != nullptr && engine->is_string() ? engine->get<std::string>() : "native");
   Json hardware = Json::object();

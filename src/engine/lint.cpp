@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <map>
 
+#include "base/error.hpp"
 #include "engine/condition.hpp"
 
 namespace bitwright {
@@ -292,6 +293,26 @@ std::optional<LinearModule> linear_module(std::string_view tensor, const Shape& 
 std::vector<Diagnostic> lint_modules(std::span<const LinearModule> modules, const PlanRequest& request,
                                      const EnginePlan& plan, const Facts& facts) {
   return Linter(request, plan, facts).run(modules);
+}
+
+std::vector<LinearModule> planned_modules(const Recipe& recipe, std::span<const TensorFacts> tensors,
+                                          const Facts& facts) {
+  BW_ASSERT(recipe.tensors.size() == tensors.size());
+  std::vector<LinearModule> modules;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const std::optional<Scheme>& scheme = recipe.tensors[i].scheme;
+    if (auto module = linear_module(tensors[i].name, tensors[i].shape, scheme ? &*scheme : nullptr, facts))
+      modules.push_back(std::move(*module));
+  }
+  return modules;
+}
+
+void add_lint(std::span<const LinearModule> modules, const PlanRequest& request, EnginePlan& plan, const Facts& facts) {
+  for (Diagnostic& diagnostic : lint_modules(modules, request, plan, facts)) {
+    if (diagnostic.severity == Severity::error) plan.outcome = "error";
+    if (diagnostic.severity == Severity::warning && plan.outcome == "ok") plan.outcome = "warning";
+    plan.diagnostics.push_back(std::move(diagnostic));
+  }
 }
 
 }  // namespace bitwright

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "engine/plan.hpp"
+#include "recipe/recipe.hpp"
 #include "scheme/quantized_tensor.hpp"
 
 namespace bitwright {
@@ -40,6 +41,10 @@ struct LinearModule {
 std::optional<LinearModule> linear_module(std::string_view tensor, const Shape& shape, const Scheme* scheme,
                                           const Facts& facts = Facts::standard());
 
+/// The linear layers as a recipe will store them. `tensors`: those the recipe was made from.
+std::vector<LinearModule> planned_modules(const Recipe& recipe, std::span<const TensorFacts> tensors,
+                                          const Facts& facts = Facts::standard());
+
 /// What the engine of `plan` refuses of these layers, with `lint` of its facts: layers it fuses that are stored in
 /// different forms (FUSED_MISMATCH) or of which some are kept (CANNOT_IGNORE), groups and blocks that tensor
 /// parallelism would cut (GROUP_CUT), sizes its kernels cannot tile (TILE_SIZE), act-order it has no kernel for
@@ -47,5 +52,9 @@ std::optional<LinearModule> linear_module(std::string_view tensor, const Shape& 
 /// plan_engine.
 std::vector<Diagnostic> lint_modules(std::span<const LinearModule> modules, const PlanRequest& request,
                                      const EnginePlan& plan, const Facts& facts = Facts::standard());
+
+/// Adds them to the plan's diagnostics, and to its outcome what they are worth.
+void add_lint(std::span<const LinearModule> modules, const PlanRequest& request, EnginePlan& plan,
+              const Facts& facts = Facts::standard());
 
 }  // namespace bitwright

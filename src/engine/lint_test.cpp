@@ -275,6 +275,29 @@ TEST(Lint, SchemesAsForms) {
   EXPECT_EQ(module->columns, 64);
 }
 
+TEST(Lint, RecipesBeforeAByteIsWritten) {
+  const std::vector<TensorFacts> tensors = {{.name = "model.embed_tokens.weight", .shape = {1000, 256}},
+                                            {.name = "model.layers.0.self_attn.q_proj.weight", .shape = {256, 256}},
+                                            {.name = "model.layers.0.self_attn.k_proj.weight", .shape = {128, 256}},
+                                            {.name = "model.layers.0.self_attn.v_proj.weight", .shape = {128, 256}},
+                                            {.name = "model.layers.0.self_attn.o_proj.weight", .shape = {256, 256}}};
+  const auto plan_of = [&](const char* layer_configs) {
+    const auto request = read_request(OrderedJson::parse(
+        std::string(R"({"quantization": {"method": "int4", "scheme": {"group_size": 64}, "layer_configs": )") +
+        layer_configs + "}}"));
+    return planned_modules(resolve(request, tensors), tensors);
+  };
+  const PlanRequest request{.engine = "vllm", .checkpoint = "compressed-tensors"};
+  EnginePlan plan = plan_engine(request);
+  add_lint(plan_of("{}"), request, plan);
+  EXPECT_NE(plan.outcome, "error");
+  const auto wide = plan_of(R"({"*.v_proj": {"bits": 8}})");
+  ASSERT_EQ(wide.size(), 4U);  // no embedding
+  add_lint(wide, request, plan);
+  EXPECT_EQ(plan.outcome, "error");
+  EXPECT_EQ(plan.diagnostics.back().code, "FUSED_MISMATCH");
+}
+
 /// What the rules say of any mixture of layers: nothing crashes, each code is documented, each message names a layer of
 /// the list, and the order of the layers does not matter to what is found.
 TEST(Lint, AnyMixtureOfLayers) {
