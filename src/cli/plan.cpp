@@ -256,6 +256,7 @@ OrderedJson predicted(const Model& model, const EnginePlan& plan, const Deployme
                       {"kv_cache_bytes_per_token", e.kv_bytes_per_token}};
   if (e.fits) {
     json["memory_bytes"] = std::llround(deployment.memory_bytes);
+    json["usable_bytes"] = std::llround(e.usable_bytes);
     json["fits"] = *e.fits;
     json["most_context"] = *e.most_context;
     json["most_batch"] = *e.most_batch;

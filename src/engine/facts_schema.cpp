@@ -183,9 +183,20 @@ void check_choices(const Json& rows, std::string_view member, const std::string&
 /// The small tables of an engine: what took a flag's place, which flags answer a field, what quantized checkpoints say.
 void check_tables(const Json& engine, Problems& problems) {
   static const std::array kRemoved = {Member{"say", kText, true}, Member{"since", kText}};
-  static const std::array kMemory = {Member{"kv_from", kTexts, true},      Member{"kv_bytes", kObject, true},
-                                     Member{"weights_from", kTexts, true}, Member{"weight_bits", kObject, true},
-                                     Member{"overhead_gib", kReal},        Member{"source", kText}};
+  static const std::array kMemory = {Member{"kv_from", kTexts, true},
+                                     Member{"kv_bytes", kObject, true},
+                                     Member{"weights_from", kTexts, true},
+                                     Member{"weight_bits", kObject, true},
+                                     Member{"overhead_gib", kReal},
+                                     Member{"source", kText},
+                                     Member{"windows", kFlag},
+                                     Member{"usable", kList},
+                                     Member{"kv_share", kList},
+                                     Member{"reserved_gib", kList},
+                                     Member{"prefill_tokens", kList},
+                                     Member{"logit_rows", kList}};
+  static const std::array kRow = {Member{"when", kObject}, Member{"is", kReal | kWhole | kText, true},
+                                  Member{"file", kText}};
   const Json none = Json::object();
   for (const auto& [flag, row] : member_or(engine, "removed_flags", none).items())
     check_members(row, kRemoved, "removed_flags." + flag, problems);
@@ -194,6 +205,12 @@ void check_tables(const Json& engine, Problems& problems) {
   if (engine.is_object() && engine.contains("memory")) check_members(engine["memory"], kMemory, "memory", problems);
   const Json& memory = member_or(engine, "memory", none);
   const auto is_number = [](const Json& value) { return value.is_number(); };
+  const Json no_rows = Json::array();
+  for (const char* name : {"usable", "kv_share", "reserved_gib", "prefill_tokens", "logit_rows"})
+    for (const Json& row : member_or(memory, name, no_rows)) {
+      check_members(row, kRow, std::string("memory.") + name, problems);
+      check_when(row, std::string("memory.") + name, problems);
+    }
   for (const auto& [type, bytes] : member_or(memory, "kv_bytes", none).items())
     if (!bytes.is_array() || bytes.size() != 2 || !std::ranges::all_of(bytes, is_number))
       problems.push_back(fmt::format("memory.kv_bytes.{}: bytes of an element and of a head's scale are needed", type));
