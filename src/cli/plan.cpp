@@ -13,6 +13,7 @@
 #include "engine/adapt.hpp"
 #include "engine/detect.hpp"
 #include "engine/memory.hpp"
+#include "engine/parallel.hpp"
 #include "engine/precision.hpp"
 #include "engine/stored.hpp"
 #include "recipe/config.hpp"
@@ -271,6 +272,7 @@ Deployment deployment_of(const Arguments& arguments, const Json& hardware, const
   if (hardware.contains("memory_gib")) deployment.memory_bytes = hardware["memory_gib"].get<double>() * 1073741824.0;
   if (const auto memory = arguments.text("--memory")) deployment.memory_bytes = parse_bytes("--memory", *memory);
   deployment.tensor_parallel = plan.tensor_parallel;
+  deployment.pipeline_parallel = parallelism_of(plan).pipeline;
   return deployment;
 }
 
@@ -293,7 +295,16 @@ void add_recommendation(const Model& model, const EnginePlan& plan, const Deploy
 
 OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, const OrderedJson& quant_config,
                      const Model& model, const Json& hardware, std::vector<Warning>& warnings) {
+  const int64_t devices = arguments.integer("--devices").value_or(0);
+  std::vector<Diagnostic> of_devices;
   PlanRequest request = request_of(config, quant_config, model, hardware);
+  EnginePlan unshared;
+  unshared.engine = request.engine;
+  const Deployed deployed = {.modules = model.stored.modules,
+                             .weight_bytes = model.weight_bytes,
+                             .deployment = deployment_of(arguments, hardware, unshared),
+                             .devices = devices};
+  request = derive_parallel(std::move(request), deployed, of_devices);
   OrderedJson changes = OrderedJson::array();
   EnginePlan plan = plan_engine(request);
   OrderedJson nearest = OrderedJson::array();
@@ -305,7 +316,9 @@ OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, cons
       if (adapt) plan = std::move(adapted->plan);
     }
   }
-  add_lint(model.stored.modules, request, plan);
+  std::ranges::move(check_parallel(request, plan, devices), std::back_inserter(of_devices));
+  add_diagnostics(std::move(of_devices), plan);
+  add_diagnostics(lint_modules(model.stored.modules, request, plan), plan);
   OrderedJson engine = plan_json(plan, arguments.model);
   OrderedJson errors = engine["errors"], notes = engine["warnings"];
   engine.erase("errors");
@@ -474,6 +487,12 @@ std::vector<Option> options() {
            .least = 1,
            .most = 1 << 20},
           text("--memory", "SIZE", "memory of the device (default: the profile's)"),
+          {.name = "--devices",
+           .type = Option::Type::integer,
+           .value_name = "N",
+           .help = "devices there are, for --parameter tensor_parallel=auto",
+           .least = 1,
+           .most = 1 << 16},
           {.name = "--recommend",
            .type = Option::Type::flag,
            .value_name = "",

@@ -162,6 +162,10 @@ void check_derived_flags(const Json& engine, Problems& problems) {
       for (const Json& candidate : candidates)
         for (const auto& [flag, setting] : member_or(candidate, "args", no_args).items())
           if (!is_listed(flag)) problems.push_back(fmt::format("map.{}.{}: {} is none of 'flags'", field, value, flag));
+  const Json& parallel = member_or(engine, "parallel", no_args);
+  for (const char* kind : {"tensor", "pipeline", "expert"})
+    if (parallel.contains(kind) && !is_listed(parallel[kind].get<std::string>()))
+      problems.push_back(fmt::format("parallel.{}: {} is none of 'flags'", kind, value_text(parallel[kind])));
 }
 
 void check_choices(const Json& rows, std::string_view member, const std::string& where, Problems& problems) {
@@ -253,7 +257,10 @@ Problems check_engine(const Json& engine) {
       Member{"checkpoints", kList, true},   Member{"before", kList},        Member{"after", kList},
       Member{"overridden_by", kObject},     Member{"map", kObject, true},   Member{"checks", kList, true},
       Member{"already_quantized", kObject}, Member{"memory", kObject},      Member{"facts", kObject},
-      Member{"config_file", kText},         Member{"lint", kObject}};
+      Member{"config_file", kText},         Member{"lint", kObject},        Member{"parallel", kObject}};
+  static const std::array kParallel = {Member{"tensor", kText, true}, Member{"pipeline", kText},
+                                       Member{"expert", kText}, Member{"expert_is_switch", kFlag},
+                                       Member{"source", kText, true}};
   Problems problems;
   check_members(engine, kMembers, "engine", problems);
   check_flags(engine, problems);
@@ -263,6 +270,8 @@ Problems check_engine(const Json& engine) {
   check_choices(engine, "before", "before", problems);
   check_choices(engine, "after", "after", problems);
   check_tables(engine, problems);
+  if (engine.is_object() && engine.contains("parallel"))
+    check_members(engine["parallel"], kParallel, "parallel", problems);
   if (engine.is_object() && engine.contains("lint")) check_lint(engine["lint"], problems);
   const Json none = Json::array();
   for (const Json& rule : member_or(engine, "checks", none))

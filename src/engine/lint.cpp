@@ -7,6 +7,7 @@
 
 #include "base/error.hpp"
 #include "engine/condition.hpp"
+#include "engine/parallel.hpp"
 
 namespace bitwright {
 namespace {
@@ -46,8 +47,13 @@ class Linter {
  public:
   Linter(const PlanRequest& request, const EnginePlan& plan, const Facts& known)
       : lint_(member(known.get("engines", plan.engine), "lint")), names_(module_facts(known)) {
-    facts_ = {{"engine", plan.engine},     {"version", plan.version},      {"entry", plan.entry},
-              {"model", request.model},    {"hardware", request.hardware}, {"tp", plan.tensor_parallel},
+    facts_ = {{"engine", plan.engine},
+              {"version", plan.version},
+              {"entry", plan.entry},
+              {"model", request.model},
+              {"hardware", request.hardware},
+              {"tp", plan.tensor_parallel},
+              {"ep", parallelism_of(plan, known).expert},
               {"ckpt", request.checkpoint}};
     for (const char* name : {"sm", "vendor"})
       if (request.hardware.contains(name)) facts_[name] = request.hardware[name];
@@ -133,7 +139,8 @@ void Linter::find_fused(std::span<const LinearModule> modules) {
 /// Sizes on one device, and whether the cut goes through what belongs together.
 void Linter::add_sizes(const LinearModule& module, Json& m) const {
   const int64_t parts = facts_["tp"].get<int64_t>();
-  const bool whole = parts == 1 || is_listed(names_["not_cut"], module.name);
+  const bool placed = facts_["ep"].get<int64_t>() > 1 && !experts_of(module.name).empty();  // an expert on one device
+  const bool whole = parts == 1 || placed || is_listed(names_["not_cut"], module.name);
   const bool by_inputs = is_listed(names_["cut_inputs"], module.name);
   m["cut"] = whole ? "none" : by_inputs ? "inputs" : "outputs";
   // key and value heads are given to several devices where there are fewer heads than devices
@@ -307,8 +314,8 @@ std::vector<LinearModule> planned_modules(const Recipe& recipe, std::span<const 
   return modules;
 }
 
-void add_lint(std::span<const LinearModule> modules, const PlanRequest& request, EnginePlan& plan, const Facts& facts) {
-  for (Diagnostic& diagnostic : lint_modules(modules, request, plan, facts)) {
+void add_diagnostics(std::vector<Diagnostic> diagnostics, EnginePlan& plan) {
+  for (Diagnostic& diagnostic : diagnostics) {
     if (diagnostic.severity == Severity::error) plan.outcome = "error";
     if (diagnostic.severity == Severity::warning && plan.outcome == "ok") plan.outcome = "warning";
     plan.diagnostics.push_back(std::move(diagnostic));

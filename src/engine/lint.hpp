@@ -53,8 +53,7 @@ std::vector<LinearModule> planned_modules(const Recipe& recipe, std::span<const 
 std::vector<Diagnostic> lint_modules(std::span<const LinearModule> modules, const PlanRequest& request,
                                      const EnginePlan& plan, const Facts& facts = Facts::standard());
 
-/// Adds them to the plan's diagnostics, and to its outcome what they are worth.
-void add_lint(std::span<const LinearModule> modules, const PlanRequest& request, EnginePlan& plan,
-              const Facts& facts = Facts::standard());
+/// Adds what else speaks against a plan, and to its outcome what that is worth.
+void add_diagnostics(std::vector<Diagnostic> diagnostics, EnginePlan& plan);
 
 }  // namespace bitwright

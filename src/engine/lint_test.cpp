@@ -289,11 +289,11 @@ TEST(Lint, RecipesBeforeAByteIsWritten) {
   };
   const PlanRequest request{.engine = "vllm", .checkpoint = "compressed-tensors"};
   EnginePlan plan = plan_engine(request);
-  add_lint(plan_of("{}"), request, plan);
+  add_diagnostics(lint_modules(plan_of("{}"), request, plan), plan);
   EXPECT_NE(plan.outcome, "error");
   const auto wide = plan_of(R"({"*.v_proj": {"bits": 8}})");
   ASSERT_EQ(wide.size(), 4U);  // no embedding
-  add_lint(wide, request, plan);
+  add_diagnostics(lint_modules(wide, request, plan), plan);
   EXPECT_EQ(plan.outcome, "error");
   EXPECT_EQ(plan.diagnostics.back().code, "FUSED_MISMATCH");
 }
