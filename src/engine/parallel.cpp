@@ -104,7 +104,9 @@ void Search::read_parameters() {
   std::vector<std::pair<std::string, Json>> kept;
   const Json* entry = look_up(request_.model, "entry");
   const std::string program = entry != nullptr ? value_text(*entry) : engine_["entry"].get<std::string>();
-  for (auto& [name, value] : request_.parameters) {
+  for (auto& parameter : request_.parameters) {
+    const std::string& name = parameter.first;
+    Json& value = parameter.second;
     const auto kind = std::ranges::find_if(kKinds, [&](const Kind& k) { return is_of(engine_, program, k, name); });
     if (kind == kKinds.end()) {
       kept.emplace_back(name, std::move(value));
@@ -175,7 +177,7 @@ PlanRequest Search::run(std::vector<Diagnostic>& said) {
     for (int64_t tensor = first_tensor; tensor <= tensors && tensor * pipeline <= most; ++tensor) {
       for (const int64_t expert : {int64_t{1}, tensor}) {
         if (expert > 1 && !experts) continue;
-        const PlanRequest trial = with({.tensor = tensor, .pipeline = pipeline, .expert = expert});
+        PlanRequest trial = with({.tensor = tensor, .pipeline = pipeline, .expert = expert});
         if (fits(trial) && works(trial)) return trial;
       }
     }
