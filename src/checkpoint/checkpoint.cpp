@@ -501,6 +501,12 @@ const Json* Checkpoint::facts() const { return impl_->facts(); }
 const Container* Checkpoint::container() const { return impl_->container; }
 std::span<const TensorEntry> Checkpoint::tensors() const { return impl_->tensors; }
 
+std::vector<StoredArray> Checkpoint::stored_arrays() const {
+  std::vector<StoredArray> arrays;
+  for (const WeightFile& file : impl_->mapped) arrays.insert(arrays.end(), file.arrays().begin(), file.arrays().end());
+  return arrays;
+}
+
 std::string_view Checkpoint::format() const { return impl_->mapped.front().format().name; }
 
 uint64_t Checkpoint::weight_bytes() const {

@@ -13,6 +13,7 @@
 #include "base/dtype.hpp"
 #include "base/json.hpp"
 #include "base/mapped_file.hpp"
+#include "checkpoint/weight_file.hpp"
 #include "container/container.hpp"
 #include "container/rows.hpp"
 #include "scheme/quantized_tensor.hpp"
@@ -91,6 +92,9 @@ class Checkpoint {
   /// strings may be any bytes). Null: nothing.
   const Json* facts() const;
   const Container* container() const;  ///< how it is quantized; null for plain models
+
+  /// All arrays under the names and in the shapes that the files have them.
+  std::vector<StoredArray> stored_arrays() const;
 
   std::span<const TensorEntry> tensors() const;  ///< in file order
   const TensorEntry* find(std::string_view name) const;

@@ -14,6 +14,7 @@ namespace {
 /// What the model is called and how large it is; null: not known without its weights.
 OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
   const ModelSummary model = summarize_model(arguments.model);
+  if (model.unread) throw Error(*model.unread);
   if (!model.quantization.hint.empty() && model.checkpoint == std::nullopt)
     warnings.push_back(
         {"NAME_HINT", fmt::format("the name suggests '{}', but no file says so", model.quantization.hint)});

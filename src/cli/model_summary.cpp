@@ -29,22 +29,37 @@ ModelDocuments read_documents(const fs::path& directory) {
 }
 
 /// Files of weights that are not opened here still count.
-uint64_t bytes_of_weights(const fs::path& directory) {
+uint64_t bytes_of_weights(const fs::path& path) {
+  std::error_code broken_link;
+  if (!fs::is_directory(path)) return fs::file_size(path, broken_link);
   uint64_t bytes = 0;
-  for (const auto& entry : fs::directory_iterator(directory)) {
-    std::error_code broken_link;
-    if (entry.path().extension() == ".npz" && entry.is_regular_file(broken_link)) bytes += entry.file_size();
+  for (const auto& entry : fs::directory_iterator(path)) {
+    const std::string suffix = entry.path().extension().string();
+    const bool is_weights = suffix == ".npz" || suffix == ".safetensors" || suffix == ".gguf" || suffix == ".bin";
+    if (is_weights && entry.is_regular_file(broken_link)) bytes += entry.file_size();
   }
   return bytes;
 }
 
-std::optional<Checkpoint> open_if_there(const fs::path& path) {
+void open_weights(const fs::path& path, ModelSummary& model) {
   try {
-    return open_model(path, Checkpoint::Foreign::list);
+    model.checkpoint.emplace(open_model(path, Checkpoint::Foreign::list));
+    model.stored = read_stored(model.checkpoint->stored_arrays(), model.checkpoint->facts());
   } catch (const Error& error) {
-    if (error.code() == "no-weights" && fs::is_directory(path)) return std::nullopt;
-    throw;
+    if (!fs::exists(path)) throw;
+    if (error.code() != "no-weights" || !fs::is_directory(path)) model.unread = error;
   }
+}
+
+/// A GGUF file of an architecture that is not run here describes itself all the same.
+void read_header(const fs::path& path, ModelSummary& model) {
+  if (model.checkpoint || fs::is_directory(path)) return;
+  try {
+    model.stored = read_stored({path});
+  } catch (const Error&) {
+    return;  // what kept the model from being opened says more
+  }
+  if (!model.stored.model.empty()) model.unread.reset();
 }
 
 /// Of one code; of types that are not decoded their whole bits a weight.
@@ -152,13 +167,17 @@ OrderedJson tensor_json(const TensorEntry& entry) {
 
 ModelSummary summarize_model(const std::string& name) {
   const fs::path path = name;
-  ModelSummary model = {.checkpoint = open_if_there(path), .quantization = {}};
+  ModelSummary model;
+  open_weights(path, model);
+  read_header(path, model);
   ModelDocuments documents;
   if (model.checkpoint && (model.checkpoint->facts() != nullptr || !fs::is_directory(path)))
     documents["config.json"] = model.checkpoint->config();
-  else
+  else if (fs::is_directory(path))
     documents = read_documents(path);
-  if (!model.checkpoint && documents.empty())
+  const bool says = !documents.empty() || !model.stored.model.empty();
+  if (model.unread && !says) throw *model.unread;
+  if (!model.checkpoint && !says)
     throw Error({.code = "no-model",
                  .what = "cannot read model",
                  .where = name,
@@ -167,8 +186,12 @@ ModelSummary summarize_model(const std::string& name) {
   if (const auto config = documents.find("config.json"); config != documents.end()) model.config = config->second;
   model.weight_bytes = model.checkpoint ? model.checkpoint->weight_bytes() : bytes_of_weights(path);
   model.quantization = detect_model_quantization(documents, path.filename().string());
+  if (const DetectedQuantization& stored = model.stored.quantization;
+      stored.method == "gguf" || (model.quantization.method.empty() && !stored.method.empty()))
+    model.quantization = stored;
   if (model.checkpoint) add_stored(*model.checkpoint, model.quantization);
-  model.facts = model_facts(model.config);
+  apply_declared(model.quantization, model.stored.modules);
+  model.facts = model.config.empty() ? model.stored.model : model_facts(model.config);
   model.facts.update(model.quantization.facts);
   return model;
 }

@@ -12,7 +12,9 @@
 #include "cli/plan_weights.hpp"
 #include "container/container.hpp"
 #include "engine/adapt.hpp"
+#include "engine/lint.hpp"
 #include "engine/memory.hpp"
+#include "engine/parallel.hpp"
 #include "engine/precision.hpp"
 #include "recipe/config.hpp"
 
@@ -52,16 +54,6 @@ Json local_hardware(std::vector<Warning>& warnings) {
   return *Facts::standard().find("hardware", "cpu");
 }
 
-/// `config` as the engine sees it: what `engines.NAME` says laid over the rest.
-OrderedJson for_engine(const OrderedJson& config, const std::string& engine) {
-  OrderedJson own = config;
-  const Json& row = Facts::standard().get("engines", engine);
-  if (const OrderedJson* engines = find_config(config, "engines"); engines != nullptr && engines->is_object())
-    for (const auto& [name, section] : engines->items())
-      if (&Facts::standard().get("engines", name) == &row) own.merge_patch(section);
-  return own;
-}
-
 PlanRequest request_of(const OrderedJson& config, const OrderedJson& quant_config, const ModelSummary& model,
                        const Json& hardware) {
   const OrderedJson* engine = find_config(config, "engine.name");
@@ -98,6 +90,7 @@ OrderedJson predicted(const ModelSummary& model, const WeightsPlan& weights, con
                       {"kv_cache_bytes_per_token", e.kv_bytes_per_token}};
   if (e.fits) {
     json["memory_bytes"] = std::llround(deployment.memory_bytes);
+    json["usable_bytes"] = std::llround(e.usable_bytes);
     json["fits"] = *e.fits;
     json["most_context"] = *e.most_context;
     json["most_batch"] = *e.most_batch;
@@ -112,6 +105,7 @@ Deployment deployment_of(const Arguments& arguments, const Json& hardware, const
   if (hardware.contains("memory_gib")) deployment.memory_bytes = hardware["memory_gib"].get<double>() * 1073741824.0;
   if (const auto memory = arguments.size("--memory")) deployment.memory_bytes = static_cast<double>(*memory);
   deployment.tensor_parallel = plan.tensor_parallel;
+  deployment.pipeline_parallel = parallelism_of(plan).pipeline;
   return deployment;
 }
 
@@ -148,7 +142,16 @@ void add_warning(std::vector<Warning>& warnings, Warning warning) {
 
 OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, const OrderedJson& quant_config,
                      const ModelSummary& model, const Json& hardware, std::vector<Warning>& warnings) {
+  const int64_t devices = arguments.integer("--devices").value_or(0);
+  std::vector<Diagnostic> of_devices;
   PlanRequest request = request_of(config, quant_config, model, hardware);
+  EnginePlan unshared;
+  unshared.engine = request.engine;
+  const Deployed deployed = {.modules = model.stored.modules,
+                             .weight_bytes = static_cast<double>(model.weight_bytes),
+                             .deployment = deployment_of(arguments, hardware, unshared),
+                             .devices = devices};
+  request = derive_parallel(std::move(request), deployed, of_devices);
   OrderedJson changes = OrderedJson::array();
   EnginePlan plan = plan_engine(request);
   OrderedJson nearest = OrderedJson::array();
@@ -163,6 +166,12 @@ OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, cons
   std::vector<Warning> said;
   const WeightsPlan weights =
       plan_weights(arguments.model, model, config, request, plan, arguments.text("--format").value_or(""), said);
+  std::ranges::move(check_parallel(request, plan, devices), std::back_inserter(of_devices));
+  add_diagnostics(std::move(of_devices), plan);
+  PlanRequest stored = request;
+  if (!weights.checkpoint.empty()) stored.checkpoint = weights.checkpoint;
+  add_diagnostics(lint_modules(weights.checkpoint.empty() ? model.stored.modules : weights.modules, stored, plan),
+                  plan);
   OrderedJson engine = plan_json(plan, weights.command.empty() ? arguments.model : kOutput);
   OrderedJson errors = engine["errors"], notes = engine["warnings"];
   engine.erase("errors");
@@ -223,7 +232,7 @@ std::vector<std::string> engines_of(const Arguments& arguments) {
 /// A plan for each of the presets.
 void plan_engine_of(const Arguments& arguments, const std::string& engine, const ModelSummary& model,
                     OrderedJson& plans, std::vector<Warning>& warnings) {
-  OrderedJson config = for_engine(arguments.config, engine);
+  OrderedJson config = settings_of_engine(arguments.config, engine);
   config["engine"]["name"] = engine;
   Json hardware = Json::object();
   if (const OrderedJson* name = find_config(config, "hardware"))
@@ -241,6 +250,8 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
   if (!model.quantization.hint.empty())
     warnings.push_back({"NAME_HINT", fmt::format("the name suggests '{}', but no file says so: taken for 16 bits",
                                                  model.quantization.hint)});
+  if (model.unread)
+    warnings.push_back({"NO_TENSORS", fmt::format("the weights cannot be listed: {}", model.unread->what())});
   OrderedJson plans = OrderedJson::array(), errors = OrderedJson::array();
   for (const std::string& engine : engines) plan_engine_of(arguments, engine, model, plans, warnings);
   if (plans.size() == 1) return std::move(plans.front());
@@ -312,6 +323,12 @@ std::vector<Option> options() {
            .type = Option::Type::size,
            .value_name = "SIZE",
            .help = "memory of the device (default: the profile's)"},
+          {.name = "--devices",
+           .type = Option::Type::integer,
+           .value_name = "N",
+           .help = "devices there are, for --parameter tensor_parallel=auto",
+           .least = 1,
+           .most = 1 << 16},
           {.name = "--recommend",
            .type = Option::Type::flag,
            .value_name = "",

@@ -159,6 +159,7 @@ class Weights {
         lay_out(*model_.checkpoint, request, container != nullptr ? *container : native(), OutputOptions::kUsualShard);
     plan_.file_bytes = static_cast<double>(layout.shards.bytes());
     add_tensors(layout, made ? nullptr : foreign);
+    if (made) add_modules(layout.recipe);
     warnings_.insert(warnings_.end(), layout.recipe.warnings.begin(), layout.recipe.warnings.end());
     return std::move(plan_);
   }
@@ -252,6 +253,13 @@ class Weights {
     plan_.loaded_bytes = native_ && foreign == nullptr
                              ? static_cast<double>(estimated_weight_bytes(model_.config, loaded))
                              : plan_.file_bytes;
+  }
+
+  /// What an engine will find: it may refuse layers that each by itself are right.
+  void add_modules(const Recipe& recipe) {
+    for (const Holder& holder : holders())
+      if (plan_.container == holder.container) plan_.checkpoint = holder.checkpoint;
+    if (!plan_.checkpoint.empty()) plan_.modules = planned_modules(recipe, facts_of(*model_.checkpoint));
   }
 
   /// Only sizes are known: linear weights at the method's bits, embeddings and head at 16.

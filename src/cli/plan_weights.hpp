@@ -6,6 +6,7 @@
 #include "base/error.hpp"
 #include "base/json.hpp"
 #include "cli/model_summary.hpp"
+#include "engine/lint.hpp"
 #include "engine/plan.hpp"
 
 namespace bitwright {
@@ -17,9 +18,11 @@ inline constexpr const char* kOutput = "OUT";
 struct WeightsPlan {
   OrderedJson scheme, algorithm, container;  ///< text, or null: they stay as they are
   OrderedJson tensors = OrderedJson::array();
-  std::string command{};    ///< that makes them so, to kOutput; empty: nothing is to be made, or not by this program
-  double file_bytes = 0;    ///< of the weight files that the engine gets: as `quantize` writes them, or as they are
-  double loaded_bytes = 0;  ///< in the engine's memory, if it changes nothing while loading
+  std::string command{};  ///< that makes them so, to kOutput; empty: nothing is to be made, or not by this program
+  double file_bytes = 0;  ///< of the weight files that the engine gets: as `quantize` writes them, or as they are
+  std::vector<LinearModule> modules{};  ///< the linear layers as they will be stored
+  std::string checkpoint{};             ///< what engines call weights that are stored so; empty: nothing is to be made
+  double loaded_bytes = 0;              ///< in the engine's memory, if it changes nothing while loading
 };
 
 /// path: of the model, as it was given. config: the `quantization` block and what stands around it, as one engine sees

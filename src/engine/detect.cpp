@@ -372,7 +372,11 @@ void read_torchao(const Json& q, DetectedQuantization& found) {
   for (char& c : name) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
   found.scheme = name.find("float8") != std::string::npos ? "fp8" : "int";
   const bool weight_only = name.find("only") != std::string::npos;
-  set_kind(found, weight_only ? "weight-only" : name.find("dynamic") != std::string::npos ? "dynamic" : "", std::nullopt);
+  set_kind(found,
+           weight_only                                 ? "weight-only"
+           : name.find("dynamic") != std::string::npos ? "dynamic"
+                                                       : "",
+           std::nullopt);
   if (found.scheme == "fp8") found.facts["scheme"] = "fp8";
   const Json& type_of_weights =
       member(data, "weight_dtype");  // "torch.int4" or an object around it, of Intx... classes
@@ -637,6 +641,76 @@ DetectedQuantization detect_model_quantization(const ModelDocuments& documents, 
   return nothing;
 }
 
+namespace {
+
+int64_t fact(const Json& facts, const char* name) {
+  const auto found = facts.find(name);
+  return found == facts.end() ? 0 : found->get<int64_t>();
+}
+
+/// Layers of a model of experts that have none: listed, every so many, or at the start.
+void add_dense_layers(const Json& frequency, const Json& listed, const Json& step, Json& facts) {
+  int64_t dense = 0;
+  if (frequency.is_array()) dense = std::ranges::count(frequency, Json(0));
+  if (listed.is_array()) dense = std::max(dense, static_cast<int64_t>(listed.size()));
+  if (const int64_t every = integer(step); every > 1) dense = fact(facts, "layers") - fact(facts, "layers") / every;
+  if (dense > 0 && !facts.contains("dense_layers")) facts["dense_layers"] = dense;
+}
+
+/// How many layers attend within a window, and how many keep a state instead of keys and values.
+template <class Get>
+void add_layer_kinds(const Get& get, Json& facts) {
+  const int64_t layers = fact(facts, "layers"), window = fact(facts, "sliding_window");
+  const auto tell = [&](const char* name, int64_t number) {
+    if (number > 0 && number <= layers) facts[name] = number;
+  };
+  const auto all_but_every = [&](int64_t every) { return every > 0 ? layers - layers / every : 0; };
+  if (const Json& types = get({"layer_types"}); types.is_array() && !types.empty()) {
+    const auto of = [&](const char* type) { return std::ranges::count(types, Json(type)); };
+    tell("sliding_layers", of("sliding_attention") + of("chunked_attention"));
+    tell("linear_layers", of("linear_attention") + of("mamba"));
+    if (const int64_t chunk = integer(get({"attention_chunk_size"})); chunk > 0 && of("chunked_attention") > 0)
+      facts["sliding_window"] = chunk;
+    return;
+  }
+  if (const Json& pattern = get({"hybrid_override_pattern"}); pattern.is_string())  // Nemotron-H: M mamba, * attention
+    return tell("linear_layers", layers - std::ranges::count(pattern.get_ref<const std::string&>(), '*'));
+  if (const Json& pattern = get({"hybrid_layer_pattern"}); pattern.is_array())
+    return tell("sliding_layers", std::ranges::count(pattern, Json(1)));
+  if (facts.contains("linear_value_heads"))
+    return tell("linear_layers", all_but_every(integer(get({"full_attention_interval"}))));
+  const Json& use = get({"use_sliding_window"});
+  if (use.is_boolean() && !use.get<bool>()) facts.erase("sliding_window");
+  if (window == 0 || !facts.contains("sliding_window")) return;
+  const std::string type = text(get({"model_type"}));
+  const int64_t every = integer(get({"sliding_window_pattern"}));
+  if (is_true(use)) return tell("sliding_layers", layers - std::min(layers, integer(get({"max_window_layers"}))));
+  if (every > 1) return tell("sliding_layers", all_but_every(every));
+  if (type == "gemma2") return tell("sliding_layers", all_but_every(2));
+  if (type.starts_with("gemma3")) return tell("sliding_layers", all_but_every(6));
+  for (const char* all : {"mistral", "mixtral", "phi3", "starcoder2"})
+    if (type == all) tell("sliding_layers", layers);
+}
+
+/// What transformers' class of a model type means and its config.json need not say.
+void add_family(std::string_view type, const Json& tied, Json& facts) {
+  constexpr std::array<std::string_view, 12> kUngated = {"gpt2",        "gpt_neo", "gpt_neox",   "gptj",
+                                                         "gpt_bigcode", "opt",     "phi",        "falcon",
+                                                         "bloom",       "mpt",     "starcoder2", "nemotron"};
+  constexpr std::array<std::string_view, 9> kTied = {"gpt2",   "gpt_neo", "gpt_bigcode", "opt",   "bloom",
+                                                     "falcon", "mpt",     "gemma",       "gemma2"};
+  const auto is_one_of = [&](const auto& types) { return std::ranges::find(types, type) != types.end(); };
+  if (is_one_of(kUngated)) facts["ungated"] = true;
+  if (tied.is_null() && (is_one_of(kTied) || type.starts_with("gemma3"))) facts["tied"] = true;
+  if (type == "gpt2" || type == "opt" || type == "gpt_bigcode") facts["learned_positions"] = true;
+  if (!facts.contains("intermediate_size") && facts.contains("ungated") && facts.contains("hidden_size"))
+    facts["intermediate_size"] = 4 * fact(facts, "hidden_size");
+  if (type == "qwen" && facts.contains("intermediate_size"))  // counts gate and up together
+    facts["intermediate_size"] = fact(facts, "intermediate_size") / 2;
+}
+
+}  // namespace
+
 Json model_facts(const Json& config) {
   Json facts = Json::object();
   const Json& inner = member(config, "text_config");
@@ -674,12 +748,23 @@ Json model_facts(const Json& config) {
   put("v_head_dim", get({"v_head_dim"}), is_count);
   if (is_true(get({"tie_word_embeddings"}))) facts["tied"] = true;
   put("dtype", get({"torch_dtype", "dtype"}), is_text);
-  if (const Json& types = get({"layer_types"}); types.is_array()) {
-    const auto sliding = std::ranges::count(types, Json("sliding_attention"));
-    if (sliding > 0) facts["sliding_layers"] = sliding;
-    const auto linear = std::ranges::count(types, Json("linear_attention"));
-    if (linear > 0) facts["linear_layers"] = linear;
-  }
+  put("experts_per_token", get({"num_experts_per_tok", "top_k_experts", "moe_topk"}), is_count);
+  put("shared_intermediate_size", get({"shared_expert_intermediate_size", "shared_intermediate_size"}), is_count);
+  put("index_head_dim", get({"index_head_dim"}), is_count);
+  put("index_heads", get({"index_n_heads"}), is_count);
+  put("linear_key_heads", get({"linear_num_key_heads"}), is_count);
+  put("linear_value_heads", get({"linear_num_value_heads"}), is_count);
+  put("linear_key_dim", get({"linear_key_head_dim"}), is_count);
+  put("linear_value_dim", get({"linear_value_head_dim"}), is_count);
+  put("linear_kernel", get({"linear_conv_kernel_dim"}), is_count);
+  put("sliding_kv_heads", get({"swa_num_key_value_heads"}), is_count);
+  put("full_kv_heads", get({"num_global_key_value_heads"}), is_count);
+  put("full_head_dim", get({"global_head_dim"}), is_count);
+  if (is_true(get({"attn_output_gate"}))) facts["output_gate"] = true;
+  if (is_true(get({"enable_moe_block"}))) facts["dense_beside_experts"] = true;
+  add_dense_layers(get({"moe_layer_freq"}), get({"mlp_only_layers"}), get({"decoder_sparse_step"}), facts);
+  add_layer_kinds(get, facts);
+  add_family(text(get({"model_type"})), get({"tie_word_embeddings"}), facts);
   if (!facts.contains("kv_heads") && is_true(get({"multi_query"}))) facts["kv_heads"] = 1;
   if (!facts.contains("head_dim") && facts.contains("hidden_size") && facts.contains("heads"))
     facts["head_dim"] = facts["hidden_size"].get<uint64_t>() / facts["heads"].get<uint64_t>();

@@ -163,6 +163,10 @@ void check_derived_flags(const Json& engine, Problems& problems) {
       for (const Json& candidate : candidates)
         for (const auto& [flag, setting] : member_or(candidate, "args", no_args).items())
           if (!is_listed(flag)) problems.push_back(fmt::format("map.{}.{}: {} is none of 'flags'", field, value, flag));
+  const Json& parallel = member_or(engine, "parallel", no_args);
+  for (const char* kind : {"tensor", "pipeline", "expert"})
+    if (parallel.contains(kind) && !is_listed(parallel[kind].get<std::string>()))
+      problems.push_back(fmt::format("parallel.{}: {} is none of 'flags'", kind, value_text(parallel[kind])));
 }
 
 void check_choices(const Json& rows, std::string_view member, const std::string& where, Problems& problems) {
@@ -184,11 +188,23 @@ void check_choices(const Json& rows, std::string_view member, const std::string&
 /// The small tables of an engine: what took a flag's place, which flags answer a field, what quantized checkpoints say.
 void check_tables(const Json& engine, Problems& problems) {
   static const std::array kRemoved = {Member{"say", kText, true}, Member{"since", kText}};
-  static const std::array kMemory = {
-      Member{"kv_from", kTexts, true},      Member{"kv_bytes", kObject, true}, Member{"weights_from", kTexts, true},
-      Member{"weight_bits", kObject, true}, Member{"overhead_gib", kReal},     Member{"source", kText},
-      Member{"kv_windows", kFlag},          Member{"kv_step", kWhole},         Member{"value_step", kWhole},
-      Member{"chunk_tokens", kReal},        Member{"activation_bytes", kReal}};
+  static const std::array kMemory = {Member{"kv_from", kTexts, true},
+                                     Member{"kv_bytes", kObject, true},
+                                     Member{"weights_from", kTexts, true},
+                                     Member{"weight_bits", kObject, true},
+                                     Member{"overhead_gib", kReal},
+                                     Member{"source", kText},
+                                     Member{"windows", kFlag},
+                                     Member{"usable", kList},
+                                     Member{"kv_share", kList},
+                                     Member{"reserved_gib", kList},
+                                     Member{"prefill_tokens", kList},
+                                     Member{"logit_rows", kList},
+                                     Member{"kv_step", kWhole},
+                                     Member{"value_step", kWhole},
+                                     Member{"activation_bytes", kReal}};
+  static const std::array kRow = {Member{"when", kObject}, Member{"is", kReal | kWhole | kText, true},
+                                  Member{"file", kText}};
   const Json none = Json::object();
   for (const auto& [flag, row] : member_or(engine, "removed_flags", none).items())
     check_members(row, kRemoved, "removed_flags." + flag, problems);
@@ -197,6 +213,12 @@ void check_tables(const Json& engine, Problems& problems) {
   if (engine.is_object() && engine.contains("memory")) check_members(engine["memory"], kMemory, "memory", problems);
   const Json& memory = member_or(engine, "memory", none);
   const auto is_number = [](const Json& value) { return value.is_number(); };
+  const Json no_rows = Json::array();
+  for (const char* name : {"usable", "kv_share", "reserved_gib", "prefill_tokens", "logit_rows"})
+    for (const Json& row : member_or(memory, name, no_rows)) {
+      check_members(row, kRow, std::string("memory.") + name, problems);
+      check_when(row, std::string("memory.") + name, problems);
+    }
   for (const auto& [type, bytes] : member_or(memory, "kv_bytes", none).items())
     if (!bytes.is_array() || bytes.size() != 2 || !std::ranges::all_of(bytes, is_number))
       problems.push_back(fmt::format("memory.kv_bytes.{}: bytes of an element and of a head's scale are needed", type));
@@ -206,6 +228,27 @@ void check_tables(const Json& engine, Problems& problems) {
     for (const auto& [value, flags] : values.items())
       if ((type_of(flags) & kTexts) == 0)
         problems.push_back(fmt::format("overridden_by.{}.{}: a list of flags is needed", field, value));
+}
+
+/// What the engine refuses of a checkpoint's layers: which it fuses, and rules over one layer's facts (lint.cpp).
+void check_lint(const Json& lint, Problems& problems) {
+  static const std::array kMembers = {Member{"fused", kList}, Member{"experts", kText}, Member{"rules", kList, true},
+                                      Member{"source", kText, true}};
+  static const std::array kFused = {Member{"as", kText, true}, Member{"of", kTexts, true}, Member{"when", kObject},
+                                    Member{"file", kText}};
+  check_members(lint, kMembers, "lint", problems);
+  const Json none = Json::array(), all = "all";
+  const Json& experts = member_or(lint, "experts", all);
+  if (experts != "all" && experts != "projection") problems.emplace_back("lint.experts: all or projection");
+  for (const Json& row : member_or(lint, "fused", none)) {
+    check_members(row, kFused, "lint.fused", problems);
+    check_when(row, "lint.fused", problems);
+  }
+  for (const Json& rule : member_or(lint, "rules", none)) {
+    const std::string where = "lint.rules." + value_text(member_or(rule, "code", none));
+    check_diagnostic(rule, where, problems);
+    if (rule.is_object() && !rule.contains("when")) problems.push_back(where + ": 'when' is missing");
+  }
 }
 
 Problems check_engine(const Json& engine) {
@@ -218,7 +261,11 @@ Problems check_engine(const Json& engine) {
       Member{"checkpoints", kList, true},   Member{"before", kList},        Member{"after", kList},
       Member{"overridden_by", kObject},     Member{"map", kObject, true},   Member{"checks", kList, true},
       Member{"already_quantized", kObject}, Member{"memory", kObject},      Member{"facts", kObject},
-      Member{"config_file", kText},         Member{"packages", kTexts}};
+      Member{"config_file", kText},         Member{"packages", kTexts},     Member{"lint", kObject},
+      Member{"parallel", kObject}};
+  static const std::array kParallel = {Member{"tensor", kText, true}, Member{"pipeline", kText},
+                                       Member{"expert", kText}, Member{"expert_is_switch", kFlag},
+                                       Member{"source", kText, true}};
   Problems problems;
   check_members(engine, kMembers, "engine", problems);
   check_flags(engine, problems);
@@ -228,6 +275,9 @@ Problems check_engine(const Json& engine) {
   check_choices(engine, "before", "before", problems);
   check_choices(engine, "after", "after", problems);
   check_tables(engine, problems);
+  if (engine.is_object() && engine.contains("parallel"))
+    check_members(engine["parallel"], kParallel, "parallel", problems);
+  if (engine.is_object() && engine.contains("lint")) check_lint(engine["lint"], problems);
   const Json none = Json::array();
   for (const Json& rule : member_or(engine, "checks", none))
     check_diagnostic(rule, "checks." + value_text(member_or(rule, "when", none)), problems);
@@ -269,6 +319,16 @@ Problems check_kinds(const Json& document) {
   return problems;
 }
 
+Problems check_modules(const Json& modules) {
+  static const std::array kMembers = {Member{"name", kText, true},      Member{"summary", kText},
+                                      Member{"source", kText, true},    Member{"cut_inputs", kTexts, true},
+                                      Member{"not_cut", kTexts, true},  Member{"not_linear", kTexts, true},
+                                      Member{"kv_heads", kTexts, true}, Member{"head", kTexts, true}};
+  Problems problems;
+  check_members(modules, kMembers, "modules", problems);
+  return problems;
+}
+
 Problems check_preset(const Json& preset) {
   static const std::array kMembers = {Member{"name", kText, true},    Member{"aliases", kTexts},
                                       Member{"summary", kText},       Member{"gemm_dtype", kText},
@@ -299,9 +359,9 @@ std::vector<std::string> check_facts(std::string_view kind, const Json& document
     std::string_view name;
     Problems (*check)(const Json&);
   };
-  static constexpr std::array kKinds = {Kind{"engines", check_engine}, Kind{"hardware", check_hardware},
+  static constexpr std::array kKinds = {Kind{"engines", check_engine},    Kind{"hardware", check_hardware},
                                         Kind{"checkpoints", check_kinds}, Kind{"presets", check_preset},
-                                        Kind{"backends", check_backend}};
+                                        Kind{"backends", check_backend},  Kind{"modules", check_modules}};
   const auto* row = std::ranges::find(kKinds, kind, &Kind::name);
   if (row == kKinds.end()) return {fmt::format("no facts are called '{}'", kind)};
   return row->check(document);

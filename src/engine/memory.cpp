@@ -15,13 +15,19 @@ double count(const Json& model, std::string_view name, double otherwise = 0) {
   return value != nullptr && value->is_number() ? value->get<double>() : otherwise;
 }
 
-/// What an engine's table says of the first of `from` that the plan sets: [args|config_file|api|resolved].NAME.
-const Json* table_entry(const EnginePlan& plan, const Json& memory, const char* from, const char* table) {
+/// What the plan sets, for the tables and rules of an engine's `memory`: [args|config_file|api|resolved].NAME.
+Json said_by(const EnginePlan& plan) {
   Json said = {
       {"config_file", plan.config_file}, {"api", plan.api}, {"resolved", plan.resolved}, {"args", Json::object()}};
   for (const Argument& argument : plan.args)
     said["args"][argument.flag.substr(std::min(argument.flag.find_first_not_of('-'), argument.flag.size()))] =
         argument.value;
+  return said;
+}
+
+/// What an engine's table says of the first of `from` that the plan sets.
+const Json* table_entry(const EnginePlan& plan, const Json& memory, const char* from, const char* table) {
+  const Json said = said_by(plan);
   for (const Json& path : memory[from])
     if (const Json* value = look_up(said, path.get_ref<const std::string&>()); value != nullptr)
       if (const Json* entry = look_up(memory[table], value_text(*value)); entry != nullptr) return entry;
@@ -41,14 +47,69 @@ double bits_at_load(const EnginePlan& plan) {
   return bits == nullptr ? 0 : bits->get<double>();
 }
 
-double attention_parameters(const Json& model) {
-  const double hidden = count(model, "hidden_size"), heads = count(model, "heads"), head = count(model, "head_dim");
-  const double latent = count(model, "kv_lora_rank");
-  if (latent == 0) return hidden * head * (2 * heads + 2 * count(model, "kv_heads", heads));
-  const double rope = count(model, "qk_rope_head_dim"), nope = count(model, "qk_nope_head_dim", head);
+/// The first row of memory.NAME that holds, as a number; `otherwise` without such a row.
+double rule_value(const Json* memory, const char* name, const Json& said, double otherwise) {
+  const Json* rows = memory == nullptr ? nullptr : look_up(*memory, name);
+  if (rows == nullptr) return otherwise;
+  for (const Json& row : *rows) {
+    if (row.contains("when") && !holds(row["when"], said)) continue;
+    const Json value = fill(row["is"], said);
+    if (value.is_number()) return value.get<double>();
+    if (!value.is_string()) continue;
+    const Json number = Json::parse(value.get_ref<const std::string&>(), nullptr, false);  // as on a command line
+    if (number.is_number() && std::isfinite(number.get<double>())) return number.get<double>();
+  }
+  return otherwise;
+}
+
+double latent_attention_parameters(const Json& model) {
+  const double hidden = count(model, "hidden_size"), heads = count(model, "heads"),
+               latent = count(model, "kv_lora_rank");
+  const double rope = count(model, "qk_rope_head_dim"),
+               nope = count(model, "qk_nope_head_dim", count(model, "head_dim"));
   const double value = count(model, "v_head_dim", nope), rank = count(model, "q_lora_rank");
   const double query = rank > 0 ? hidden * rank + rank * heads * (nope + rope) : hidden * heads * (nope + rope);
-  return query + hidden * (latent + rope) + latent * heads * (nope + value) + heads * value * hidden;
+  const double index_heads = count(model, "index_heads"), index = count(model, "index_head_dim");
+  const double indexer = index_heads * index * rank + hidden * (index + index_heads);
+  return query + hidden * (latent + rope) + latent * heads * (nope + value) + heads * value * hidden + indexer;
+}
+
+/// Heads and sizes of one layer's keys and values.
+struct Heads {
+  double kv, key, value;
+};
+Heads heads_of(const Json& model, bool sliding) {
+  const double kv = count(model, "kv_heads", count(model, "heads")), head = count(model, "head_dim");
+  const double value = count(model, "v_head_dim", head);
+  if (sliding) return {count(model, "sliding_kv_heads", kv), head, value};
+  return {count(model, "full_kv_heads", kv), count(model, "full_head_dim", head), count(model, "full_head_dim", value)};
+}
+
+double full_attention_parameters(const Json& model, bool sliding) {
+  const double hidden = count(model, "hidden_size"), heads = count(model, "heads");
+  const Heads h = heads_of(model, sliding);
+  const double gate = look_up(model, "output_gate") != nullptr ? 2 : 1;  // computed beside the queries
+  return hidden * (gate * heads * h.key + h.kv * (h.key + h.value) + heads * h.value);
+}
+
+/// Gated DeltaNet: queries, keys, values and gate, two numbers a head, a short convolution, the way out.
+double linear_attention_parameters(const Json& model) {
+  const double hidden = count(model, "hidden_size"),
+               keys = count(model, "linear_key_heads") * count(model, "linear_key_dim");
+  const double value_heads = count(model, "linear_value_heads"),
+               values = value_heads * count(model, "linear_value_dim");
+  if (values == 0) return full_attention_parameters(model, false);
+  return hidden * (2 * keys + 2 * values + 2 * value_heads) + (2 * keys + values) * count(model, "linear_kernel") +
+         values * hidden;
+}
+
+double all_attention_parameters(const Json& model) {
+  const double layers = count(model, "layers");
+  if (count(model, "kv_lora_rank") > 0) return layers * latent_attention_parameters(model);
+  const double linear = std::min(layers, count(model, "linear_layers"));
+  const double sliding = std::min(layers - linear, count(model, "sliding_layers"));
+  return linear * linear_attention_parameters(model) + sliding * full_attention_parameters(model, true) +
+         (layers - linear - sliding) * full_attention_parameters(model, false);
 }
 
 /// Keys and values of a head over their numbers, where values take room for a multiple of `step`.
@@ -81,15 +142,27 @@ double kv_element_bytes(const EnginePlan& plan, int64_t head_dim, const Facts& f
   return (*entry)[0].get<double>() + scale;
 }
 
-double kv_cache_elements(const Json& model, int64_t tokens) {
+double kv_cache_elements(const Json& model, int64_t tokens, int64_t parts, bool windows) {
   const double layers = count(model, "layers"), length = static_cast<double>(tokens);
-  const double latent = count(model, "kv_lora_rank");
-  const double heads = count(model, "kv_heads", count(model, "heads"));
-  const double width = latent > 0 ? latent + count(model, "qk_rope_head_dim") : 2 * heads * count(model, "head_dim");
-  const double sliding = count(model, "sliding_layers"), linear = count(model, "linear_layers");
-  const double window = count(model, "sliding_window");
-  const double full = std::max(0.0, layers - sliding - linear);
-  return width * (full * length + sliding * (window > 0 ? std::min(window, length) : length));
+  const double linear = std::min(layers, count(model, "linear_layers"));
+  const double sliding = std::min(layers - linear, count(model, "sliding_layers"));
+  const double window = count(model, "sliding_window"), latent = count(model, "kv_lora_rank");
+  const double kept = windows && window > 0 ? std::min(window, length) : length;
+  const auto width = [&](bool slides) {
+    if (latent > 0) return latent + count(model, "qk_rope_head_dim");
+    const Heads h = heads_of(model, slides);
+    return std::ceil(h.kv / static_cast<double>(std::max<int64_t>(1, parts))) * (h.key + h.value);
+  };
+  return (layers - linear - sliding) * width(false) * length + sliding * width(true) * kept;
+}
+
+double linear_state_bytes(const Json& model) {
+  const double keys = count(model, "linear_key_heads") * count(model, "linear_key_dim");
+  const double value_heads = count(model, "linear_value_heads"), value = count(model, "linear_value_dim");
+  const double matrix = value_heads * value * count(model, "linear_key_dim");
+  const double convolution = (2 * keys + value_heads * value) * std::max(0.0, count(model, "linear_kernel") - 1);
+  constexpr double kMatrix = 4, kConvolution = 2;  // bytes: the state is kept in 32 bits
+  return count(model, "linear_layers") * (matrix * kMatrix + convolution * kConvolution);
 }
 
 double parameters_of(const Json& model) {
@@ -97,10 +170,16 @@ double parameters_of(const Json& model) {
   const double vocabulary = count(model, "vocabulary"), inner = count(model, "intermediate_size");
   const double expert = count(model, "moe_intermediate_size", inner), experts = count(model, "experts");
   if (hidden == 0 || layers == 0 || vocabulary == 0 || expert == 0) return 0;
-  const double dense = experts > 1 ? std::min(layers, count(model, "dense_layers")) : layers;
-  const double sparse = (layers - dense) * (experts + count(model, "shared_experts")) * 3 * hidden * expert;
+  const double matrices = look_up(model, "ungated") != nullptr ? 2 : 3;
+  const double dense = experts <= 1 || look_up(model, "dense_beside_experts") != nullptr
+                           ? layers
+                           : std::min(layers, count(model, "dense_layers"));
+  const double sparse_layers = experts > 1 ? layers - std::min(layers, count(model, "dense_layers")) : 0;
+  const double shared = count(model, "shared_intermediate_size", count(model, "shared_experts") * expert);
+  const double sparse = sparse_layers * (matrices * hidden * (experts * expert + shared) + hidden * experts);
   const double embeddings = (look_up(model, "tied") != nullptr ? 1 : 2) * vocabulary * hidden;
-  return embeddings + layers * attention_parameters(model) + dense * 3 * hidden * inner + sparse;
+  const double positions = look_up(model, "learned_positions") != nullptr ? count(model, "context") * hidden : 0;
+  return embeddings + positions + all_attention_parameters(model) + dense * matrices * hidden * inner + sparse;
 }
 
 std::vector<SizedMethod> weigh_methods(const Json& model, double stored_bytes, const EnginePlan& plan,
@@ -118,55 +197,106 @@ std::vector<SizedMethod> weigh_methods(const Json& model, double stored_bytes, c
   return options;
 }
 
-MemoryEstimate estimate_memory(const Json& model, double stored_bytes, const EnginePlan& plan,
-                               const Deployment& deployment) {
-  MemoryEstimate estimate;
-  const auto parts = static_cast<double>(std::max<int64_t>(1, deployment.tensor_parallel));
-  const auto head = static_cast<int64_t>(count(model, "head_dim"));
-  const double hidden = count(model, "hidden_size");
+namespace {
+
+/// Of one device: what is stored, as engine and user change it at load, shared by all.
+double weights_on_device(const Json& model, double stored_bytes, const EnginePlan& plan, const Deployment& deployment) {
   // without files: what the checkpoint declares, a 16-bit scale for each group, else 16 bits
   const double declared = count(model, "bits"), group = count(model, "group_size");
   const double bits = declared > 0 ? declared + (group > 0 ? 16 / group : 0) : 16;
-  estimate.weights_bytes = stored_bytes > 0 ? stored_bytes : parameters_of(model) * bits / 8;
-  if (const double at_load = bits_at_load(plan); at_load > 0 && declared == 0) {
-    const double kept = 2 * 2 * count(model, "vocabulary") * hidden;  // embeddings and head stay as they are, 16 bits
-    if (estimate.weights_bytes > kept) estimate.weights_bytes = kept + (estimate.weights_bytes - kept) * at_load / 16;
-  }
-  estimate.weights_bytes /= parts;
+  double bytes = stored_bytes > 0 ? stored_bytes : parameters_of(model) * bits / 8;
+  // embeddings and head stay as they are, 16 bits
+  const double ends = 2 * 2 * count(model, "vocabulary") * count(model, "hidden_size");
+  if (const double at_load = bits_at_load(plan); at_load > 0 && declared == 0 && bytes > ends)
+    bytes = ends + (bytes - ends) * at_load / 16;
+  // the stage with the most layers; at least one of the first and the last holds a table of the vocabulary besides
+  const auto stages = static_cast<double>(std::max<int64_t>(1, deployment.pipeline_parallel));
+  const double layers = std::max(1.0, count(model, "layers", stages));
+  if (stages > 1 && bytes > ends) bytes = (bytes - ends) * std::ceil(layers / stages) / layers + ends / 2;
+  return bytes / static_cast<double>(std::max<int64_t>(1, deployment.tensor_parallel));
+}
+
+/// What the engine does with the device's memory, by its facts.
+struct Budget {
+  double usable, kv_share, reserved, prefill_tokens, logit_rows, overhead, activation_bytes;
+};
+Budget budget_of(const Json* memory, Json said, const Deployment& deployment, const MemoryEstimate& estimate) {
+  constexpr double kGib = 1024.0 * 1024 * 1024;
+  said["tensor_parallel"] = deployment.tensor_parallel;
+  said["context"] = estimate.context;
+  said["tokens"] = estimate.context * deployment.batch;
+  said["batch"] = deployment.batch;
+  if (deployment.memory_bytes > 0) said["memory_gib"] = deployment.memory_bytes / kGib;
+  Budget budget{};
+  budget.usable = std::clamp(rule_value(memory, "usable", said, 1), 0.0, 1.0);
+  budget.kv_share = std::clamp(rule_value(memory, "kv_share", said, 1), 0.0, 1.0);
+  budget.reserved = kGib * rule_value(memory, "reserved_gib", said, 0);
+  budget.prefill_tokens = std::max(1.0, rule_value(memory, "prefill_tokens", said, 2048));
+  budget.logit_rows = std::max(1.0, rule_value(memory, "logit_rows", said, static_cast<double>(deployment.batch)));
+  budget.overhead = kGib * (memory == nullptr ? 0 : memory->value("overhead_gib", 0.0));
+  budget.activation_bytes = memory == nullptr ? 2 : memory->value("activation_bytes", 2.0);
+  return budget;
+}
+
+/// One chunk of prefill: hidden states and what stands between a feed-forward's matrices; logits in 32 bits.
+double activations_on_device(const Json& model, const Budget& budget, double parts) {
+  const double hidden = count(model, "hidden_size"), chosen = count(model, "experts_per_token");
+  double inner = 2 * count(model, "intermediate_size", 4 * hidden) / parts;
+  if (count(model, "experts") > 1 && chosen > 0)
+    inner = std::max(inner, chosen * (3 * count(model, "moe_intermediate_size", 0) / parts + hidden));
+  return budget.activation_bytes * budget.prefill_tokens * (4 * hidden + inner) +
+         4 * count(model, "vocabulary") * budget.logit_rows;
+}
+
+}  // namespace
+
+MemoryEstimate estimate_memory(const Json& model, double stored_bytes, const EnginePlan& plan,
+                               const Deployment& deployment, const Facts& facts) {
+  MemoryEstimate estimate;
   constexpr int64_t kContext = 8192;
   const auto limit = static_cast<int64_t>(count(model, "context", kContext));
   estimate.context = deployment.context > 0 ? deployment.context : std::min(limit, kContext);
-  // heads are cut over the devices, a latent vector is not
-  const double kv_parts = count(model, "kv_lora_rank") > 0
-                              ? 1
-                              : std::min(parts, std::max(1.0, count(model, "kv_heads", count(model, "heads", parts))));
-  const Json* memory = memory_of(plan, Facts::standard());
-  const Json nothing = Json::object();
-  const Json& facts = memory != nullptr ? *memory : nothing;
-  Json cached = model;
-  if (!facts.value("kv_windows", true)) cached.erase("sliding_window");  // kept for the whole context all the same
-  const int64_t step = std::clamp<int64_t>(facts.value("kv_step", int64_t{1}), 1, 1 << 20);
-  const auto values = static_cast<double>(std::clamp<int64_t>(facts.value("value_step", int64_t{1}), 1, 1 << 20));
-  const double element = kv_element_bytes(plan, head) * padding_of(static_cast<double>(head), values);
-  const auto cache = [&](int64_t context, int64_t batch) {
-    const int64_t room = (context + step - 1) / step * step;
-    return static_cast<double>(batch) * kv_cache_elements(cached, room) * element / kv_parts;
+  const Json* memory = memory_of(plan, facts);
+  const Budget budget = budget_of(memory, said_by(plan), deployment, estimate);
+  const auto stages = static_cast<double>(std::max<int64_t>(1, deployment.pipeline_parallel));
+  const double layers = std::max(1.0, count(model, "layers", stages));
+  const double of_layers = std::ceil(layers / stages) / layers;
+  const double bytes = kv_element_bytes(plan, static_cast<int64_t>(count(model, "head_dim")), facts);
+  // where values are kept in steps of tokens and of a head's numbers
+  const auto step_of = [&](const char* name) {
+    return std::clamp<int64_t>(memory == nullptr ? 1 : memory->value(name, int64_t{1}), 1, 1 << 20);
   };
+  const int64_t step = step_of("kv_step");
+  const double padding = padding_of(count(model, "head_dim"), static_cast<double>(step_of("value_step")));
+  const double element = bytes * padding;
+  const bool windows = memory == nullptr || memory->value("windows", true);
+  const double index =
+      count(model, "index_head_dim");  // a key of 8 bits and its scale, for the search of sparse attention
+  const double state =
+      linear_state_bytes(model) / static_cast<double>(std::max<int64_t>(1, deployment.tensor_parallel));
+  const auto cache = [&](int64_t context, int64_t batch) {
+    const double indexer = index > 0 ? static_cast<double>(context) * layers * (index + 4) : 0;
+    const int64_t room = (context + step - 1) / step * step;
+    const double tokens = kv_cache_elements(model, room, deployment.tensor_parallel, windows) * element;
+    return static_cast<double>(batch) * (tokens + indexer + state) * of_layers;
+  };
+  estimate.weights_bytes = weights_on_device(model, stored_bytes, plan, deployment);
   estimate.kv_cache_bytes = cache(estimate.context, deployment.batch);
-  estimate.kv_bytes_per_token = kv_cache_elements(model, 1) * element / kv_parts;
-  // one chunk of prefill: hidden states, the feed-forward's inner ones and the logits of the last token, 16 bits
-  const double chunk = facts.value("chunk_tokens", 2048.0), width = facts.value("activation_bytes", 2.0);
-  estimate.activation_bytes = width * chunk * (4 * hidden + 2 * count(model, "intermediate_size", 4 * hidden) / parts) +
-                              4 * count(model, "vocabulary") * static_cast<double>(deployment.batch);
-  estimate.overhead_bytes = facts.value("overhead_gib", 0.0) * 1024 * 1024 * 1024;
-  const double fixed = estimate.weights_bytes + estimate.activation_bytes + estimate.overhead_bytes;
-  estimate.total_bytes = fixed + estimate.kv_cache_bytes;
-  if (deployment.memory_bytes > 0) {
-    estimate.fits = estimate.total_bytes <= deployment.memory_bytes;
-    const double left = deployment.memory_bytes - fixed;
-    estimate.most_context = largest(limit, [&](int64_t n) { return cache(n, deployment.batch) <= left; });
-    estimate.most_batch = largest(1 << 20, [&](int64_t n) { return cache(estimate.context, n) <= left; });
-  }
+  estimate.kv_bytes_per_token = (cache(step, 1) - state * of_layers) / static_cast<double>(step);
+  estimate.state_bytes = static_cast<double>(deployment.batch) * state * of_layers;
+  estimate.activation_bytes =
+      activations_on_device(model, budget, static_cast<double>(std::max<int64_t>(1, deployment.tensor_parallel)));
+  estimate.overhead_bytes = budget.overhead;
+  estimate.total_bytes =
+      estimate.weights_bytes + estimate.activation_bytes + estimate.overhead_bytes + estimate.kv_cache_bytes;
+  if (deployment.memory_bytes <= 0) return estimate;
+  estimate.usable_bytes = deployment.memory_bytes * budget.usable;
+  const double other = std::max(budget.reserved, estimate.activation_bytes + estimate.overhead_bytes);
+  estimate.kv_room_bytes = (estimate.usable_bytes - estimate.weights_bytes - other) * budget.kv_share;
+  const auto fits = [&](int64_t context, int64_t batch) { return cache(context, batch) <= estimate.kv_room_bytes; };
+  estimate.fits = fits(estimate.context, deployment.batch);
+  estimate.most_context = largest(limit, [&](int64_t n) { return fits(n, deployment.batch); });
+  estimate.most_batch = largest(1 << 20, [&](int64_t n) { return fits(estimate.context, n); });
   return estimate;
 }
 

@@ -192,6 +192,7 @@ EnginePlan Planner::plan() {
   if (!request_.intent.backend_method.empty()) facts_["intent"]["backend_method"] = request_.intent.backend_method;
 
   add_parameters();
+  for (const Argument& argument : request_.derived) emit(argument.flag, argument.value, argument.rule, argument.source);
   find_checkpoint();
   evaluate("before");
   for (const Field& field : fields()) answer_field(field);
@@ -659,6 +660,8 @@ void Planner::judge_parallel() {
   };
   if (const int64_t heads = fact("heads"); heads % parts != 0)
     return refuse(fmt::format("{} attention heads cannot be shared by {} devices", heads, parts));
+  const std::string experts(without_dashes(text_of(member(engine_, "parallel"), "expert")));
+  if (!experts.empty() && facts_["arg"].contains(experts)) return;  // on one device each
   const int64_t group = fact("group_size");
   const char* const inner = holds({{"model.moe", true}}, facts_) ? "moe_intermediate_size" : "intermediate_size";
   if (request_.checkpoint.empty() || group <= 1 || fact(inner) == 0) return;

@@ -69,6 +69,7 @@ struct PlanRequest {
   Intent intent{};
   std::vector<std::pair<std::string, Json>> parameters{};  ///< the user's own, in their order
   std::map<std::string, std::string> environment{};
+  std::vector<Argument> derived{};  ///< what was worked out for the engine's own flags (derive_parallel)
 };
 
 struct EnginePlan {
