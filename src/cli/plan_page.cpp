@@ -59,14 +59,10 @@ std::string memory_bar(const OrderedJson& p) {
 std::string size_at(const OrderedJson& object, const char* member) { return size_text(object[member].get<double>()); }
 
 void print_memory(const OrderedJson& p) {
-  print_line(
-      "memory",
-      fmt::format(
-          "weights {} #, KV cache {} = ({} tokens x {}), activations {} -{}: {}", size_at(p, "weights_bytes"),
-          size_at(p, "kv_cache_bytes"), p["context"].get<int64_t>(), p["batch"].get<int64_t>(),
-          size_at(p, "activation_bytes"),
-          p["overhead_bytes"].get<double>() > 0 ? fmt::format(", overhead {} -", size_at(p, "overhead_bytes")) : "",
-          size_at(p, "total_bytes")));
+  const double rest = p["activation_bytes"].get<double>() + p["overhead_bytes"].get<double>();
+  print_line("memory", fmt::format("{}: weights {} #, KV cache {} = ({} tokens x {}), activations and engine {} -",
+                                   size_at(p, "total_bytes"), size_at(p, "weights_bytes"), size_at(p, "kv_cache_bytes"),
+                                   p["context"].get<int64_t>(), p["batch"].get<int64_t>(), size_text(rest)));
   if (!p.contains("fits")) return;
   const bool fits = p["fits"].get<bool>();
   fmt::print("            {} of {}: {}\n", memory_bar(p), size_at(p, "memory_bytes"),

@@ -3,6 +3,7 @@
 #include <string_view>
 
 #include "base/error.hpp"
+#include "base/json.hpp"
 #include "engine/plan.hpp"
 
 /// An engine that somebody else describes: refused with what is wrong, or planned for; never a crash.

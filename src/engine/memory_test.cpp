@@ -42,7 +42,7 @@ EnginePlan plan_for(const char* engine, std::vector<std::pair<std::string, Json>
   return plan_engine(
       {.engine = engine, .hardware = {{"vendor", "nvidia"}, {"sm", 90}}, .parameters = std::move(parameters)});
 }
-MemoryEstimate estimate(const char* config, const Deployment& deployment, const char* engine = "native",
+MemoryEstimate estimate(const char* config, const Deployment& deployment, const char* engine = "transformers",
                         double bytes = 1e9) {
   return estimate_memory(facts_of(config), bytes, plan_for(engine), deployment);
 }
@@ -112,11 +112,11 @@ TEST(MemoryByHand, TensorParallelismCutsHeadsAndRepeatsThem) {
   EXPECT_EQ(kv_cache_elements(five, 10, 2), 2 * 32 * 3 * 128 * 10.0);
   // a latent vector is whole on every device
   EXPECT_EQ(estimate(kDeepSeek, {.context = 100, .tensor_parallel = 8}).kv_cache_bytes, 100 * 70272.0);
-  EXPECT_EQ(estimate(kLlama3, {.tensor_parallel = 4}, "native", 16e9).weights_bytes, 4e9);
+  EXPECT_EQ(estimate(kLlama3, {.tensor_parallel = 4}, "transformers", 16e9).weights_bytes, 4e9);
 }
 
 TEST(MemoryByHand, PipelinesShareLayers) {
-  const MemoryEstimate two = estimate(kLlama3, {.context = 8192, .pipeline_parallel = 2}, "native", 16.06e9);
+  const MemoryEstimate two = estimate(kLlama3, {.context = 8192, .pipeline_parallel = 2}, "transformers", 16.06e9);
   EXPECT_EQ(two.kv_cache_bytes, 8192 * 131072.0 / 2);
   const double table = 2.0 * 128256 * 4096;  // the first has the embeddings, the last the head
   EXPECT_DOUBLE_EQ(two.weights_bytes, (16.06e9 - 2 * table) / 2 + table);

@@ -331,6 +331,9 @@ std::string expected_judgement(const Json& engine, const NamedParameter& paramet
   }
   if (is_refused(row, value, plan.version)) return "";  // a code of its own
   if (!row.contains("values") || row["values"].empty() || is_listed(row, value)) return "";
+  if (type == "list" && value.is_array() &&
+      std::ranges::all_of(value, [&](const Json& one) { return is_listed(row, one); }))
+    return "";
   if (engine.value("method_flag", "") == parameter.flag && engine["methods"].contains(value_text(value))) return "";
   return "INVALID_VALUE";
 }
