@@ -60,7 +60,7 @@ std::string size_at(const OrderedJson& object, const char* member) { return size
 
 void print_memory(const OrderedJson& p) {
   const double rest = p["activation_bytes"].get<double>() + p["overhead_bytes"].get<double>();
-  print_line("memory", fmt::format("{}: weights {} #, KV cache {} = ({} tokens x {}), activations and engine {} -",
+  print_line("memory", fmt::format("{}: weights {} #, KV cache {} = ({} tokens x {}), the rest {} -",
                                    size_at(p, "total_bytes"), size_at(p, "weights_bytes"), size_at(p, "kv_cache_bytes"),
                                    p["context"].get<int64_t>(), p["batch"].get<int64_t>(), size_text(rest)));
   if (!p.contains("fits")) return;
