@@ -46,18 +46,17 @@ void check_plain_name(const fs::path& index, const std::string& name) {
          "do not trust this model");
 }
 
-/// Which shard an index gives each tensor.
-using WeightMap = std::map<std::string, std::string, std::less<>>;
+/// Which shard an index gives each tensor: the index's own object, there may be a hundred thousand.
+using WeightMap = Json::object_t;
 
 WeightMap read_weight_map(const fs::path& index) {
-  const Json json = read_json_object(index);
+  Json json = read_json_object(index);
   const auto map = json.find("weight_map");
   if (map == json.end() || !map->is_object() || map->empty()) fail("bad-index", index, "it has no 'weight_map'");
-  WeightMap shards;
-  for (const auto& [tensor, shard] : map->items()) {
+  WeightMap shards = std::move(map->get_ref<WeightMap&>());
+  for (const auto& [tensor, shard] : shards) {
     if (!shard.is_string()) fail("bad-index", index, fmt::format("tensor '{}' has no shard name", printable(tensor)));
     check_plain_name(index, shard.get_ref<const std::string&>());
-    shards.emplace_hint(shards.end(), tensor, shard.get<std::string>());  // both are sorted
   }
   return shards;
 }
@@ -99,7 +98,11 @@ fs::path index_of(const fs::path& directory, const WeightFormat& format) {
 
 std::vector<fs::path> files_of_index(const fs::path& directory, const WeightMap& shard_of) {
   std::set<std::string> names;
-  for (const auto& [tensor, shard] : shard_of) names.insert(shard);
+  const Json* last = nullptr;  // neighbours mostly share a shard
+  for (const auto& [tensor, shard] : shard_of) {
+    if (last == nullptr || *last != shard) names.insert(shard.get_ref<const std::string&>());
+    last = &shard;
+  }
   std::vector<fs::path> files;
   for (const std::string& name : names) {
     if (!fs::exists(directory / name))
@@ -179,9 +182,9 @@ struct Checkpoint::Impl {
   Json config = Json::object(), metadata = Json::object();
   std::vector<fs::path> files;
   std::vector<WeightFile> mapped;
-  std::map<std::string, const StoredArray*, std::less<>> arrays;
+  std::unordered_map<std::string_view, const StoredArray*> arrays;  ///< by their own names; so file_of and by_name
   std::map<std::string, ArraySpec, std::less<>> specs;
-  std::unordered_map<std::string, size_t> file_of;
+  std::unordered_map<std::string_view, size_t> file_of;
   /// How a view's bytes follow from `arrays`, where not simply a part of them.
   struct Rearrangement {
     std::vector<int64_t> rows;
@@ -194,7 +197,7 @@ struct Checkpoint::Impl {
   const Container* container = nullptr;
   std::unordered_map<std::string, StoredTensor> stored;
   std::vector<TensorEntry> tensors;
-  std::map<std::string, size_t, std::less<>> by_name;
+  std::unordered_map<std::string_view, size_t> by_name;
 
   Impl(const fs::path& opened, const Translator& translator, Unfinished unfinished, Foreign foreign) : path(opened) {
     find_files(unfinished);
@@ -261,12 +264,14 @@ struct Checkpoint::Impl {
     find_other_parts();
     for (size_t f = 0; f < files.size(); ++f) {
       const std::string file = files[f].filename().string();
+      auto near = specs.begin();  // where the next one most likely belongs: after the last
       for (const StoredArray& array : mapped[f].arrays()) {
         const auto listed = shard_of.find(array.name);
         if (listed != shard_of.end() && file != listed->second) continue;  // a copy; the index decides
         if (!arrays.emplace(array.name, &array).second)
           fail("bad-weights", files[f], fmt::format("tensor '{}' is in another shard too", printable(array.name)));
-        specs[array.name] = {array.name, array.dtype, array.shape, array.block};
+        near = std::next(
+            specs.try_emplace(near, array.name, ArraySpec{array.name, array.dtype, array.shape, array.block}));
         order.push_back(&array);
         file_of[array.name] = f;
       }
@@ -457,6 +462,7 @@ struct Checkpoint::Impl {
         add_quantized(*found->second);
       }
     }
+    by_name.reserve(tensors.size());
     for (size_t i = 0; i < tensors.size(); ++i)
       if (!by_name.emplace(tensors[i].name, i).second)
         fail("bad-container", path, fmt::format("tensor '{}' is stored twice", printable(tensors[i].name)));

@@ -164,7 +164,7 @@ OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, cons
     }
   }
   std::vector<Warning> said;
-  const WeightsPlan weights =
+  WeightsPlan weights =
       plan_weights(arguments.model, model, config, request, plan, arguments.text("--format").value_or(""), said);
   std::ranges::move(check_parallel(request, plan, devices), std::back_inserter(of_devices));
   add_diagnostics(std::move(of_devices), plan);
@@ -203,7 +203,7 @@ OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, cons
   if (!nearest.empty()) result["nearest"] = std::move(nearest);
   result["explain"] = arguments.flag("--explain");
   result["errors"] = std::move(errors);
-  result["tensors"] = weights.tensors;
+  result["tensors"] = std::move(weights.tensors);
   result["warnings"] = warnings_json(said);
   for (Warning& warning : said) add_warning(warnings, std::move(warning));
   return result;

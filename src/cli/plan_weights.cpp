@@ -81,6 +81,20 @@ std::vector<StoredTensor> stored_tensors(const Checkpoint& checkpoint) {
   return tensors;
 }
 
+/// A plan's row for a tensor that stays as it is. Member by member: from a list of pairs it takes three times as long,
+/// and models of experts have ninety thousand tensors.
+OrderedJson tensor_row(const TensorEntry& entry, uint64_t bytes) {
+  constexpr size_t kMembers = 6;  // with the reason
+  OrderedJson row = OrderedJson::object();
+  row.get_ref<OrderedJson::object_t&>().reserve(kMembers);
+  row["name"] = entry.name;
+  row["shape"] = entry.shape;
+  row["scheme"] = nullptr;
+  row["algorithm"] = nullptr;
+  row["bytes"] = bytes;
+  return row;
+}
+
 /// One value as `--set` and the options take it.
 std::string typed(const OrderedJson& value) {
   if (value.is_string()) return value.get<std::string>();
@@ -130,10 +144,10 @@ class Weights {
       plan_.algorithm = quantization["method"];
     }
     if (!model_.checkpoint) return std::move(plan_);
+    plan_.tensors.get_ref<OrderedJson::array_t&>().reserve(model_.checkpoint->tensors().size());
     for (const TensorEntry& entry : model_.checkpoint->tensors()) {
-      OrderedJson row = {{"name", entry.name}, {"shape", entry.shape}, {"scheme", nullptr}, {"algorithm", nullptr}};
+      OrderedJson row = tensor_row(entry, entry.stored_bytes);
       if (entry.quantized() || entry.undecoded != nullptr) row["scheme"] = type_of(entry);
-      row["bytes"] = entry.stored_bytes;
       row["reason"] = reason;
       plan_.tensors.push_back(std::move(row));
     }
@@ -234,8 +248,7 @@ class Weights {
         plan_.file_bytes += other - bytes;
         bytes = other;
       }
-      OrderedJson row = {{"name", tensor.name}, {"shape", entry.shape}, {"scheme", nullptr}, {"algorithm", nullptr}};
-      row["bytes"] = static_cast<uint64_t>(bytes);
+      OrderedJson row = tensor_row(entry, static_cast<uint64_t>(bytes));
       if (tensor.scheme) {
         const std::string scheme = foreign != nullptr ? std::string(foreign->scheme) : describe(*tensor.scheme);
         row["scheme"] = scheme;

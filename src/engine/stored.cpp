@@ -25,7 +25,8 @@ class Arrays {
       if (array.shape.size() == 2 && array.name.ends_with("embed_tokens.weight")) hidden_ = array.shape[1];
   }
   const StoredArray* find(std::string_view base, std::string_view suffix) const {
-    const auto found = by_name_.find(std::string(base).append(suffix));
+    name_.assign(base).append(suffix);
+    const auto found = by_name_.find(name_);
     return found == by_name_.end() ? nullptr : found->second;
   }
   const StoredArray* matrix(std::string_view base, std::string_view suffix) const {
@@ -36,7 +37,8 @@ class Arrays {
   int64_t hidden() const { return hidden_; }
 
  private:
-  std::unordered_map<std::string, const StoredArray*> by_name_;
+  std::unordered_map<std::string_view, const StoredArray*> by_name_;
+  mutable std::string name_;  ///< the one that is looked for; a model asks some hundred thousand times
   int64_t hidden_ = 0;
 };
 
@@ -160,7 +162,8 @@ Reading read_aqlm(const Arrays& arrays, std::string_view base, const StoredArray
 }
 
 /// bitsandbytes' 4 bits: a flat array; a small one beside it holds its shape as JSON.
-Reading read_bitsandbytes4(const Arrays& arrays, std::string_view base, const StoredArray&) {
+Reading read_bitsandbytes4(const Arrays& arrays, std::string_view base, const StoredArray& codes) {
+  if (codes.shape.size() == 2 && codes.shape[0] != 1 && codes.shape[1] != 1) return {};
   for (const char* type : {"nf4", "fp4"}) {
     const StoredArray* state = arrays.find(base, fmt::format(".weight.quant_state.bitsandbytes__{}", type));
     if (state == nullptr) continue;
@@ -185,8 +188,9 @@ Reading read_bitsandbytes4(const Arrays& arrays, std::string_view base, const St
 /// MLX: 32-bit words along the inputs. Bits times inputs is known, groups times their size too; the model's width or
 /// the usual group tells them apart.
 Reading read_mlx(const Arrays& arrays, std::string_view base, const StoredArray& codes) {
+  if (codes.dtype != DType::u32 || codes.shape.size() != 2) return {};
   const StoredArray* scales = arrays.matrix(base, ".scales");
-  if (codes.dtype != DType::u32 || scales == nullptr || codes.shape.size() != 2) return {};
+  if (scales == nullptr) return {};
   const bool affine = arrays.find(base, ".biases") != nullptr;
   Reading reading{.method = "mlx", .scheme = affine ? "affine" : "mxfp4"};
   const int64_t words = codes.shape[1], groups = scales->shape[1];
@@ -210,7 +214,7 @@ Reading read_mlx(const Arrays& arrays, std::string_view base, const StoredArray&
 
 /// 8-bit codes under their own name, told by what scales them; NVFP4 of ModelOpt too.
 Reading read_scaled(const Arrays& arrays, std::string_view base, const StoredArray& codes) {
-  if (codes.shape.size() != 2) return {};
+  if (codes.shape.size() != 2 || size_bytes(codes.dtype) != 1) return {};
   const int64_t rows = codes.shape[0], columns = codes.shape[1];
   const StoredArray *inverse = arrays.matrix(base, ".weight_scale_inv"), *scale = arrays.find(base, ".weight_scale");
   Reading reading;
