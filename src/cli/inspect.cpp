@@ -5,8 +5,8 @@
 
 #include "base/progress.hpp"
 #include "cli/command.hpp"
-#include "cli/model_summary.hpp"
 #include "engine/memory.hpp"
+#include "engine/model_summary.hpp"
 
 namespace bitwright {
 namespace {

@@ -6,7 +6,6 @@
 #include <fstream>
 
 #include "cli/command.hpp"
-#include "cli/model_summary.hpp"
 #include "cli/plan_diff.hpp"
 #include "cli/plan_page.hpp"
 #include "cli/plan_weights.hpp"
@@ -14,6 +13,7 @@
 #include "engine/adapt.hpp"
 #include "engine/lint.hpp"
 #include "engine/memory.hpp"
+#include "engine/model_summary.hpp"
 #include "engine/parallel.hpp"
 #include "engine/precision.hpp"
 #include "recipe/config.hpp"

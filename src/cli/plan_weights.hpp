@@ -5,8 +5,8 @@
 
 #include "base/error.hpp"
 #include "base/json.hpp"
-#include "cli/model_summary.hpp"
 #include "engine/lint.hpp"
+#include "engine/model_summary.hpp"
 #include "engine/plan.hpp"
 
 namespace bitwright {

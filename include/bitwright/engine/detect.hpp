@@ -38,9 +38,10 @@ struct DetectedQuantization {
 /// or the file) gives a hint only. Never throws: a member of the wrong type is as good as absent.
 DetectedQuantization detect_model_quantization(const ModelDocuments& documents, std::string_view name = {});
 
-/// The same for a model on disk: a directory, or a file of it (a GGUF file says so by its first bytes). `facts` holds
-/// model_facts as well, so that the result is all that planning needs. Reads no weights.
-/// Throws Error{"no-model"} if there is none, and parse errors of the documents.
+/// The same for a model on disk, a directory or a file of it: where no document declares anything, the weight files'
+/// headers do, by names, types and shapes of their arrays. `facts` holds model_facts as well, so that the result is all
+/// that planning needs. Weights that cannot be read are passed over where documents say what the model is.
+/// Throws Error: "cannot-open" or "no-model" if there is none, and what is wrong with the documents or the named file.
 DetectedQuantization detect_model_at(const std::filesystem::path& model);
 template <std::convertible_to<std::filesystem::path> Path>  // so that documents in braces are never taken for a path
 DetectedQuantization detect_model_quantization(const Path& model) {

@@ -1,4 +1,4 @@
-#include "cli/model_summary.hpp"
+#include "engine/model_summary.hpp"
 
 #include <algorithm>
 #include <filesystem>
@@ -26,6 +26,12 @@ ModelDocuments read_documents(const fs::path& directory) {
         documents[name] = parse_json(read_text_file(entry.path()), entry.path().string());
   }
   return documents;
+}
+
+/// Its last part, of "." and "DIR/" too.
+std::string name_of(const fs::path& path) {
+  const fs::path whole = fs::absolute(path).lexically_normal();
+  return (whole.has_filename() ? whole : whole.parent_path()).filename().string();
 }
 
 /// Files of weights that are not opened here still count.
@@ -171,10 +177,12 @@ ModelSummary summarize_model(const std::string& name) {
   open_weights(path, model);
   read_header(path, model);
   ModelDocuments documents;
-  if (model.checkpoint && (model.checkpoint->facts() != nullptr || !fs::is_directory(path)))
+  if (model.checkpoint && model.checkpoint->facts() != nullptr)
     documents["config.json"] = model.checkpoint->config();
   else if (fs::is_directory(path))
     documents = read_documents(path);
+  else if (model.checkpoint)
+    documents = read_documents(fs::absolute(path).parent_path());
   const bool says = !documents.empty() || !model.stored.model.empty();
   if (model.unread && !says) throw *model.unread;
   if (!model.checkpoint && !says)
@@ -185,7 +193,7 @@ ModelSummary summarize_model(const std::string& name) {
                  .fix = "give a Hugging Face model directory"});
   if (const auto config = documents.find("config.json"); config != documents.end()) model.config = config->second;
   model.weight_bytes = model.checkpoint ? model.checkpoint->weight_bytes() : bytes_of_weights(path);
-  model.quantization = detect_model_quantization(documents, path.filename().string());
+  model.quantization = detect_model_quantization(documents, name_of(path));
   if (const DetectedQuantization& stored = model.stored.quantization;
       stored.method == "gguf" || (model.quantization.method.empty() && !stored.method.empty()))
     model.quantization = stored;
@@ -194,6 +202,12 @@ ModelSummary summarize_model(const std::string& name) {
   model.facts = model.config.empty() ? model.stored.model : model_facts(model.config);
   model.facts.update(model.quantization.facts);
   return model;
+}
+
+DetectedQuantization detect_model_at(const fs::path& path) {
+  ModelSummary model = summarize_model(path.string());
+  model.quantization.facts = std::move(model.facts);
+  return std::move(model.quantization);
 }
 
 OrderedJson quantization_json(const ModelSummary& model) {

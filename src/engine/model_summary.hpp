@@ -17,10 +17,10 @@ struct ModelSummary {
   std::optional<Checkpoint> checkpoint{};  ///< none: no weights are there, or of a kind that is not read (.npz)
   Json config = Json::object();
   DetectedQuantization quantization{};  ///< as the files beside the weights declare it, or the weights themselves
-  Json facts = Json::object();        ///< of the architecture and the quantization, as PlanRequest::model has them
+  Json facts = Json::object();          ///< of the architecture and the quantization, as PlanRequest::model has them
   StoredWeights stored{};               ///< what the arrays' names, types and shapes say
   std::optional<Error> unread{};        ///< why they say nothing, though files are there
-  uint64_t weight_bytes = 0;          ///< of the files; 0: none are there
+  uint64_t weight_bytes = 0;            ///< of the files; 0: none are there
 };
 /// Weights that cannot be opened are `unread` where the files beside them say what the model is: a download that is not
 /// complete can be planned for. Throws Error as opening a model does, and Error{"no-model"} for a directory that says
