@@ -191,6 +191,7 @@ void check_tables(const Json& engine, Problems& problems) {
   static const std::array kMemory = {Member{"kv_from", kTexts, true},
                                      Member{"kv_bytes", kObject, true},
                                      Member{"weights_from", kTexts, true},
+                                     Member{"experts_from", kTexts},
                                      Member{"weight_bits", kObject, true},
                                      Member{"overhead_gib", kReal},
                                      Member{"source", kText},
@@ -212,7 +213,7 @@ void check_tables(const Json& engine, Problems& problems) {
     check_diagnostic(row, "already_quantized." + field, problems);
   if (engine.is_object() && engine.contains("memory")) check_members(engine["memory"], kMemory, "memory", problems);
   const Json& memory = member_or(engine, "memory", none);
-  const auto is_number = [](const Json& value) { return value.is_number(); };
+  const auto is_number = [](const Json& value) { return value.is_number() && value >= 0; };
   const Json no_rows = Json::array();
   for (const char* name : {"usable", "kv_share", "reserved_gib", "prefill_tokens", "logit_rows"})
     for (const Json& row : member_or(memory, name, no_rows)) {
@@ -223,7 +224,8 @@ void check_tables(const Json& engine, Problems& problems) {
     if (!bytes.is_array() || bytes.size() != 2 || !std::ranges::all_of(bytes, is_number))
       problems.push_back(fmt::format("memory.kv_bytes.{}: bytes of an element and of a head's scale are needed", type));
   for (const auto& [method, bits] : member_or(memory, "weight_bits", none).items())
-    if (!bits.is_number()) problems.push_back(fmt::format("memory.weight_bits.{}: a number is needed", method));
+    if (!bits.is_number() || bits <= 0 || bits > 16)
+      problems.push_back(fmt::format("memory.weight_bits.{}: a number up to 16 is needed", method));
   for (const auto& [field, values] : member_or(engine, "overridden_by", none).items())
     for (const auto& [value, flags] : values.items())
       if ((type_of(flags) & kTexts) == 0)

@@ -19,32 +19,55 @@ double count(const Json& model, std::string_view name, double otherwise = 0) {
 Json said_by(const EnginePlan& plan) {
   Json said = {
       {"config_file", plan.config_file}, {"api", plan.api}, {"resolved", plan.resolved}, {"args", Json::object()}};
-  for (const Argument& argument : plan.args)
+  for (const Argument& argument : plan.args) {
+    Json value = argument.value;
+    if (value.is_string() && value.get_ref<const std::string&>().starts_with('{'))  // a user's, as it was typed
+      if (Json object = Json::parse(value.get_ref<const std::string&>(), nullptr, false); object.is_object())
+        value = std::move(object);
     said["args"][argument.flag.substr(std::min(argument.flag.find_first_not_of('-'), argument.flag.size()))] =
-        argument.value;
+        std::move(value);
+  }
   return said;
 }
 
+/// A row of an engine's table: null if the plan sets nothing that it knows.
+struct Entry {
+  std::string name{};
+  const Json* value = nullptr;
+};
 /// What an engine's table says of the first of `from` that the plan sets.
-const Json* table_entry(const EnginePlan& plan, const Json& memory, const char* from, const char* table) {
-  const Json said = said_by(plan);
-  for (const Json& path : memory[from])
+Entry table_entry(const EnginePlan& plan, const Json& memory, const char* from, const char* table) {
+  const Json *paths = look_up(memory, from), said = said_by(plan);
+  if (paths == nullptr) return {};
+  for (const Json& path : *paths)
     if (const Json* value = look_up(said, path.get_ref<const std::string&>()); value != nullptr)
-      if (const Json* entry = look_up(memory[table], value_text(*value)); entry != nullptr) return entry;
-  return nullptr;
+      if (std::string name = value_text(*value); const Json* entry = look_up(memory[table], name))
+        return {.name = std::move(name), .value = entry};
+  return {};
 }
 
 const Json* memory_of(const EnginePlan& plan, const Facts& facts) {
   return look_up(facts.get("engines", plan.engine), "memory");
 }
 
-/// Bits that the engine gives linear weights while loading; 0: as they are stored.
-double bits_at_load(const EnginePlan& plan) {
-  if (const Json* flag = look_up(plan.api, "load_in_4bit"); flag != nullptr && *flag == true) return 4.5;
-  if (const Json* flag = look_up(plan.api, "load_in_8bit"); flag != nullptr && *flag == true) return 8;
-  const Json* memory = memory_of(plan, Facts::standard());
-  const Json* bits = memory == nullptr ? nullptr : table_entry(plan, *memory, "weights_from", "weight_bits");
-  return bits == nullptr ? 0 : bits->get<double>();
+/// Bits of the weights once the engine has loaded a model of 16.
+struct LoadedBits {
+  double linear = 16, experts = 16;
+};
+LoadedBits bits_at_load(const EnginePlan& plan, const Facts& facts) {
+  if (const Json* flag = look_up(plan.api, "load_in_4bit"); flag != nullptr && *flag == true) return {4.5, 4.5};
+  if (const Json* flag = look_up(plan.api, "load_in_8bit"); flag != nullptr && *flag == true) return {8, 8};
+  LoadedBits bits;
+  const Json* memory = memory_of(plan, facts);
+  if (memory == nullptr) return bits;
+  if (const Entry all = table_entry(plan, *memory, "weights_from", "weight_bits"); all.value != nullptr) {
+    const Json* method = look_up(facts.get("engines", plan.engine)["methods"], all.name);
+    bits.experts = all.value->get<double>();
+    if (method == nullptr || !method->value("experts_only", false)) bits.linear = bits.experts;
+  }
+  if (const Entry own = table_entry(plan, *memory, "experts_from", "weight_bits"); own.value != nullptr)
+    bits.experts = own.value->get<double>();
+  return bits;
 }
 
 /// The first row of memory.NAME that holds, as a number; `otherwise` without such a row.
@@ -135,7 +158,7 @@ int64_t largest(int64_t most, Fits fits) {
 
 double kv_element_bytes(const EnginePlan& plan, int64_t head_dim, const Facts& facts) {
   const Json* memory = memory_of(plan, facts);
-  const Json* entry = memory == nullptr ? nullptr : table_entry(plan, *memory, "kv_from", "kv_bytes");
+  const Json* entry = memory == nullptr ? nullptr : table_entry(plan, *memory, "kv_from", "kv_bytes").value;
   if (entry == nullptr && memory != nullptr) entry = look_up((*memory)["kv_bytes"], "auto");
   if (entry == nullptr) return 2;
   const double scale = head_dim > 0 ? (*entry)[1].get<double>() / static_cast<double>(head_dim) : 0;
@@ -165,18 +188,35 @@ double linear_state_bytes(const Json& model) {
   return count(model, "linear_layers") * (matrix * kMatrix + convolution * kConvolution);
 }
 
+namespace {
+
+/// Matrices of a feed-forward.
+double matrices_of(const Json& model) { return look_up(model, "ungated") != nullptr ? 2 : 3; }
+
+/// Layers of experts, and what all experts of one hold.
+double sparse_layers(const Json& model) {
+  const double layers = count(model, "layers");
+  return count(model, "experts") > 1 ? layers - std::min(layers, count(model, "dense_layers")) : 0;
+}
+double experts_of_layer(const Json& model) {
+  const double size = count(model, "moe_intermediate_size", count(model, "intermediate_size"));
+  return matrices_of(model) * count(model, "hidden_size") * count(model, "experts") * size;
+}
+
+}  // namespace
+
 double parameters_of(const Json& model) {
   const double hidden = count(model, "hidden_size"), layers = count(model, "layers");
   const double vocabulary = count(model, "vocabulary"), inner = count(model, "intermediate_size");
   const double expert = count(model, "moe_intermediate_size", inner), experts = count(model, "experts");
   if (hidden == 0 || layers == 0 || vocabulary == 0 || expert == 0) return 0;
-  const double matrices = look_up(model, "ungated") != nullptr ? 2 : 3;
+  const double matrices = matrices_of(model);
   const double dense = experts <= 1 || look_up(model, "dense_beside_experts") != nullptr
                            ? layers
                            : std::min(layers, count(model, "dense_layers"));
-  const double sparse_layers = experts > 1 ? layers - std::min(layers, count(model, "dense_layers")) : 0;
   const double shared = count(model, "shared_intermediate_size", count(model, "shared_experts") * expert);
-  const double sparse = sparse_layers * (matrices * hidden * (experts * expert + shared) + hidden * experts);
+  const double sparse =
+      sparse_layers(model) * (experts_of_layer(model) + matrices * hidden * shared + hidden * experts);
   const double embeddings = (look_up(model, "tied") != nullptr ? 1 : 2) * vocabulary * hidden;
   const double positions = look_up(model, "learned_positions") != nullptr ? count(model, "context") * hidden : 0;
   return embeddings + positions + all_attention_parameters(model) + dense * matrices * hidden * inner + sparse;
@@ -200,15 +240,19 @@ std::vector<SizedMethod> weigh_methods(const Json& model, double stored_bytes, c
 namespace {
 
 /// Of one device: what is stored, as engine and user change it at load, shared by all.
-double weights_on_device(const Json& model, double stored_bytes, const EnginePlan& plan, const Deployment& deployment) {
+double weights_on_device(const Json& model, double stored_bytes, const EnginePlan& plan, const Deployment& deployment,
+                         const Facts& facts) {
   // without files: what the checkpoint declares, a 16-bit scale for each group, else 16 bits
   const double declared = count(model, "bits"), group = count(model, "group_size");
   const double bits = declared > 0 ? declared + (group > 0 ? 16 / group : 0) : 16;
   double bytes = stored_bytes > 0 ? stored_bytes : parameters_of(model) * bits / 8;
   // embeddings and head stay as they are, 16 bits
   const double ends = 2 * 2 * count(model, "vocabulary") * count(model, "hidden_size");
-  if (const double at_load = bits_at_load(plan); at_load > 0 && declared == 0 && bytes > ends)
-    bytes = ends + (bytes - ends) * at_load / 16;
+  if (declared == 0 && bytes > ends) {
+    const LoadedBits loaded = bits_at_load(plan, facts);
+    const double experts = std::min(bytes - ends, 2 * sparse_layers(model) * experts_of_layer(model));
+    bytes = ends + (experts * loaded.experts + (bytes - ends - experts) * loaded.linear) / 16;
+  }
   // the stage with the most layers; at least one of the first and the last holds a table of the vocabulary besides
   const auto stages = static_cast<double>(std::max<int64_t>(1, deployment.pipeline_parallel));
   const double layers = std::max(1.0, count(model, "layers", stages));
@@ -280,7 +324,7 @@ MemoryEstimate estimate_memory(const Json& model, double stored_bytes, const Eng
     const double tokens = kv_cache_elements(model, room, deployment.tensor_parallel, windows) * element;
     return static_cast<double>(batch) * (tokens + indexer + state) * of_layers;
   };
-  estimate.weights_bytes = weights_on_device(model, stored_bytes, plan, deployment);
+  estimate.weights_bytes = weights_on_device(model, stored_bytes, plan, deployment, facts);
   estimate.kv_cache_bytes = cache(estimate.context, deployment.batch);
   estimate.kv_bytes_per_token = (cache(step, 1) - state * of_layers) / static_cast<double>(step);
   estimate.state_bytes = static_cast<double>(deployment.batch) * state * of_layers;

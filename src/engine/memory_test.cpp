@@ -185,6 +185,36 @@ TEST(MemoryByHand, ParametersOfKnownModels) {
       20.55, 0.1);  // 20,554,567,680
 }
 
+TEST(MemoryByHand, MethodsOfExpertsLeaveTheOtherLayers) {
+  // DeepSeek-V3: 58 layers of 256 experts of 3 x 7168 x 2048, 654 of 671 billion parameters; two tables of 0.93
+  const Json model = {{"moe", true},
+                      {"layers", 61},
+                      {"hidden_size", 7168},
+                      {"vocabulary", 129280},
+                      {"dense_layers", 3},
+                      {"experts", 256},
+                      {"heads", 128},
+                      {"head_dim", 56},
+                      {"kv_heads", 128},
+                      {"context", 4096},
+                      {"intermediate_size", 18432},
+                      {"moe_intermediate_size", 2048}};
+  const double stored = 2 * 671e9, experts = 2.0 * 58 * 256 * 3 * 7168 * 2048, ends = 2.0 * 2 * 129280 * 7168;
+  const auto weights = [&](const char* method, const Json& config) {
+    PlanRequest request{.engine = "vllm", .model = model, .parameters = {{"quantization", method}}};
+    if (!config.is_null()) request.parameters.emplace_back("quantization-config", config);
+    return estimate_memory(model, stored, plan_engine(request), {}).weights_bytes;
+  };
+  EXPECT_DOUBLE_EQ(weights("fp8_per_tensor", {}), ends + (stored - ends) / 2);
+  for (const char* method : {"int8_per_channel_weight_only", "experts_int8"})
+    EXPECT_DOUBLE_EQ(weights(method, {}), stored - experts / 2) << method;
+  EXPECT_DOUBLE_EQ(weights("online", {{"moe", "mxfp4"}}), stored - experts * (1 - 4.25 / 16));
+  const double both = ends + (stored - ends - experts) / 2 + experts * 4.25 / 16;
+  const Json config = {{"linear", "fp8_per_tensor"}, {"moe", "mxfp4"}};
+  EXPECT_DOUBLE_EQ(weights("online", config), both);
+  EXPECT_DOUBLE_EQ(weights("online", config.dump()), both);  // as it is typed
+}
+
 /// Real configurations against the counts that the models' cards publish (of a name like 30B-A3B: that name).
 TEST(MemoryByHand, ParametersOfRealConfigurations) {
   const auto folder = test::shared_dir() / "data/quant_configs";
