@@ -16,54 +16,46 @@
 namespace bitwright {
 namespace {
 
-/// Methods whose weights are not made here yet, with what their formats take; the rest is as for the stand-in.
+/// Quantized weights: which methods there are, and what can hold them, the likelier first.
+const Json& weight_facts() { return Facts::standard().get("weights", "quantized"); }
+
+const Json* row_named(const Json& rows, std::string_view name) {
+  const auto row = std::ranges::find_if(rows, [&](const Json& one) { return one["name"] == name; });
+  return row == rows.end() ? nullptr : &*row;
+}
+
+/// How engines' facts call what is quantized so.
+std::string checkpoint_of(const Json& holder) { return holder.value("checkpoint", holder["name"].get<std::string>()); }
+
+/// A method whose weights are not made here yet: its format, and the method that is otherwise like it.
 struct ForeignMethod {
-  std::string_view name, scheme, stand_in;
+  std::string scheme, stand_in;
   double bits;  ///< of a weight with its share of the scales
 };
-constexpr std::array<ForeignMethod, 3> kForeignMethods = {
-    {{"fp8", "e4m3, a scale for each channel", "int8", 8},
-     {"mxfp4", "e2m1, groups of 32 with e8m0 scales", "int4", 4.25},
-     {"nvfp4", "e2m1, groups of 16 with e4m3 scales", "int4", 4.5}}};
-
-/// What holds which codes, the likelier first. `checkpoint`: how engines' facts call what is quantized so.
-struct Holder {
-  std::string_view container, checkpoint;
-  std::vector<std::string_view> methods;
-};
-const std::vector<Holder>& holders() {
-  static const std::vector<Holder> rows = {
-      {"native", "bitwright", {"int8", "int4", "int3", "int2", "nf4", "fp4", ""}},
-      {"bitsandbytes", "bitsandbytes", {"nf4", "fp4"}},
-      {"compressed-tensors", "compressed-tensors", {"int8", "int4", "fp8", "mxfp4", "nvfp4", ""}},
-      {"gptq", "gptq", {"int8", "int4", "int3", "int2", ""}},
-      {"awq", "awq", {"int4"}},
-      {"hqq", "hqq", {"int8", "int4", "int3", "int2"}},
-      {"quanto", "quanto", {"int8", "int4", "int2"}},
-      {"mlx", "mlx", {"int8", "int4", "int3", "int2", "mxfp4", "nvfp4", ""}},
-      {"gguf", "gguf", {"int8", "int4", "int3", "int2", ""}}};
-  return rows;
+std::optional<ForeignMethod> foreign_method(const std::string& name) {
+  const Json* row = row_named(weight_facts()["methods"], name);
+  if (row == nullptr || !row->contains("like")) return std::nullopt;
+  return ForeignMethod{.scheme = (*row)["scheme"], .stand_in = (*row)["like"], .bits = (*row)["bits"]};
 }
 
 /// Does the engine load what is quantized so? Asked of its facts, as for a checkpoint that exists.
-bool loads(const PlanRequest& asked, const Holder& holder, const std::string& method) {
+bool loads(const PlanRequest& asked, const Json& holder, const std::string& method) {
   PlanRequest request{.engine = asked.engine, .version = asked.version, .hardware = asked.hardware};
-  request.checkpoint = holder.checkpoint;
+  request.checkpoint = checkpoint_of(holder);
   request.model = asked.model;
-  if (method == "int8" || method == "fp8") request.model["bits"] = 8;
-  if (method == "int4" || method == "nf4" || method == "fp4") request.model["bits"] = 4;
-  if (method == "nf4" || method == "fp4") request.model["quant_type"] = method;
+  if (const Json* row = row_named(weight_facts()["methods"], method); row != nullptr && row->contains("model"))
+    request.model.update((*row)["model"]);
   const EnginePlan plan = plan_engine(request);
   return plan.outcome != "error" &&
          std::ranges::find(plan.diagnostics, "UNSUPPORTED_CKPT", &Diagnostic::code) == plan.diagnostics.end();
 }
 
 /// Those whose checkpoints the engine loads, its own first.
-std::vector<Holder> loaded_by(const PlanRequest& asked, const std::string& method) {
-  std::vector<Holder> loaded;
-  const std::string engine = Facts::standard().get("engines", asked.engine)["name"];
-  for (const Holder& holder : holders())
-    if (loads(asked, holder, method)) loaded.insert(holder.container == engine ? loaded.begin() : loaded.end(), holder);
+std::vector<const Json*> loaded_by(const PlanRequest& asked, const std::string& method) {
+  std::vector<const Json*> loaded;
+  const Json& engine = Facts::standard().get("engines", asked.engine)["name"];
+  for (const Json& holder : weight_facts()["containers"])
+    if (loads(asked, holder, method)) loaded.insert(holder["name"] == engine ? loaded.begin() : loaded.end(), &holder);
   return loaded;
 }
 
@@ -159,10 +151,10 @@ class Weights {
 
   /// As `quantize` will make them.
   WeightsPlan to_be_quantized(const std::string& format) {
-    const auto* foreign = std::ranges::find(kForeignMethods, method_, &ForeignMethod::name);
-    const bool made = foreign == kForeignMethods.end();
-    if (!model_.checkpoint) return without_weights(made ? nullptr : foreign, format);
-    const QuantizationRequest request = read_recipe(made ? method_ : std::string(foreign->stand_in));
+    const std::optional<ForeignMethod> foreign = foreign_method(method_);
+    if (!model_.checkpoint) return without_weights(foreign, format);
+    const bool made = !foreign;
+    const QuantizationRequest request = read_recipe(made ? method_ : foreign->stand_in);
     const Container* container = made ? choose(request, format) : nullptr;
     if (container == nullptr) say_not_written(name_container(format));
     if (container != nullptr) {
@@ -172,7 +164,7 @@ class Weights {
     const OutputLayout layout =
         lay_out(*model_.checkpoint, request, container != nullptr ? *container : native(), OutputOptions::kUsualShard);
     plan_.file_bytes = static_cast<double>(layout.shards.bytes());
-    add_tensors(layout, made ? nullptr : foreign);
+    add_tensors(layout, foreign);
     if (made) add_modules(layout.recipe);
     warnings_.insert(warnings_.end(), layout.recipe.warnings.begin(), layout.recipe.warnings.end());
     return std::move(plan_);
@@ -197,8 +189,8 @@ class Weights {
   /// The container that is asked for, or the first of those that the engine loads and that can be written; null: none.
   const Container* choose(const QuantizationRequest& request, const std::string& format) const {
     if (!format.empty()) return find_container(format);
-    for (const Holder& holder : loaded_by(request_, method_)) {
-      const Container* container = find_container(holder.container);
+    for (const Json* holder : loaded_by(request_, method_)) {
+      const Container* container = find_container((*holder)["name"].get_ref<const std::string&>());
       if (container != nullptr && container->write_metadata != nullptr && holds_all(request, *container))
         return container;
     }
@@ -217,10 +209,10 @@ class Weights {
   std::string name_container(const std::string& format) const {
     if (!format.empty()) return format;
     const std::string& own = request_.intent.backend_method;
-    for (const Holder& holder : holders())
-      if (!own.empty() && holder.container == own) return own;
-    for (const Holder& holder : loaded_by(request_, method_))
-      if (std::ranges::find(holder.methods, method_) != holder.methods.end()) return std::string(holder.container);
+    if (row_named(weight_facts()["containers"], own) != nullptr) return own;
+    const Json method = method_.empty() ? "none" : method_;
+    for (const Json* holder : loaded_by(request_, method_))
+      if (std::ranges::find((*holder)["methods"], method) != (*holder)["methods"].end()) return (*holder)["name"];
     return {};
   }
 
@@ -235,7 +227,7 @@ class Weights {
                            method_.empty() ? "this" : method_, container)});
   }
 
-  void add_tensors(const OutputLayout& layout, const ForeignMethod* foreign) {
+  void add_tensors(const OutputLayout& layout, const std::optional<ForeignMethod>& foreign) {
     std::map<std::string, size_t> schemes, algorithms;
     std::vector<StoredTensor> loaded = stored_tensors(*model_.checkpoint);
     for (size_t i = 0; i < layout.recipe.tensors.size(); ++i) {
@@ -243,14 +235,14 @@ class Weights {
       const TensorEntry& entry = model_.checkpoint->tensors()[i];
       double bytes = 0;
       for (const ArraySpec& array : layout.arrays[i]) bytes += static_cast<double>(array.bytes());
-      if (foreign != nullptr && tensor.scheme) {
+      if (foreign && tensor.scheme) {
         const double other = static_cast<double>(element_count(entry.shape)) * foreign->bits / 8;
         plan_.file_bytes += other - bytes;
         bytes = other;
       }
       OrderedJson row = tensor_row(entry, static_cast<uint64_t>(bytes));
       if (tensor.scheme) {
-        const std::string scheme = foreign != nullptr ? std::string(foreign->scheme) : describe(*tensor.scheme);
+        const std::string scheme = foreign ? foreign->scheme : describe(*tensor.scheme);
         row["scheme"] = scheme;
         row["algorithm"] = tensor.algorithm->name;
         ++schemes[scheme];
@@ -263,21 +255,21 @@ class Weights {
     }
     plan_.scheme = common(schemes);
     plan_.algorithm = common(algorithms);
-    plan_.loaded_bytes = native_ && foreign == nullptr
-                             ? static_cast<double>(estimated_weight_bytes(model_.config, loaded))
-                             : plan_.file_bytes;
+    plan_.loaded_bytes =
+        native_ && !foreign ? static_cast<double>(estimated_weight_bytes(model_.config, loaded)) : plan_.file_bytes;
   }
 
   /// What an engine will find: it may refuse layers that each by itself are right.
   void add_modules(const Recipe& recipe) {
-    for (const Holder& holder : holders())
-      if (plan_.container == holder.container) plan_.checkpoint = holder.checkpoint;
+    if (plan_.container.is_string())
+      if (const Json* holder = row_named(weight_facts()["containers"], plan_.container.get_ref<const std::string&>()))
+        plan_.checkpoint = checkpoint_of(*holder);
     if (!plan_.checkpoint.empty()) plan_.modules = planned_modules(recipe, facts_of(*model_.checkpoint));
   }
 
   /// Only sizes are known: linear weights at the method's bits, embeddings and head at 16.
-  WeightsPlan without_weights(const ForeignMethod* foreign, const std::string& format) {
-    const QuantizationRequest request = read_recipe(foreign != nullptr ? std::string(foreign->stand_in) : method_);
+  WeightsPlan without_weights(const std::optional<ForeignMethod>& foreign, const std::string& format) {
+    const QuantizationRequest request = read_recipe(foreign ? foreign->stand_in : method_);
     constexpr int64_t kColumns = 4096;
     const std::array<TensorFacts, 1> linear = {{{.name = "layers.0.linear.weight", .shape = {kColumns, kColumns}}}};
     const TensorPlan tensor = resolve(request, linear).tensors.front();
@@ -287,8 +279,8 @@ class Weights {
     for (const ArraySpec& array :
          native().layout({.name = tensor.name, .shape = linear[0].shape, .scheme = *tensor.scheme}))
       bits += 8.0 * static_cast<double>(array.bytes()) / (kColumns * kColumns);
-    if (foreign != nullptr) bits = foreign->bits;
-    plan_.scheme = foreign != nullptr ? std::string(foreign->scheme) : describe(*tensor.scheme);
+    if (foreign) bits = foreign->bits;
+    plan_.scheme = foreign ? foreign->scheme : describe(*tensor.scheme);
     plan_.algorithm = tensor.algorithm->name;
     const auto count = [&](const char* name) { return static_cast<double>(model_.facts.value(name, int64_t{0})); };
     const double parameters = parameters_of(model_.facts);

@@ -321,6 +321,28 @@ Problems check_kinds(const Json& document) {
   return problems;
 }
 
+/// Methods of quantized weights and what holds them. A method that is not made here says what it is `like`.
+Problems check_weights(const Json& document) {
+  static const std::array kMembers = {Member{"name", kText, true}, Member{"source", kText, true},
+                                      Member{"methods", kList, true}, Member{"containers", kList, true}};
+  static const std::array kMethod = {Member{"name", kText, true}, Member{"model", kObject}, Member{"scheme", kText},
+                                     Member{"like", kText}, Member{"bits", kReal}};
+  static const std::array kContainer = {Member{"name", kText, true}, Member{"checkpoint", kText},
+                                        Member{"methods", kTexts, true}};
+  Problems problems;
+  check_members(document, kMembers, "weights", problems);
+  const Json none = Json::array();
+  for (const Json& row : member_or(document, "methods", none)) {
+    check_members(row, kMethod, "methods", problems);
+    const bool like = row.is_object() && row.contains("like");
+    if (like && (!row.contains("scheme") || !row.contains("bits") || row["bits"] <= 0))
+      problems.push_back("methods: what is 'like' another has a scheme and bits of its own");
+  }
+  for (const Json& row : member_or(document, "containers", none))
+    check_members(row, kContainer, "containers", problems);
+  return problems;
+}
+
 Problems check_modules(const Json& modules) {
   static const std::array kMembers = {Member{"name", kText, true},      Member{"summary", kText},
                                       Member{"source", kText, true},    Member{"cut_inputs", kTexts, true},
@@ -363,7 +385,8 @@ std::vector<std::string> check_facts(std::string_view kind, const Json& document
   };
   static constexpr std::array kKinds = {Kind{"engines", check_engine},    Kind{"hardware", check_hardware},
                                         Kind{"checkpoints", check_kinds}, Kind{"presets", check_preset},
-                                        Kind{"backends", check_backend},  Kind{"modules", check_modules}};
+                                        Kind{"backends", check_backend},  Kind{"modules", check_modules},
+                                        Kind{"weights", check_weights}};
   const auto* row = std::ranges::find(kKinds, kind, &Kind::name);
   if (row == kKinds.end()) return {fmt::format("no facts are called '{}'", kind)};
   return row->check(document);
