@@ -21,8 +21,7 @@ std::string python_text(const Json& value) {
 }
 
 std::string python_name(std::string_view flag) {
-  while (flag.starts_with('-')) flag.remove_prefix(1);
-  std::string name(flag);
+  std::string name(without_dashes(flag));
   for (char& c : name) c = c == '-' ? '_' : c;
   return name;
 }

@@ -134,6 +134,13 @@ bool holds(const Json& condition, const Json& facts) {
   return true;
 }
 
+const Json& member(const Json& object, std::string_view name) {
+  static const Json none;
+  if (!object.is_object()) return none;
+  const auto found = object.find(name);
+  return found == object.end() ? none : *found;
+}
+
 const Json* look_up(const Json& facts, std::string_view path) {
   if (!facts.is_object()) return nullptr;
   if (const auto whole = facts.find(path); whole != facts.end()) return whole->is_null() ? nullptr : &*whole;

@@ -25,6 +25,9 @@ bool holds(const Json& condition, const Json& facts);
 /// The fact at `path`, or null if there is none.
 const Json* look_up(const Json& facts, std::string_view path);
 
+/// The member of an object, or null if it has none of that name or is no object; dots in the name mean nothing here.
+const Json& member(const Json& object, std::string_view name);
+
 /// `value` with every text "$path" replaced by that fact (null if absent), at any depth.
 Json fill(const Json& value, const Json& facts);
 /// `text` with every {path} replaced by that fact.

@@ -8,15 +8,12 @@
 #include <cmath>
 #include <initializer_list>
 
+#include "engine/condition.hpp"
+
 namespace bitwright {
 namespace {
 
 const Json kNone;
-const Json& member(const Json& object, std::string_view name) {
-  if (!object.is_object()) return kNone;
-  const auto found = object.find(name);
-  return found == object.end() ? kNone : *found;
-}
 /// The first of several names that is there and not null.
 const Json& first_of(const Json& object, std::initializer_list<std::string_view> names) {
   for (const std::string_view name : names)

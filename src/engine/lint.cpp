@@ -8,16 +8,10 @@
 #include "base/error.hpp"
 #include "engine/condition.hpp"
 #include "engine/parallel.hpp"
+#include "engine/parameters.hpp"
 
 namespace bitwright {
 namespace {
-
-const Json kNone = Json::object();
-const Json& member(const Json& object, std::string_view name) {
-  if (!object.is_object()) return kNone;
-  const auto found = object.find(name);
-  return found == object.end() ? kNone : *found;
-}
 
 /// The last part of a name, and what stands before it with its dot.
 std::string_view last_of(std::string_view name) { return name.substr(name.rfind('.') + 1); }
@@ -59,8 +53,7 @@ class Linter {
       if (request.hardware.contains(name)) facts_[name] = request.hardware[name];
     if (!facts_.contains("vendor") && facts_.contains("sm")) facts_["vendor"] = "nvidia";
     for (const Argument& argument : plan.args)
-      facts_["arg"][argument.flag.substr(std::min(argument.flag.find_first_not_of('-'), argument.flag.size()))] =
-          argument.value;
+      facts_["arg"][std::string(without_dashes(argument.flag))] = argument.value;
   }
 
   std::vector<Diagnostic> run(std::span<const LinearModule> modules) {

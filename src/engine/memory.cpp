@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "engine/condition.hpp"
+#include "engine/parameters.hpp"
 
 namespace bitwright {
 namespace {
@@ -24,8 +25,7 @@ Json said_by(const EnginePlan& plan) {
     if (value.is_string() && value.get_ref<const std::string&>().starts_with('{'))  // a user's, as it was typed
       if (Json object = Json::parse(value.get_ref<const std::string&>(), nullptr, false); object.is_object())
         value = std::move(object);
-    said["args"][argument.flag.substr(std::min(argument.flag.find_first_not_of('-'), argument.flag.size()))] =
-        std::move(value);
+    said["args"][std::string(without_dashes(argument.flag))] = std::move(value);
   }
   return said;
 }

@@ -66,9 +66,13 @@ void add_parameter(const Json& engine, std::string_view entry, const std::string
 
 }  // namespace
 
+std::string_view without_dashes(std::string_view flag) {
+  flag.remove_prefix(std::min(flag.find_first_not_of('-'), flag.size()));
+  return flag;
+}
+
 std::string plain_flag(std::string_view flag) {
-  while (flag.starts_with('-')) flag.remove_prefix(1);
-  std::string plain(flag);
+  std::string plain(without_dashes(flag));
   if (plain.size() == 1) return plain;
   for (char& c : plain) c = c == '_' ? '-' : c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
   return plain;

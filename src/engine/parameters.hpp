@@ -12,6 +12,9 @@ namespace bitwright {
 
 using Parameters = std::vector<std::pair<std::string, Json>>;
 
+/// "kv-cache-dtype" of "--kv-cache-dtype".
+std::string_view without_dashes(std::string_view flag);
+
 /// How flags are compared: no leading dashes, letter case aside (but -c and -C are two), underscores as hyphens.
 std::string plain_flag(std::string_view flag);
 

@@ -42,11 +42,6 @@ bool is_one_of(const std::vector<std::string>& names, std::string_view name) {
   return std::ranges::find(names, name) != names.end();
 }
 
-const Json kNone;
-const Json& member(const Json& object, std::string_view name) {
-  const auto found = object.find(name);
-  return found == object.end() ? kNone : *found;
-}
 std::string text_of(const Json& object, std::string_view name, std::string otherwise = {}) {
   const Json& value = member(object, name);
   return value.is_string() ? value.get<std::string>() : std::move(otherwise);
@@ -81,11 +76,6 @@ std::string known_entry(const Json& entries, const std::string& name) {
   for (const auto& [entry, command] : entries.items())
     if (const std::string known = words(entry); known.ends_with(wanted) || wanted.ends_with(known)) return entry;
   return name;
-}
-
-std::string_view without_dashes(std::string_view flag) {
-  while (flag.starts_with('-')) flag.remove_prefix(1);
-  return flag;
 }
 
 /// "--config" of "--config llm_args.yaml".
@@ -245,7 +235,8 @@ void Planner::place(Argument argument, const std::string& path, const Json* row)
   plan_.settings.push_back(argument);
   plan_.settings.back().flag = name;
   if (argument.place == "config") return put_at(plan_.config_file, name, argument.value);
-  const Json& classes = row != nullptr ? member(*row, "classes") : kNone;
+  static const Json unknown = Json::object();
+  const Json& classes = member(row != nullptr ? *row : unknown, "classes");
   if (classes.is_object() && argument.value.is_object() && path.empty()) {
     // a configuration object: its class from what it calls itself, its members as they are
     const std::string method = text_of(argument.value, "quant_method");
