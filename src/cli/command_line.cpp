@@ -21,6 +21,7 @@
 #include "base/threads.hpp"
 #include "base/utf8.hpp"
 #include "cli/command.hpp"
+#include "engine/facts.hpp"
 #include "recipe/config.hpp"
 
 namespace bitwright {
@@ -165,6 +166,20 @@ void set_typed(OrderedJson& config, const ConfigKey& key, OrderedJson value) {
   set_config_value(config, key.path, value);
 }
 
+/// What a file says only of what the command line replaces: the other way to name presets, another engine's version.
+void drop_overtaken(OrderedJson& config, const Arguments& arguments) {
+  const auto drop = [&](const char* section, const char* name) {
+    if (config.contains(section) && config[section].is_object()) config[section].erase(name);
+  };
+  if (arguments.text("--preset")) drop("quant_config", "presets");
+  if (arguments.text("--presets")) drop("quant_config", "preset");
+  const auto typed = arguments.text("--engine");
+  const OrderedJson* named = find_config(config, "engine.name");
+  if (typed && named != nullptr &&
+      Facts::standard().find("engines", named->get<std::string>()) != Facts::standard().find("engines", *typed))
+    drop("engine", "version");
+}
+
 }  // namespace
 
 OrderedJson read_config(const Command& command, const Arguments& arguments) {
@@ -172,6 +187,7 @@ OrderedJson read_config(const Command& command, const Arguments& arguments) {
   if (const auto file = arguments.text("--config")) {
     config = read_config_file(*file);
     check_config(config, *file);
+    drop_overtaken(config, arguments);
   }
   if (const auto set = arguments.values.find("--set"); set != arguments.values.end())
     for (const std::string& assignment : set->second) {
