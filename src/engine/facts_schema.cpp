@@ -192,6 +192,8 @@ void check_tables(const Json& engine, Problems& problems) {
                                      Member{"kv_bytes", kObject, true},
                                      Member{"weights_from", kTexts, true},
                                      Member{"weight_bits", kObject, true},
+                                     Member{"experts_from", kTexts},
+                                     Member{"expert_bits", kObject},
                                      Member{"overhead_gib", kReal},
                                      Member{"source", kText},
                                      Member{"windows", kFlag},
@@ -222,8 +224,11 @@ void check_tables(const Json& engine, Problems& problems) {
   for (const auto& [type, bytes] : member_or(memory, "kv_bytes", none).items())
     if (!bytes.is_array() || bytes.size() != 2 || !std::ranges::all_of(bytes, is_number))
       problems.push_back(fmt::format("memory.kv_bytes.{}: bytes of an element and of a head's scale are needed", type));
-  for (const auto& [method, bits] : member_or(memory, "weight_bits", none).items())
-    if (!bits.is_number()) problems.push_back(fmt::format("memory.weight_bits.{}: a number is needed", method));
+  if (memory.contains("experts_from") != memory.contains("expert_bits"))
+    problems.emplace_back("memory: experts_from and expert_bits stand together");
+  for (const char* name : {"weight_bits", "expert_bits"})
+    for (const auto& [method, bits] : member_or(memory, name, none).items())
+      if (!bits.is_number()) problems.push_back(fmt::format("memory.{}.{}: a number is needed", name, method));
   for (const auto& [field, values] : member_or(engine, "overridden_by", none).items())
     for (const auto& [value, flags] : values.items())
       if ((type_of(flags) & kTexts) == 0)
