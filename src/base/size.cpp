@@ -2,6 +2,7 @@
 
 #include <sys/stat.h>
 #include <sys/statvfs.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <array>
@@ -64,6 +65,10 @@ std::optional<uint64_t> parse_size(std::string_view text) {
   const double bytes = std::floor(number * found->bytes);
   if (bytes >= static_cast<double>(std::numeric_limits<int64_t>::max())) return std::nullopt;
   return static_cast<uint64_t>(bytes);
+}
+
+uint64_t total_memory() {
+  return static_cast<uint64_t>(::sysconf(_SC_PHYS_PAGES)) * static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
 }
 
 uint64_t available_memory() {

@@ -11,6 +11,8 @@ namespace bitwright {
 /// `dd` and `docker` have the latter. Nothing if it is no size or does not fit 64 bits.
 std::optional<uint64_t> parse_size(std::string_view text);
 
+/// The machine's memory.
+uint64_t total_memory();
 /// What this process could still take without the system reclaiming from others: the least of the machine's available
 /// memory and what its control group leaves.
 uint64_t available_memory();

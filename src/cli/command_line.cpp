@@ -21,6 +21,7 @@
 #include "base/threads.hpp"
 #include "base/utf8.hpp"
 #include "cli/command.hpp"
+#include "engine/facts.hpp"
 #include "recipe/config.hpp"
 
 namespace bitwright {
@@ -129,8 +130,9 @@ OrderedJson assignments(const std::string& option, const std::vector<std::string
     const size_t equals = text.find('=');
     if (equals == 0)
       usage_error("bad-value", fmt::format("{}: '{}' is not NAME or NAME=VALUE", option, printable(text)), "");
-    values[text.substr(0, equals)] =
-        equals == std::string::npos ? OrderedJson(true) : OrderedJson(text.substr(equals + 1));
+    const std::string value = equals == std::string::npos ? "true" : text.substr(equals + 1);
+    const bool is_flag = value == "true" || value == "false";
+    values[text.substr(0, equals)] = is_flag ? OrderedJson(value == "true") : OrderedJson(value);
   }
   return values;
 }
@@ -165,6 +167,20 @@ void set_typed(OrderedJson& config, const ConfigKey& key, OrderedJson value) {
   set_config_value(config, key.path, value);
 }
 
+/// What a file says only of what the command line replaces: the other way to name presets, another engine's version.
+void drop_overtaken(OrderedJson& config, const Arguments& arguments) {
+  const auto drop = [&](const char* section, const char* name) {
+    if (config.contains(section) && config[section].is_object()) config[section].erase(name);
+  };
+  if (arguments.text("--preset")) drop("quant_config", "presets");
+  if (arguments.text("--presets")) drop("quant_config", "preset");
+  const auto typed = arguments.text("--engine");
+  const OrderedJson* named = find_config(config, "engine.name");
+  if (typed && named != nullptr &&
+      Facts::standard().find("engines", named->get<std::string>()) != Facts::standard().find("engines", *typed))
+    drop("engine", "version");
+}
+
 }  // namespace
 
 OrderedJson read_config(const Command& command, const Arguments& arguments) {
@@ -172,6 +188,7 @@ OrderedJson read_config(const Command& command, const Arguments& arguments) {
   if (const auto file = arguments.text("--config")) {
     config = read_config_file(*file);
     check_config(config, *file);
+    drop_overtaken(config, arguments);
   }
   if (const auto set = arguments.values.find("--set"); set != arguments.values.end())
     for (const std::string& assignment : set->second) {

@@ -9,6 +9,7 @@
 #include <sstream>
 
 #include "base/progress.hpp"
+#include "base/size.hpp"
 #include "base/threads.hpp"
 #include "cli/command.hpp"
 #include "cli/installed.hpp"
@@ -174,11 +175,10 @@ OrderedJson run(const Arguments&, std::vector<Warning>&) {
   OrderedJson missing = OrderedJson::array();
   for (const std::string_view name : kInstructionSets)
     if (std::ranges::find(sets, name) == sets.end()) missing.push_back(name);
-  const auto memory = static_cast<uint64_t>(::sysconf(_SC_PHYS_PAGES)) * static_cast<uint64_t>(::sysconf(_SC_PAGESIZE));
   return {{"version", BITWRIGHT_VERSION},
           {"cpu", cpu_name()},
           {"threads", thread_count()},
-          {"memory_bytes", memory},
+          {"memory_bytes", total_memory()},
           {"instruction_sets", sets},
           {"missing_instruction_sets", missing},
           {"kernels", kernels()},

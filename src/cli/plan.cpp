@@ -5,7 +5,9 @@
 #include <filesystem>
 #include <fstream>
 
+#include "base/size.hpp"
 #include "cli/command.hpp"
+#include "cli/page.hpp"
 #include "cli/plan_diff.hpp"
 #include "cli/plan_page.hpp"
 #include "cli/plan_weights.hpp"
@@ -51,7 +53,9 @@ Json local_hardware(std::vector<Warning>& warnings) {
       return {{"name", name}, {"vendor", "nvidia"}};
     }
   }
-  return *Facts::standard().find("hardware", "cpu");
+  Json cpu = *Facts::standard().find("hardware", "cpu");
+  cpu["memory_gib"] = static_cast<double>(total_memory()) / 1073741824.0;
+  return cpu;
 }
 
 PlanRequest request_of(const OrderedJson& config, const OrderedJson& quant_config, const ModelSummary& model,
@@ -74,21 +78,27 @@ PlanRequest request_of(const OrderedJson& config, const OrderedJson& quant_confi
   return request;
 }
 
-OrderedJson predicted(const ModelSummary& model, const WeightsPlan& weights, const EnginePlan& plan,
-                      const Deployment& deployment) {
-  const MemoryEstimate e = estimate_memory(model.facts, weights.loaded_bytes, plan, deployment);
-  const auto devices = static_cast<double>(deployment.tensor_parallel);
-  const double bytes = weights.file_bytes > 0 ? weights.file_bytes : e.weights_bytes * devices;
-  OrderedJson json = {{"bytes", bytes > 0 ? OrderedJson(std::llround(bytes)) : OrderedJson()},
-                      {"weights_bytes", std::llround(e.weights_bytes)},
-                      {"kv_cache_bytes", std::llround(e.kv_cache_bytes)},
+/// Null for what the model's files do not say.
+OrderedJson bytes_or_null(double bytes, bool known) { return known ? OrderedJson(std::llround(bytes)) : OrderedJson(); }
+
+/// Do the files say how large weights and KV cache are? Else nothing is said of whether they fit.
+bool is_sized(const MemoryEstimate& estimate) { return estimate.weights_bytes > 0 && estimate.kv_cache_bytes > 0; }
+
+OrderedJson predicted(const MemoryEstimate& e, const WeightsPlan& weights, const Deployment& deployment) {
+  const int64_t devices = deployment.tensor_parallel * deployment.pipeline_parallel;
+  const double bytes =
+      weights.file_bytes > 0 ? weights.file_bytes : e.weights_bytes * static_cast<double>(deployment.tensor_parallel);
+  OrderedJson json = {{"bytes", bytes_or_null(bytes, bytes > 0)},
+                      {"weights_bytes", bytes_or_null(e.weights_bytes, e.weights_bytes > 0)},
+                      {"kv_cache_bytes", bytes_or_null(e.kv_cache_bytes, e.kv_cache_bytes > 0)},
                       {"activation_bytes", std::llround(e.activation_bytes)},
                       {"overhead_bytes", std::llround(e.overhead_bytes)},
-                      {"total_bytes", std::llround(e.total_bytes)},
+                      {"total_bytes", bytes_or_null(e.total_bytes, is_sized(e))},
+                      {"devices", devices},
                       {"context", e.context},
                       {"batch", deployment.batch},
                       {"kv_cache_bytes_per_token", e.kv_bytes_per_token}};
-  if (e.fits) {
+  if (e.fits && is_sized(e)) {
     json["memory_bytes"] = std::llround(deployment.memory_bytes);
     json["usable_bytes"] = std::llround(e.usable_bytes);
     json["fits"] = *e.fits;
@@ -109,6 +119,17 @@ Deployment deployment_of(const Arguments& arguments, const Json& hardware, const
   return deployment;
 }
 
+/// An engine would start and run out of memory: no refusal that its facts know, and figures are estimates.
+void check_memory(const MemoryEstimate& e, const Deployment& deployment, std::vector<Diagnostic>& said) {
+  if (e.fits.value_or(true) || !is_sized(e)) return;
+  if (std::ranges::find(said, "DOES_NOT_FIT", &Diagnostic::code) != said.end()) return;
+  said.push_back(
+      {.code = "DOES_NOT_FIT",
+       .severity = Severity::warning,
+       .message = fmt::format("a device needs {}, and the engine uses {} of its {}", size_text(e.total_bytes),
+                              size_text(e.usable_bytes), size_text(deployment.memory_bytes))});
+}
+
 /// Which method leaves the most precision and still fits.
 void add_recommendation(const ModelSummary& model, const EnginePlan& plan, const Deployment& deployment,
                         OrderedJson& result) {
@@ -116,6 +137,11 @@ void add_recommendation(const ModelSummary& model, const EnginePlan& plan, const
   if (!model.quantization.method.empty())
     usage("--recommend", fmt::format("the model is quantized already ({})", model.quantization.method),
           "start from the 16-bit model");
+  if (result["predicted"]["total_bytes"].is_null())
+    throw Error({.code = "unknown-size",
+                 .what = "cannot recommend a method",
+                 .why = "the files say neither how large the weights are nor the sizes of the layers",
+                 .fix = "give a model with weights, or a whole config.json"});
   OrderedJson& list = result["recommend"] = OrderedJson::array();
   result["recommended"] = nullptr;
   for (const SizedMethod& option :
@@ -167,6 +193,9 @@ OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, cons
   WeightsPlan weights =
       plan_weights(arguments.model, model, config, request, plan, arguments.text("--format").value_or(""), said);
   std::ranges::move(check_parallel(request, plan, devices), std::back_inserter(of_devices));
+  const Deployment deployment = deployment_of(arguments, hardware, plan);
+  const MemoryEstimate estimate = estimate_memory(model.facts, weights.loaded_bytes, plan, deployment);
+  check_memory(estimate, deployment, of_devices);
   add_diagnostics(std::move(of_devices), plan);
   PlanRequest stored = request;
   if (!weights.checkpoint.empty()) stored.checkpoint = weights.checkpoint;
@@ -196,8 +225,8 @@ OrderedJson plan_one(const Arguments& arguments, const OrderedJson& config, cons
                           {"group_size", model.quantization.group_size}, {"scheme", model.quantization.scheme},
                           {"evidence", model.quantization.evidence},     {"hint", model.quantization.hint}};
   result["hardware"] = hardware.contains("name") ? OrderedJson(hardware["name"].get<std::string>()) : OrderedJson();
-  result["predicted"] = predicted(model, weights, plan, deployment_of(arguments, hardware, plan));
-  if (arguments.flag("--recommend")) add_recommendation(model, plan, deployment_of(arguments, hardware, plan), result);
+  result["predicted"] = predicted(estimate, weights, deployment);
+  if (arguments.flag("--recommend")) add_recommendation(model, plan, deployment, result);
   result["engine"] = std::move(engine);
   if (!changes.empty()) result["changes"] = std::move(changes);
   if (!nearest.empty()) result["nearest"] = std::move(nearest);
@@ -245,6 +274,7 @@ void plan_engine_of(const Arguments& arguments, const std::string& engine, const
 }
 
 OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
+  Facts::standard();  // what is wrong with them is no fault of the model's
   const std::vector<std::string> engines = engines_of(arguments);
   const ModelSummary model = summarize_model(arguments.model);
   if (!model.quantization.hint.empty())

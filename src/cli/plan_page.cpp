@@ -56,19 +56,29 @@ std::string memory_bar(const OrderedJson& p) {
   return fmt::format("[{:<50}]", bar);
 }
 
-std::string size_at(const OrderedJson& object, const char* member) { return size_text(object[member].get<double>()); }
+std::string size_at(const OrderedJson& object, const char* member) {
+  return object[member].is_number() ? size_text(object[member].get<double>()) : "unknown";
+}
+
+/// "up to 8192 tokens, or 12 sequences": the largest that fit, each with the other as asked.
+std::string limits_of(const OrderedJson& p) {
+  const auto context = p["most_context"].get<int64_t>(), batch = p["most_batch"].get<int64_t>();
+  if (context == 0 && batch == 0) return "not a single token fits beside the weights";
+  return fmt::format("fits up to {} tokens, or {} sequences", context, batch);
+}
 
 void print_memory(const OrderedJson& p) {
   const double rest = p["activation_bytes"].get<double>() + p["overhead_bytes"].get<double>();
-  print_line("memory", fmt::format("{}: weights {} #, KV cache {} = ({} tokens x {}), the rest {} -",
-                                   size_at(p, "total_bytes"), size_at(p, "weights_bytes"), size_at(p, "kv_cache_bytes"),
+  const int64_t devices = p.value("devices", int64_t{1});
+  print_line("memory", fmt::format("{}{}: weights {} #, KV cache {} = ({} tokens x {}), the rest {} -",
+                                   size_at(p, "total_bytes"), devices > 1 ? fmt::format(" on each of {}", devices) : "",
+                                   size_at(p, "weights_bytes"), size_at(p, "kv_cache_bytes"),
                                    p["context"].get<int64_t>(), p["batch"].get<int64_t>(), size_text(rest)));
   if (!p.contains("fits")) return;
   const bool fits = p["fits"].get<bool>();
   fmt::print("            {} of {}: {}\n", memory_bar(p), size_at(p, "memory_bytes"),
              coloured(fits ? "fits" : "does not fit", fits ? Colour::green : Colour::red));
-  fmt::print("            fits up to {} tokens, or {} sequences\n", p["most_context"].get<int64_t>(),
-             p["most_batch"].get<int64_t>());
+  fmt::print("            {}\n", limits_of(p));
 }
 
 /// What the weights become: the whole in a line, then the tensors that are alike, largest first.
@@ -172,7 +182,7 @@ void print_checkpoint(const OrderedJson& checkpoint) {
   if (method.empty()) return print_line("checkpoint", "not quantized");
   const double bits = checkpoint["bits"].get<double>();
   std::string details = scheme;
-  if (bits > 0) details += fmt::format("{}{} bits", details.empty() ? "" : ", ", bits);
+  if (bits > 0) details += fmt::format("{}{:.4g} bits", details.empty() ? "" : ", ", bits);
   print_line("checkpoint", method + in_brackets(details));
 }
 

@@ -42,6 +42,13 @@ std::string members_text(const Json& object) {
   return text;
 }
 
+/// Numbers are kept as text, as a command line has them; to Python they are numbers.
+Json python_value(const Json& value) {
+  if (!value.is_string()) return value;
+  Json number = Json::parse(value.get_ref<const std::string&>(), nullptr, false);
+  return number.is_number() ? number : value;
+}
+
 /// The keyword arguments of a Python call by their name; "a.b" is member b of a.
 Json keywords(const EnginePlan& plan) {
   Json all = Json::object();
@@ -55,7 +62,7 @@ Json keywords(const EnginePlan& plan) {
         if (!inner.is_object()) inner = Json::object();
         at = &inner;
       }
-      (*at)[name] = argument.value;
+      (*at)[name] = python_value(argument.value);
     }
   return all;
 }
@@ -97,6 +104,14 @@ std::string shell_word(const std::string& text) {
   return shell + "'";
 }
 
+std::vector<std::string> argument_words(const Argument& argument, const Json& engine) {
+  if (argument.value == true) return {argument.flag};
+  if (argument.value != false) return {argument.flag, value_text(argument.value)};
+  const std::string negation = engine.value("negation", "");
+  if (negation.empty() || !argument.given || !argument.flag.starts_with("--")) return {};
+  return {negation + argument.flag.substr(2)};
+}
+
 std::string engine_command(const EnginePlan& plan, std::string_view model, const Facts& facts) {
   const Json& engine = facts.get("engines", plan.engine);
   const std::string pattern = engine["entries"].value(plan.entry, plan.entry + " {model}");
@@ -105,11 +120,8 @@ std::string engine_command(const EnginePlan& plan, std::string_view model, const
   for (const auto& [name, value] : plan.environment.items())
     command += fmt::format("{}={} ", name, shell_word(value_text(value)));
   command += fill_text(pattern, Json{{"model", shell_word(std::string(model))}});
-  for (const Argument& argument : plan.args) {
-    if (argument.value == false) continue;
-    command += " " + shell_word(argument.flag);
-    if (argument.value != true) command += " " + shell_word(value_text(argument.value));
-  }
+  for (const Argument& argument : plan.args)
+    for (const std::string& word : argument_words(argument, engine)) command += " " + shell_word(word);
   const std::string file = engine.value("config_file", "");
   const std::string option = file.substr(0, file.find(' '));
   const bool own_file = std::ranges::find(plan.args, option, &Argument::flag) != plan.args.end();

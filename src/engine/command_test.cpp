@@ -33,5 +33,19 @@ TEST(EngineCommand, IsAPythonCallWhereTheEngineIsOne) {
             "cache_implementation=\"quantized\")");
 }
 
+TEST(EngineCommand, KeepsWhatTheUserSwitchesOff) {
+  PlanRequest request{.engine = "vllm"};
+  request.parameters = {{"enable-prefix-caching", false}, {"enforce-eager", true}};
+  EXPECT_EQ(command(request), "vllm serve M --no-enable-prefix-caching --enforce-eager");
+  request.engine = "sglang";  // its switches have no opposite
+  EXPECT_EQ(command(request), "sglang serve --model-path M --enforce-eager");
+}
+
+TEST(EngineCommand, NumbersAreNumbersToPython) {
+  PlanRequest request{.engine = "transformers"};
+  request.parameters = {{"max_length", 16}, {"ratio", "0.5"}, {"revision", "v1"}};
+  EXPECT_EQ(command(request), R"(AutoModelForCausalLM.from_pretrained("M", max_length=16, ratio=0.5, revision="v1"))");
+}
+
 }  // namespace
 }  // namespace bitwright

@@ -191,8 +191,9 @@ void check_tables(const Json& engine, Problems& problems) {
   static const std::array kMemory = {Member{"kv_from", kTexts, true},
                                      Member{"kv_bytes", kObject, true},
                                      Member{"weights_from", kTexts, true},
-                                     Member{"experts_from", kTexts},
                                      Member{"weight_bits", kObject, true},
+                                     Member{"experts_from", kTexts},
+                                     Member{"expert_bits", kObject},
                                      Member{"overhead_gib", kReal},
                                      Member{"source", kText},
                                      Member{"windows", kFlag},
@@ -223,9 +224,12 @@ void check_tables(const Json& engine, Problems& problems) {
   for (const auto& [type, bytes] : member_or(memory, "kv_bytes", none).items())
     if (!bytes.is_array() || bytes.size() != 2 || !std::ranges::all_of(bytes, is_number))
       problems.push_back(fmt::format("memory.kv_bytes.{}: bytes of an element and of a head's scale are needed", type));
-  for (const auto& [method, bits] : member_or(memory, "weight_bits", none).items())
-    if (!bits.is_number() || bits <= 0 || bits > 16)
-      problems.push_back(fmt::format("memory.weight_bits.{}: a number up to 16 is needed", method));
+  if (memory.contains("experts_from") != memory.contains("expert_bits"))
+    problems.emplace_back("memory: experts_from and expert_bits stand together");
+  for (const char* name : {"weight_bits", "expert_bits"})
+    for (const auto& [method, bits] : member_or(memory, name, none).items())
+      if (!bits.is_number() || bits <= 0 || bits > 16)
+        problems.push_back(fmt::format("memory.{}.{}: a number up to 16 is needed", name, method));
   for (const auto& [field, values] : member_or(engine, "overridden_by", none).items())
     for (const auto& [value, flags] : values.items())
       if ((type_of(flags) & kTexts) == 0)
@@ -264,7 +268,7 @@ Problems check_engine(const Json& engine) {
       Member{"overridden_by", kObject},     Member{"map", kObject, true},   Member{"checks", kList, true},
       Member{"already_quantized", kObject}, Member{"memory", kObject},      Member{"facts", kObject},
       Member{"config_file", kText},         Member{"packages", kTexts},     Member{"lint", kObject},
-      Member{"parallel", kObject}};
+      Member{"parallel", kObject},          Member{"negation", kText}};
   static const std::array kParallel = {Member{"tensor", kText, true}, Member{"pipeline", kText},
                                        Member{"expert", kText}, Member{"expert_is_switch", kFlag},
                                        Member{"source", kText, true}};

@@ -30,44 +30,35 @@ Json said_by(const EnginePlan& plan) {
   return said;
 }
 
-/// A row of an engine's table: null if the plan sets nothing that it knows.
-struct Entry {
-  std::string name{};
-  const Json* value = nullptr;
-};
 /// What an engine's table says of the first of `from` that the plan sets.
-Entry table_entry(const EnginePlan& plan, const Json& memory, const char* from, const char* table) {
+const Json* table_entry(const EnginePlan& plan, const Json& memory, const char* from, const char* table) {
   const Json *paths = look_up(memory, from), said = said_by(plan);
-  if (paths == nullptr) return {};
+  if (paths == nullptr) return nullptr;
   for (const Json& path : *paths)
     if (const Json* value = look_up(said, path.get_ref<const std::string&>()); value != nullptr)
-      if (std::string name = value_text(*value); const Json* entry = look_up(memory[table], name))
-        return {.name = std::move(name), .value = entry};
-  return {};
+      if (const Json* entry = look_up(memory[table], value_text(*value))) return entry;
+  return nullptr;
 }
 
 const Json* memory_of(const EnginePlan& plan, const Facts& facts) {
   return look_up(facts.get("engines", plan.engine), "memory");
 }
 
-/// Bits of the weights once the engine has loaded a model of 16.
-struct LoadedBits {
-  double linear = 16, experts = 16;
+/// Bits that the engine gives weights while loading; 0: as they are stored.
+struct BitsAtLoad {
+  double linear = 0, experts = 0;
 };
-LoadedBits bits_at_load(const EnginePlan& plan, const Facts& facts) {
+BitsAtLoad bits_at_load(const EnginePlan& plan, const Facts& facts) {
   if (const Json* flag = look_up(plan.api, "load_in_4bit"); flag != nullptr && *flag == true) return {4.5, 4.5};
   if (const Json* flag = look_up(plan.api, "load_in_8bit"); flag != nullptr && *flag == true) return {8, 8};
-  LoadedBits bits;
   const Json* memory = memory_of(plan, facts);
-  if (memory == nullptr) return bits;
-  if (const Entry all = table_entry(plan, *memory, "weights_from", "weight_bits"); all.value != nullptr) {
-    const Json* method = look_up(facts.get("engines", plan.engine)["methods"], all.name);
-    bits.experts = all.value->get<double>();
-    if (method == nullptr || !method->value("experts_only", false)) bits.linear = bits.experts;
-  }
-  if (const Entry own = table_entry(plan, *memory, "experts_from", "weight_bits"); own.value != nullptr)
-    bits.experts = own.value->get<double>();
-  return bits;
+  if (memory == nullptr) return {};
+  const auto bits = [&](const char* from, const char* table) {
+    const Json* entry = table_entry(plan, *memory, from, table);
+    return entry == nullptr ? 0.0 : entry->get<double>();
+  };
+  const double linear = bits("weights_from", "weight_bits");
+  return {linear, memory->contains("experts_from") ? bits("experts_from", "expert_bits") : linear};
 }
 
 /// The first row of memory.NAME that holds, as a number; `otherwise` without such a row.
@@ -154,11 +145,43 @@ int64_t largest(int64_t most, Fits fits) {
   return low;
 }
 
+/// One table of the vocabulary: the embeddings, or the head.
+double table_parameters(const Json& model) { return count(model, "vocabulary") * count(model, "hidden_size"); }
+double tables(const Json& model) { return look_up(model, "tied") != nullptr ? 1 : 2; }
+
+/// Sizes of a mixture's experts, as config.json has them.
+double expert_parameters(const Json& model) {
+  const double layers = count(model, "layers"), experts = count(model, "experts");
+  if (experts <= 1) return 0;
+  const double inner = count(model, "moe_intermediate_size", count(model, "intermediate_size"));
+  const double matrices = look_up(model, "ungated") != nullptr ? 2 : 3;
+  return (layers - std::min(layers, count(model, "dense_layers"))) * matrices * count(model, "hidden_size") * experts *
+         inner;
+}
+
+/// What is kept beside a group's codes: 8 bits in the microscaling formats and NVFP4, scale and bias in MLX's affine
+/// one, else a 16-bit scale.
+double bits_of_group(const Json& model) {
+  for (const char* name : {"scheme", "quant_algo", "mode"})
+    if (const Json* fact = look_up(model, name); fact != nullptr && fact->is_string())
+      for (const auto& [format, bits] : {std::pair{"MXFP", 8}, {"mxfp", 8}, {"NVFP4", 8}, {"nvfp4", 8}, {"affine", 32}})
+        if (fact->get_ref<const std::string&>().find(format) != std::string::npos) return bits;
+  return 16;
+}
+
+/// Of a checkpoint without files: what it declares for its linear layers; embeddings and head are 16 bits, but MLX's.
+double declared_bytes(const Json& model) {
+  const double declared = count(model, "bits"), group = count(model, "group_size"), all = parameters_of(model);
+  const double bits = declared > 0 ? declared + (group > 0 ? bits_of_group(model) / group : 0) : 16;
+  const double kept = look_up(model, "mode") != nullptr ? 0 : std::min(all, tables(model) * table_parameters(model));
+  return 2 * kept + (all - kept) * bits / 8;
+}
+
 }  // namespace
 
 double kv_element_bytes(const EnginePlan& plan, int64_t head_dim, const Facts& facts) {
   const Json* memory = memory_of(plan, facts);
-  const Json* entry = memory == nullptr ? nullptr : table_entry(plan, *memory, "kv_from", "kv_bytes").value;
+  const Json* entry = memory == nullptr ? nullptr : table_entry(plan, *memory, "kv_from", "kv_bytes");
   if (entry == nullptr && memory != nullptr) entry = look_up((*memory)["kv_bytes"], "auto");
   if (entry == nullptr) return 2;
   const double scale = head_dim > 0 ? (*entry)[1].get<double>() / static_cast<double>(head_dim) : 0;
@@ -188,36 +211,19 @@ double linear_state_bytes(const Json& model) {
   return count(model, "linear_layers") * (matrix * kMatrix + convolution * kConvolution);
 }
 
-namespace {
-
-/// Matrices of a feed-forward.
-double matrices_of(const Json& model) { return look_up(model, "ungated") != nullptr ? 2 : 3; }
-
-/// Layers of experts, and what all experts of one hold.
-double sparse_layers(const Json& model) {
-  const double layers = count(model, "layers");
-  return count(model, "experts") > 1 ? layers - std::min(layers, count(model, "dense_layers")) : 0;
-}
-double experts_of_layer(const Json& model) {
-  const double size = count(model, "moe_intermediate_size", count(model, "intermediate_size"));
-  return matrices_of(model) * count(model, "hidden_size") * count(model, "experts") * size;
-}
-
-}  // namespace
-
 double parameters_of(const Json& model) {
   const double hidden = count(model, "hidden_size"), layers = count(model, "layers");
   const double vocabulary = count(model, "vocabulary"), inner = count(model, "intermediate_size");
   const double expert = count(model, "moe_intermediate_size", inner), experts = count(model, "experts");
   if (hidden == 0 || layers == 0 || vocabulary == 0 || expert == 0) return 0;
-  const double matrices = matrices_of(model);
+  const double matrices = look_up(model, "ungated") != nullptr ? 2 : 3;
   const double dense = experts <= 1 || look_up(model, "dense_beside_experts") != nullptr
                            ? layers
                            : std::min(layers, count(model, "dense_layers"));
+  const double sparse_layers = experts > 1 ? layers - std::min(layers, count(model, "dense_layers")) : 0;
   const double shared = count(model, "shared_intermediate_size", count(model, "shared_experts") * expert);
-  const double sparse =
-      sparse_layers(model) * (experts_of_layer(model) + matrices * hidden * shared + hidden * experts);
-  const double embeddings = (look_up(model, "tied") != nullptr ? 1 : 2) * vocabulary * hidden;
+  const double sparse = expert_parameters(model) + sparse_layers * (matrices * hidden * shared + hidden * experts);
+  const double embeddings = tables(model) * table_parameters(model);
   const double positions = look_up(model, "learned_positions") != nullptr ? count(model, "context") * hidden : 0;
   return embeddings + positions + all_attention_parameters(model) + dense * matrices * hidden * inner + sparse;
 }
@@ -229,7 +235,7 @@ std::vector<SizedMethod> weigh_methods(const Json& model, double stored_bytes, c
   const Json* dtype = look_up(model, "dtype");
   const double width = dtype != nullptr && *dtype == "float32" ? 4 : 2;
   const double parameters = stored_bytes > 0 ? stored_bytes / width : parameters_of(model);
-  const double kept = std::min(parameters, 2 * count(model, "vocabulary") * count(model, "hidden_size"));
+  const double kept = std::min(parameters, tables(model) * table_parameters(model));
   std::vector<SizedMethod> options;
   for (const auto& [method, bits] : kMethods)
     options.push_back(
@@ -242,21 +248,19 @@ namespace {
 /// Of one device: what is stored, as engine and user change it at load, shared by all.
 double weights_on_device(const Json& model, double stored_bytes, const EnginePlan& plan, const Deployment& deployment,
                          const Facts& facts) {
-  // without files: what the checkpoint declares, a 16-bit scale for each group, else 16 bits
-  const double declared = count(model, "bits"), group = count(model, "group_size");
-  const double bits = declared > 0 ? declared + (group > 0 ? 16 / group : 0) : 16;
-  double bytes = stored_bytes > 0 ? stored_bytes : parameters_of(model) * bits / 8;
+  double bytes = stored_bytes > 0 ? stored_bytes : declared_bytes(model);
   // embeddings and head stay as they are, 16 bits
-  const double ends = 2 * 2 * count(model, "vocabulary") * count(model, "hidden_size");
-  if (declared == 0 && bytes > ends) {
-    const LoadedBits loaded = bits_at_load(plan, facts);
-    const double experts = std::min(bytes - ends, 2 * sparse_layers(model) * experts_of_layer(model));
-    bytes = ends + (experts * loaded.experts + (bytes - ends - experts) * loaded.linear) / 16;
+  const double table = 2 * table_parameters(model), ends = tables(model) * table;
+  if (count(model, "bits") == 0 && bytes > ends) {
+    const auto [linear, experts] = bits_at_load(plan, facts);
+    const double of_experts = std::min(2 * expert_parameters(model), bytes - ends);
+    const auto loaded = [](double stored, double bits) { return bits > 0 ? stored * bits / 16 : stored; };
+    bytes = ends + loaded(bytes - ends - of_experts, linear) + loaded(of_experts, experts);
   }
   // the stage with the most layers; at least one of the first and the last holds a table of the vocabulary besides
   const auto stages = static_cast<double>(std::max<int64_t>(1, deployment.pipeline_parallel));
   const double layers = std::max(1.0, count(model, "layers", stages));
-  if (stages > 1 && bytes > ends) bytes = (bytes - ends) * std::ceil(layers / stages) / layers + ends / 2;
+  if (stages > 1 && bytes > ends) bytes = (bytes - ends) * std::ceil(layers / stages) / layers + table;
   return bytes / static_cast<double>(std::max<int64_t>(1, deployment.tensor_parallel));
 }
 

@@ -184,7 +184,7 @@ ModelSummary summarize_model(const std::string& name) {
   else if (model.checkpoint)
     documents = read_documents(fs::absolute(path).parent_path());
   const bool says = !documents.empty() || !model.stored.model.empty();
-  if (model.unread && !says) throw *model.unread;
+  if (model.unread && !says) throw Error(*model.unread);
   if (!model.checkpoint && !says)
     throw Error({.code = "no-model",
                  .what = "cannot read model",

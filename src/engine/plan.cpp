@@ -729,11 +729,9 @@ OrderedJson plan_json(const EnginePlan& plan, std::string_view model, const Fact
   for (const Answer& a : plan.answers)
     answers.push_back(
         {{"field", a.field}, {"value", a.value}, {"outcome", a.outcome}, {"why", a.why}, {"source", a.source}});
-  for (const Argument& a : plan.args) {
-    if (a.value == false) continue;
-    args.push_back(a.flag);
-    if (a.value != true) args.push_back(value_text(a.value));
-  }
+  const Json& engine = facts.get("engines", plan.engine);
+  for (const Argument& a : plan.args)
+    for (std::string& word : argument_words(a, engine)) args.push_back(std::move(word));
   for (const Override& o : plan.overrides)
     overrides.push_back({{"flag", o.flag},
                          {"derived", OrderedJson(o.derived)},

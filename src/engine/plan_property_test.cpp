@@ -485,12 +485,10 @@ std::vector<std::string> shell_words(const std::string& line) {
 /// The command, read as a shell reads it, ends in the plan's arguments.
 void check_command(const EnginePlan& plan) {
   std::vector<std::string> expected;
-  for (const Argument& argument : plan.args) {
-    if (argument.value == false) continue;
-    expected.push_back(argument.flag);
-    if (argument.value != true) expected.push_back(value_text(argument.value));
-  }
-  const std::string pattern = Facts::standard().get("engines", plan.engine)["entries"][plan.entry];
+  const Json& engine = Facts::standard().get("engines", plan.engine);
+  for (const Argument& argument : plan.args)
+    for (std::string& word : argument_words(argument, engine)) expected.push_back(std::move(word));
+  const std::string pattern = engine["entries"][plan.entry];
   if (pattern.find("({model}") != std::string::npos) return;  // a Python call, with tests of its own
   const std::string command = engine_command(plan, "M");
   size_t at = command.find(fill_text(pattern, Json{{"model", "M"}}));

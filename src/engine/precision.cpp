@@ -275,15 +275,36 @@ Intent intent_of(const OrderedJson& quantization) {
   return intent;
 }
 
+namespace {
+
+/// Which presets are meant is one choice under two names: the section's stands alone.
+void drop_other_presets(OrderedJson& own, const OrderedJson& section) {
+  const auto theirs = section.find("quant_config");
+  const auto ours = own.find("quant_config");
+  if (theirs == section.end() || ours == own.end() || !theirs->is_object() || !ours->is_object()) return;
+  if (!theirs->value("preset", OrderedJson()).is_null()) ours->erase("presets");
+  if (!theirs->value("presets", OrderedJson()).is_null()) ours->erase("preset");
+}
+
+}  // namespace
+
 OrderedJson settings_of_engine(const OrderedJson& config, std::string_view engine, const Facts& facts) {
   OrderedJson own = config.is_object() ? config : OrderedJson::object();
   own.erase("engines");
   const Json* const row = &facts.get("engines", engine);
+  // the version that the configuration names is its main engine's
+  if (const auto main = own.find("engine"); main != own.end() && main->is_object() && main->contains("name"))
+    if (const OrderedJson& name = (*main)["name"];
+        name.is_string() && facts.find("engines", name.get<std::string>()) != row)
+      main->clear();
   const auto sections = config.is_object() ? config.find("engines") : config.end();
   if (sections == config.end() || sections->is_null()) return own;
   if (!sections->is_object()) bad("engines", "it holds a section for each engine's name");
   for (const auto& [name, section] : sections->items())
-    if (&facts.get("engines", name) == row && !section.is_null()) merge_into(own, section);
+    if (&facts.get("engines", name) == row && section.is_object()) {
+      drop_other_presets(own, section);
+      merge_into(own, section);
+    }
   return own;
 }
 
@@ -296,7 +317,6 @@ EnginePlan to_backend_params(const OrderedJson& config, std::string_view engine,
   if (const auto block = own.find("parameters"); block != own.end()) add_parameters(*block, request);
   if (const auto name = own.find("hardware"); name != own.end() && name->is_string() && request.hardware.empty())
     request.hardware = facts.get("hardware", name->get<std::string>());
-  // the version that the configuration names is its main engine's, or this one's if the section says so
   if (const auto named = own.find("engine"); named != own.end() && named->is_object() && request.version.empty())
     if (facts.find("engines", named->value("name", std::string(engine))) == &facts.get("engines", engine))
       request.version = named->value("version", "");

@@ -256,6 +256,20 @@ TEST(Intents, AnEnginesSectionOverridesMemberByMember) {
   EXPECT_EQ(code_of([&] { to_backend_params(json(R"({"hardware": "h1000x"})"), "vllm"); }), "unknown-hardware");
 }
 
+/// A section's way of naming presets takes the place of the other; a version is that of the engine it stands beside.
+TEST(SettingsOfEngine, OneChoiceOfPresetsAndAVersionOfItsOwn) {
+  const OrderedJson study = json(R"({"engine": {"name": "vllm", "version": "0.28.0"},
+    "quant_config": {"presets": ["default", "kv-cache-fp8"]},
+    "engines": {"vLLM": {}, "sglang": {"quant_config": {"preset": "default"}}, "trtllm": {"engine": {"version": "1.2"}}}})");
+  EXPECT_EQ(settings_of_engine(study, "vllm")["engine"]["version"], "0.28.0");
+  EXPECT_EQ(settings_of_engine(study, "sglang")["quant_config"], json(R"({"preset": "default"})"));
+  EXPECT_FALSE(settings_of_engine(study, "sglang")["engine"].contains("version"));
+  EXPECT_EQ(settings_of_engine(study, "tensorrt_llm")["engine"]["version"], "1.2");
+  OrderedJson one = json(R"({"quant_config": {"preset": "default"},
+    "engines": {"sglang": {"quant_config": {"presets": ["kv-cache-fp8", "dynamic-fp8"]}}}})");
+  EXPECT_FALSE(settings_of_engine(one, "sglang")["quant_config"].contains("preset"));
+}
+
 TEST(Intents, OldSpellingsStayAccepted) {
   EXPECT_EQ(intent_of(json(R"({"load_in_4bit": true})")).method, "int4");
   EXPECT_EQ(intent_of(json(R"({"load_in_8bit": true})")).method, "int8");

@@ -98,6 +98,10 @@ const std::vector<std::string>& intent_methods();
 /// In quotes where a shell needs them.
 std::string shell_word(const std::string& text);
 
+/// The words of one argument on the engine's command line. A false is left out, unless the user says it and the engine
+/// has a word for it ("--no-enable-prefix-caching").
+std::vector<std::string> argument_words(const Argument& argument, const Json& engine);
+
 /// "vllm serve MODEL --kv-cache-dtype fp8", quoted for a shell, environment first; or the Python call, where the engine
 /// is one.
 std::string engine_command(const EnginePlan& plan, std::string_view model, const Facts& facts = Facts::standard());
