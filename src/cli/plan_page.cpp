@@ -173,7 +173,7 @@ void print_command(const OrderedJson& plan) {
     const std::string option = Facts::standard().get("engines", text_of(engine, "name")).value("config_file", "");
     fmt::print("cat > {} <<'END'\n{}\nEND\n", option.substr(option.rfind(' ') + 1), engine["config_file"].dump());
   }
-  if (plan["quantize"].is_string()) fmt::print("{}\n", text_of(plan, "quantize"));
+  if (const std::string quantize = text_of(plan, "quantize"); !quantize.empty()) fmt::print("{}\n", quantize);
   fmt::print("{}\n", text_of(engine, "command"));
 }
 

@@ -95,7 +95,7 @@ TEST(Backends, StatusSaysWhyNot) {
   EXPECT_EQ(status[0]["method"], "bnb_nf4");
   EXPECT_EQ(status[0]["backends"]["cuda"]["usable"], true);
   for (size_t i = 0; i < status.size(); ++i) {
-    const AdapterMethod& method = adapter_methods()[i];
+    const AdapterMethod method = adapter_methods()[i];
     const bool reads = method.name == "none" || find_container(method.container) != nullptr;
     EXPECT_EQ(status[i]["usable"], reads) << method.name;
     EXPECT_EQ(status[i]["why"] == "", reads) << method.name;
