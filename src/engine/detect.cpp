@@ -9,6 +9,7 @@
 #include <initializer_list>
 
 #include "engine/condition.hpp"
+#include "engine/model_facts.hpp"
 
 namespace bitwright {
 namespace {
@@ -708,6 +709,13 @@ void add_family(std::string_view type, const Json& tied, Json& facts) {
 
 }  // namespace
 
+void add_derived_facts(Json& facts) {
+  if (!facts.contains("head_dim") && facts.contains("hidden_size") && facts.contains("heads"))
+    facts["head_dim"] = facts["hidden_size"].get<uint64_t>() / facts["heads"].get<uint64_t>();
+  facts["moe"] = facts.contains("experts") && facts["experts"].get<uint64_t>() > 1;
+  facts["mla"] = facts.contains("kv_lora_rank");
+}
+
 Json model_facts(const Json& config) {
   Json facts = Json::object();
   const Json& inner = member(config, "text_config");
@@ -763,10 +771,7 @@ Json model_facts(const Json& config) {
   add_layer_kinds(get, facts);
   add_family(text(get({"model_type"})), get({"tie_word_embeddings"}), facts);
   if (!facts.contains("kv_heads") && is_true(get({"multi_query"}))) facts["kv_heads"] = 1;
-  if (!facts.contains("head_dim") && facts.contains("hidden_size") && facts.contains("heads"))
-    facts["head_dim"] = facts["hidden_size"].get<uint64_t>() / facts["heads"].get<uint64_t>();
-  facts["moe"] = facts.contains("experts") && facts["experts"].get<uint64_t>() > 1;
-  facts["mla"] = facts.contains("kv_lora_rank");
+  add_derived_facts(facts);
   return facts;
 }
 

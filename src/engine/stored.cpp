@@ -10,6 +10,8 @@
 #include <optional>
 #include <unordered_map>
 
+#include "engine/model_facts.hpp"
+
 namespace bitwright {
 namespace {
 
@@ -458,10 +460,7 @@ Json gguf_model_facts(const Json& metadata) {
     facts["vocabulary"] = tokens->size();
   if (const Json* rope = find("rope.dimension_count"); rope != nullptr && facts.contains("kv_lora_rank"))
     if (is_count(*rope)) facts["qk_rope_head_dim"] = *rope;
-  if (!facts.contains("head_dim") && facts.contains("hidden_size") && facts.contains("heads"))
-    facts["head_dim"] = facts["hidden_size"].get<uint64_t>() / facts["heads"].get<uint64_t>();
-  facts["moe"] = facts.contains("experts") && facts["experts"].get<uint64_t>() > 1;
-  facts["mla"] = facts.contains("kv_lora_rank");
+  add_derived_facts(facts);
   return facts;
 }
 
