@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <array>
+#include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
 
@@ -23,6 +24,13 @@ const Container* find_container(std::string_view name) {
   for (const Container* container : all_containers())
     if (container->name == name) return container;
   return nullptr;
+}
+
+const Json& CheckpointView::document(std::string_view name) const {
+  static const Json nothing = Json::object();
+  if (documents == nullptr) return nothing;
+  const auto found = documents->find(name);
+  return found == documents->end() ? nothing : found->second;
 }
 
 void bad_container(const CheckpointView& checkpoint, const std::string& tensor, const std::string& why) {

@@ -95,7 +95,9 @@ Memory write_native(const StoredTensor& stored, const QuantizedTensor& t) {
   EXPECT_EQ(next, layout.size());
   OrderedJson config = OrderedJson::object();
   std::map<std::string, OrderedJson> files;
-  native.write_metadata(std::span(&stored, 1), OrderedJson::object(), {.config = config, .files = files});
+  const OrderedJson record = OrderedJson::object();
+  native.write_metadata({.tensors = std::span(&stored, 1), .kept = {}, .record = record},
+                        {.config = config, .files = files});
   memory.metadata = Json::parse(files.at("quantization_metadata.json").dump());
   memory.config = Json::parse(config.dump());
   return memory;

@@ -57,7 +57,8 @@ std::vector<TensorFacts> facts_of(const Checkpoint& source) {
     facts.push_back({.name = entry.name,
                      .shape = entry.shape,
                      .is_float = info(entry.dtype).is_float,
-                     .bytes = size_bytes(entry.dtype)});
+                     .bytes = size_bytes(entry.dtype),
+                     .dtype = entry.dtype});
   return facts;
 }
 
@@ -73,10 +74,11 @@ void check_not_quantized(const Checkpoint& source) {
 class Pipeline {
  public:
   Pipeline(const Checkpoint& source, const QuantizationRequest& request, const QuantizeOptions& options)
-      : source_(source), options_(options), recipe_(resolve(request, facts_of(source))) {
+      : source_(source), options_(options), recipe_(resolve(request, facts_of(source), options.container)) {
     check_apart(source, options.output.output);
     plan();
-    shards_ = plan_shards(job_.arrays, options.output.max_shard_bytes);
+    find_sizes();
+    shards_ = plan_shards(job_.arrays, options.output.max_shard_bytes, options.container->weights_format);
     bytes_out_ = shards_.bytes();
     const bool searches = std::ranges::any_of(
         recipe_.tensors, [](const TensorPlan& p) { return p.scheme && p.options.range == RangeRule::mse; });
@@ -162,7 +164,7 @@ class Pipeline {
            .what = "cannot quantize",
            .where = tensor.name,
            .why = fmt::format("{} cannot hold {}: {}", options_.container->name, describe(tensor.scheme), fit.reason),
-           .fix = "choose another scheme or --format"});
+           .fix = fmt::format("choose another scheme or --format, or keep it: --skip-modules {}", tensor.name)});
   }
 
   [[noreturn]] static void name_clash(const std::string& name) {
@@ -183,6 +185,28 @@ class Pipeline {
                                : 2 * piece.bytes;  // the original's and the copy's, while they are compared
       job_.pieces.push_back(piece);
     }
+  }
+
+  /// Of arrays whose length depends on their values: those tensors are quantized once more, for it alone.
+  void find_sizes() {
+    std::vector<const Piece*> unknown;
+    for (const Piece& piece : job_.pieces)
+      if (std::ranges::any_of(job_.arrays[piece.tensor], &ArraySpec::sized_by_value)) unknown.push_back(&piece);
+    if (unknown.empty()) return;
+    uint64_t most = options_.output.max_memory.value_or(0);
+    for (const Piece* piece : unknown) most = std::max(most, 2 * piece->memory);
+    parallel_within(
+        unknown.size(), most, [&](size_t i) { return unknown[i]->memory; },
+        [&](size_t i) {
+          throw_if_interrupted();
+          const Piece& piece = *unknown[i];
+          BW_ASSERT(piece.rows.begin == 0 && piece.rows.end == row_count(source_.tensors()[piece.tensor].shape));
+          const Produced produced = produce(piece);
+          for (const Slice& slice : produced.slices) {
+            ArraySpec& spec = job_.arrays[piece.tensor][slice.array];
+            if (spec.sized_by_value) spec.shape = {static_cast<int64_t>(slice.data.size() / size_bytes(spec.dtype))};
+          }
+        });
   }
 
   /// Elements of a row; a kept tensor's pieces are ranges of elements.
@@ -250,9 +274,18 @@ class Pipeline {
     Produced produced = {.slices = {}, .error = squared_error({entry.dtype, bytes}, t)};
     std::vector<ArraySpec> before;
     if (!whole) before = options_.container->layout(rows_of(all, 0, piece.rows.begin));
+    size_t a = 0;
     for (NamedArray& array : options_.container->pack(part, t)) {
-      const size_t a = produced.slices.size();
-      produced.slices.push_back({.array = a, .offset = whole ? 0 : before[a].bytes(), .data = std::move(array.data)});
+      const ArraySpec& spec = job_.arrays[piece.tensor][a];
+      Slice slice = {.array = a, .offset = 0, .data = std::move(array.data)};
+      if (!whole) {
+        const Placement at = place(spec, before[a], array.spec);
+        slice = {slice.array, at.offset, std::move(slice.data), at.runs > 1 ? at.run : 0, at.stride};
+      }
+      ++a;
+      // What does not depend on rows comes with the first of them.
+      if (whole || piece.rows.begin == 0 || spec.row_axis != ArraySpec::kNoRows)
+        produced.slices.push_back(std::move(slice));
     }
     return produced;
   }
@@ -316,9 +349,25 @@ class Pipeline {
     std::vector<StoredTensor> tensors;
     for (size_t i = 0; i < recipe_.tensors.size(); ++i)
       if (recipe_.tensors[i].scheme) tensors.push_back(stored(i));
-    options_.container->write_metadata(tensors, record, {.config = config, .files = files});
+    const std::vector<std::string> kept = kept_modules(config);
+    options_.container->write_metadata({.tensors = tensors, .kept = kept, .record = record},
+                                       {.config = config, .files = files});
     write_text_file(staging_ / "config.json", config.dump(2) + "\n");
     for (const auto& [name, json] : files) write_text_file(staging_ / name, json.dump(2) + "\n");
+  }
+
+  /// A head that shares the embedding's matrix has no tensor, and yet the owner's loader makes a module of it.
+  std::vector<std::string> kept_modules(const OrderedJson& config) const {
+    constexpr std::string_view kWeight = ".weight";
+    std::vector<std::string> kept;
+    for (size_t i = 0; i < recipe_.tensors.size(); ++i) {
+      const TensorPlan& plan = recipe_.tensors[i];
+      const bool is_module = source_.tensors()[i].shape.size() >= 2 && plan.name.ends_with(kWeight);
+      if (!plan.scheme && is_module) kept.push_back(plan.name.substr(0, plan.name.size() - kWeight.size()));
+    }
+    const bool tied = config.contains("tie_word_embeddings") && config["tie_word_embeddings"] == true;
+    if (tied && source_.find("lm_head.weight") == nullptr) kept.emplace_back("lm_head");
+    return kept;
   }
 
   OrderedJson verify(OrderedJson& record, std::vector<Warning>& warnings) const {
