@@ -1,8 +1,10 @@
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 
 #include "algorithm/algorithm.hpp"
 #include "cli/command.hpp"
 #include "container/container.hpp"
+#include "engine/loads.hpp"
 #include "engine/matrix.hpp"
 #include "scheme/scheme.hpp"
 
@@ -11,19 +13,25 @@ namespace {
 
 OrderedJson run_formats(const Arguments&, std::vector<Warning>&) {
   OrderedJson formats = OrderedJson::array();
-  for (const Container* c : all_containers())
+  for (const Container* c : all_containers()) {
     formats.push_back({{"name", c->name},
                        {"reads", true},
                        {"writes", c->write_metadata != nullptr},
                        {"summary", c->summary},
-                       {"source", c->source}});
+                       {"source", c->source},
+                       {"engines", OrderedJson::array()}});
+    for (const Loads& answer : engines_that_load(method_of(*c)))
+      if (answer.yes) formats.back()["engines"].push_back(answer.engine);
+  }
   return {{"formats", formats}};
 }
 
 void print_formats(const OrderedJson& result) {
-  for (const OrderedJson& f : result["formats"])
+  for (const OrderedJson& f : result["formats"]) {
     fmt::print("{:<16} {:<11} {}\n", f["name"].get<std::string>(), f["writes"].get<bool>() ? "read, write" : "read",
                f["summary"].get<std::string>());
+    fmt::print("{:<16} {:<11} for {}\n", "", "", fmt::join(f["engines"].get<std::vector<std::string>>(), ", "));
+  }
 }
 
 OrderedJson run_methods(const Arguments&, std::vector<Warning>&) {

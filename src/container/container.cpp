@@ -20,6 +20,10 @@ std::span<const Container* const> all_containers() {
   return all;
 }
 
+std::string_view method_of(const Container& container) {
+  return container.method.empty() ? container.name : container.method;
+}
+
 const Container* find_container(std::string_view name) {
   for (const Container* container : all_containers())
     if (container->name == name) return container;

@@ -117,9 +117,10 @@ struct SchemeChoice {
 
 /// One way of laying quantized tensors out as bytes: a row of a table, not a base class.
 struct Container {
-  std::string_view name;     ///< as in --format; never renamed once released
-  std::string_view summary;  ///< what of it is supported, for `formats`
-  std::string_view source;   ///< the specification followed: document, or repository and commit
+  std::string_view name;      ///< as in --format; never renamed once released
+  std::string_view summary;   ///< what of it is supported, for `formats`
+  std::string_view source;    ///< the specification followed: document, or repository and commit
+  std::string_view method{};  ///< what a model's configuration calls it, and engines' facts; empty: `name`
 
   /// Is anything of this checkpoint stored this way?
   bool (*detect)(const CheckpointView& checkpoint);
@@ -153,6 +154,8 @@ struct Container {
   std::span<const std::string_view> files{};  ///< JSON files beside config.json that say how a model is quantized
 };
 
+/// Row::method, or its name.
+std::string_view method_of(const Container& container);
 std::span<const Container* const> all_containers();  ///< in the order of containers.def
 const Container* find_container(std::string_view name);
 

@@ -205,6 +205,7 @@ extern const Container native_container;
 const Container native_container = {.name = "native",
                                     .summary = "every elementwise scheme; safetensors and quantization_metadata.json",
                                     .source = "docs/native-container.md",
+                                    .method = "bitwright",
                                     .detect = detect,
                                     .list = list,
                                     .fit = fit,

@@ -17,6 +17,7 @@
 #include "base/threads.hpp"
 #include "checkpoint/safetensors.hpp"
 #include "container/rows.hpp"
+#include "engine/loads.hpp"
 #include "kernels/decode.hpp"
 #include "kernels/encode.hpp"
 #include "quantize/model_card.hpp"
@@ -39,7 +40,9 @@ OrderedJson digests_of(const std::filesystem::path& directory) {
   std::map<std::string, OrderedJson> sorted;
   for (const auto& entry : std::filesystem::directory_iterator(directory)) {
     const std::string name = entry.path().filename().string();
-    const bool rewritten = name == "config.json" || name == "quantization_metadata.json" || name == "README.md";
+    bool rewritten = name == "config.json" || name == "quantization_metadata.json" || name == "README.md";
+    for (const Container* container : all_containers())
+      rewritten = rewritten || std::ranges::find(container->files, name) != container->files.end();
     if (!name.starts_with(".") && !rewritten) sorted[name] = OrderedJson::object();
   }
   std::vector<std::pair<const std::string, OrderedJson>*> files;
@@ -107,8 +110,9 @@ class Pipeline {
       warn_of_lost_layers(warnings);
       write_metadata(OrderedJson::object());  // the written model must open before it can be verified
       record = make_record();
-      record["verification"] = verify(record, warnings);
-      write_metadata(record);
+      record["files"] = digests_of(staging_);
+      record["verification"] = verify(warnings);
+      engines_ = engines_json(write_metadata(record));
       write_text_file(staging_ / "README.md", model_card(record));
       output.commit();
     });
@@ -120,6 +124,7 @@ class Pipeline {
     result["peak_memory_bytes"] = peak_memory();
     result["verification"] = record["verification"];
     result["layers"] = record["layers"];
+    result["engines"] = engines_;
     return result;
   }
 
@@ -343,7 +348,8 @@ class Pipeline {
     return counts.size() == 1 ? most->first : fmt::format("mixed, mostly {}", most->first);
   }
 
-  void write_metadata(const OrderedJson& record) const {
+  /// Returns what was written, by name.
+  std::map<std::string, OrderedJson> write_metadata(const OrderedJson& record) const {
     OrderedJson config = read_config(source_);
     std::map<std::string, OrderedJson> files;
     std::vector<StoredTensor> tensors;
@@ -352,8 +358,21 @@ class Pipeline {
     const std::vector<std::string> kept = kept_modules(config);
     options_.container->write_metadata({.tensors = tensors, .kept = kept, .record = record},
                                        {.config = config, .files = files});
-    write_text_file(staging_ / "config.json", config.dump(2) + "\n");
+    files["config.json"] = std::move(config);
     for (const auto& [name, json] : files) write_text_file(staging_ / name, json.dump(2) + "\n");
+    return files;
+  }
+
+  /// Which engines take the result.
+  static OrderedJson engines_json(const std::map<std::string, OrderedJson>& files) {
+    ModelDocuments documents;
+    for (const auto& [name, json] : files) documents[name] = json;
+    OrderedJson engines = OrderedJson::array();
+    for (const Loads& answer : engines_that_load(documents)) {
+      engines.push_back({{"name", answer.engine}, {"loads", answer.yes}});
+      if (!answer.reason.empty()) engines.back()["reason"] = answer.reason;
+    }
+    return engines;
   }
 
   /// A head that shares the embedding's matrix has no tensor, and yet the owner's loader makes a module of it.
@@ -370,8 +389,7 @@ class Pipeline {
     return kept;
   }
 
-  OrderedJson verify(OrderedJson& record, std::vector<Warning>& warnings) const {
-    record["files"] = digests_of(staging_);
+  OrderedJson verify(std::vector<Warning>& warnings) const {
     if (!options_.verify) return {{"read_back", false}, {"reason", "verification was switched off"}};
     const Checkpoint written(staging_, nullptr, Checkpoint::Unfinished::allow);
     verify_tensors(source_, written, layers_, estimate_.piece_memory);
@@ -432,6 +450,7 @@ class Pipeline {
   std::filesystem::path staging_;
   std::string not_judged_;  ///< why, if it is known beforehand
   std::vector<LayerResult> layers_;
+  OrderedJson engines_;
 };
 
 }  // namespace
