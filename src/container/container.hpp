@@ -142,6 +142,10 @@ struct Container {
   /// (rows_of; a multiple of 32 before them) are parts of those of all?
   bool by_rows = false;
 
+  /// May these be in one checkpoint (of one type; what the owner fuses, by one scheme)? Null: whatever fits. Asked
+  /// before a byte is written.
+  Fit (*fit_model)(std::span<const StoredTensor> tensors) = nullptr;
+
   /// What is chosen where the request leaves it open: the first row that has all it says; so the first of all is what
   /// `--format` alone writes. Empty: a method must be given.
   std::span<const SchemeChoice> choices{};

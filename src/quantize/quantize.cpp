@@ -156,6 +156,7 @@ class Pipeline {
       decisions += fmt::format("{} {} {}\n", entry.name, tensor.scheme ? to_json(*tensor.scheme).dump() : "kept",
                                tensor.scheme ? tensor.algorithm->name : "");
     }
+    check_fit_together();
     const std::string recipe = decisions + recipe_.settings.dump() + std::string(options_.container->name);
     job_.identity = {{"tool", BITWRIGHT_VERSION}, {"command", "quantize"}, {"recipe", sha256(recipe)}};
   }
@@ -170,6 +171,24 @@ class Pipeline {
            .where = tensor.name,
            .why = fmt::format("{} cannot hold {}: {}", options_.container->name, describe(tensor.scheme), fit.reason),
            .fix = fmt::format("choose another scheme or --format, or keep it: --skip-modules {}", tensor.name)});
+  }
+
+  void check_fit_together() const {
+    if (options_.container->fit_model == nullptr) return;
+    const Fit fit = options_.container->fit_model(quantized_tensors());
+    if (fit.verdict == Verdict::impossible)
+      throw Error({.code = "does-not-fit",
+                   .what = "cannot quantize",
+                   .where = std::string(options_.container->name),
+                   .why = fit.reason,
+                   .fix = "change layer_configs, or choose another --format"});
+  }
+
+  std::vector<StoredTensor> quantized_tensors() const {
+    std::vector<StoredTensor> tensors;
+    for (size_t i = 0; i < recipe_.tensors.size(); ++i)
+      if (recipe_.tensors[i].scheme) tensors.push_back(stored(i));
+    return tensors;
   }
 
   [[noreturn]] static void name_clash(const std::string& name) {
@@ -352,9 +371,7 @@ class Pipeline {
   std::map<std::string, OrderedJson> write_metadata(const OrderedJson& record) const {
     OrderedJson config = read_config(source_);
     std::map<std::string, OrderedJson> files;
-    std::vector<StoredTensor> tensors;
-    for (size_t i = 0; i < recipe_.tensors.size(); ++i)
-      if (recipe_.tensors[i].scheme) tensors.push_back(stored(i));
+    const std::vector<StoredTensor> tensors = quantized_tensors();
     const std::vector<std::string> kept = kept_modules(config);
     options_.container->write_metadata({.tensors = tensors, .kept = kept, .record = record},
                                        {.config = config, .files = files});

@@ -1,11 +1,13 @@
 #include "recipe/recipe.hpp"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <fnmatch.h>
 
 #include <algorithm>
 #include <array>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <span>
 
 #include "recipe/config.hpp"
@@ -149,9 +151,20 @@ SchemeChoice common_choice(const QuantizationSettings& s) {
   return c;
 }
 
+/// A kind of code that the container's table does not know cannot be made into a scheme to ask `fit` about.
+void check_kind(std::string_view quant_type, const Container* container) {
+  const std::span<const SchemeChoice> choices = choices_of(container);
+  if (choices.empty() || std::ranges::find(choices, quant_type, &SchemeChoice::quant_type) != choices.end()) return;
+  std::set<std::string_view> known;
+  for (const SchemeChoice& choice : choices) known.insert(choice.quant_type);
+  contradiction(fmt::format("{} holds {}, not {}", container->name, fmt::join(known, ", "), quant_type),
+                "choose another method or --format");
+}
+
 Resolved fill_in(const QuantizationSettings& s, const Container* container) {
   const SchemeChoice* const chosen = choose(s, container);
   const SchemeChoice c = chosen != nullptr ? *chosen : common_choice(s);
+  check_kind(c.quant_type, container);
   Resolved r;
   r.quant_type = c.quant_type;
   r.bits = s.bits.value_or(c.bits);
