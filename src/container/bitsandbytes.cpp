@@ -360,7 +360,8 @@ QuantizedTensor unpack(const StoredTensor& tensor, const CheckpointView& checkpo
   const std::span<const std::byte> packed = checkpoint.bytes(tensor.name);
   if (is_int8(tensor.scheme)) {
     t.codes.assign(packed.begin(), packed.end());
-    t.scale = numbers(plain(DType::f32), {tensor.shape.front()}, checkpoint.bytes(tensor.arrays.at(1)));
+    t.scale = numbers(plain(DType::f32), parameter_shape(tensor.scheme.scale->grouping, tensor.shape),
+                      checkpoint.bytes(tensor.arrays.at(1)));
     return t;
   }
   t.codes.resize(static_cast<size_t>(element_count(tensor.shape)));
