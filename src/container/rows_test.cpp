@@ -105,7 +105,8 @@ TEST(Rows, PiecesLieWhereTheWholeHasThem) {
   std::normal_distribution<float> normal;
   for (const Shape& shape : {Shape{100, 64}, Shape{32, 33}, Shape{65, 8}})
     for (const auto& [container, scheme] :
-         {std::pair(&columns, integers(8, true, Grouping::channel(), false)), {find_container("bitsandbytes"), nf4}}) {
+         {std::pair<const Container*, Scheme>(&columns, integers(8, true, Grouping::channel(), false)),
+          {find_container("bitsandbytes"), nf4}}) {
       SCOPED_TRACE(std::string(container->name) + " " + to_string(shape));
       std::vector<float> values(static_cast<size_t>(element_count(shape)));
       for (float& value : values) value = normal(random);
