@@ -42,7 +42,7 @@ uint8_t by_levels(float value) {
   const ElementType& map = *find_element("dynamic8");
   constexpr float kLevels = 65535;
   const float clamped = std::clamp(value, -1.0f, 1.0f);
-  const auto level = static_cast<float>(static_cast<uint16_t>((clamped + 1.0f) * 0.5f * kLevels + 0.5f));
+  const float level = std::floor((clamped + 1.0f) * 0.5f * kLevels + 0.5f);
   return static_cast<uint8_t>(map.nearest(map, level * (2.0f / kLevels) - 1.0f));
 }
 
