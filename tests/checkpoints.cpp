@@ -28,7 +28,7 @@ void write_checkpoint(const std::filesystem::path& dir, const Json& config, cons
   writer.finish();
   OrderedJson written = config;
   std::map<std::string, OrderedJson> files;
-  if (!stored.empty()) native.write_metadata(stored, OrderedJson::object(), {written, files});
+  if (!stored.empty()) native.write_metadata({stored, {}, OrderedJson::object()}, {written, files});
   write_file(dir / "config.json", written.dump());
   for (const auto& [name, json] : files) write_file(dir / name, json.dump());
 }

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstring>
 
+#include "base/error.hpp"
+#include "checkpoint/checkpoint.hpp"
 #include "tests/support.hpp"
 
 namespace bitwright::test {
@@ -38,9 +40,68 @@ std::vector<GoldenCase> golden_cases(const std::string& format, const std::strin
     const Json metadata = parse_json(text, c.name).value("__metadata__", Json::object());
     c.params = parse_json(metadata.value("params", "{}"), c.name);
     c.backend = metadata.value("backend", "");
-    if (c.find(needs) != nullptr) cases.push_back(std::move(c));
+    if (needs.empty() || c.find(needs) != nullptr) cases.push_back(std::move(c));
   }
   return cases;
+}
+
+std::vector<std::filesystem::path> golden_models(const std::string& format) {
+  std::vector<std::filesystem::path> models;
+  const auto folder = shared_dir() / "golden" / format;
+  if (!std::filesystem::is_directory(folder)) return models;
+  for (const auto& entry : std::filesystem::directory_iterator(folder))
+    if (entry.is_directory() && entry.path().filename().string().starts_with("model_")) models.push_back(entry.path());
+  std::ranges::sort(models);
+  return models;
+}
+
+void check_model(const std::filesystem::path& path, std::vector<float> (*values)(const QuantizedTensor&)) {
+  SCOPED_TRACE(path.string());
+  constexpr std::string_view kSuffix = ".dequantized";
+  const Checkpoint model(path);
+  const WeightFile reference(path / "reference.safetensors");
+  size_t compared = 0;
+  for (const StoredArray& array : reference.arrays()) {
+    if (!array.name.ends_with(kSuffix)) continue;
+    const std::string name = array.name.substr(0, array.name.size() - kSuffix.size());
+    const TensorEntry* entry = model.find(name + ".weight");
+    if (entry == nullptr) entry = model.find(name);
+    ASSERT_NE(entry, nullptr) << array.name;
+    EXPECT_TRUE(entry->quantized()) << array.name;
+    std::vector<float> expected(static_cast<size_t>(element_count(array.shape)));
+    to_f32(array.dtype, array.data, expected);
+    std::vector<float> found = values(model.read(*entry));
+    for (float& value : found) value = round_to(array.dtype, value);
+    EXPECT_TRUE(found == expected) << array.name;
+    ++compared;
+  }
+  EXPECT_GT(compared, 0u);
+}
+
+std::vector<NegativeCase> negative_cases(const std::string& format) {
+  std::vector<NegativeCase> cases;
+  for (const auto& path : files_in(shared_dir() / "golden" / format, ".json")) {
+    if (!path.filename().string().starts_with("negative_")) continue;
+    for (const Json& item : parse_json(read_file(path), path.string()))
+      cases.push_back({.name = item.at("name"),
+                       .function = item.value("function", ""),
+                       .params = item.value("params", Json::object()),
+                       .raised = item.at("raised"),
+                       .message = item.value("message", "")});
+  }
+  return cases;
+}
+
+void check_refused(const std::function<void()>& refuse) {
+  try {
+    refuse();
+  } catch (const Error& error) {
+    const std::string line = error.what();
+    EXPECT_FALSE(line.empty());
+    EXPECT_EQ(line.find('\n'), std::string::npos) << line;
+    return;
+  }
+  ADD_FAILURE() << "it was not refused";
 }
 
 QuantizedTensor check_container(const Container& container, const GoldenCase& c, const std::vector<std::string>& arrays,

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <filesystem>
+#include <functional>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -20,8 +22,27 @@ struct GoldenCase {
   const StoredArray& at(const std::string& array) const;
   std::vector<float> floats(const std::string& array) const;
 };
-/// The files of a folder, found when the test runs. `needs` is an array they must have to count.
-std::vector<GoldenCase> golden_cases(const std::string& format, const std::string& needs);
+/// The files of a folder, found when the test runs: each is a case, whatever it holds. `needs`: only those that have
+/// this array.
+std::vector<GoldenCase> golden_cases(const std::string& format, const std::string& needs = "");
+
+/// Two-layer models of a folder: directories with model.safetensors, config.json and reference.safetensors.
+std::vector<std::filesystem::path> golden_models(const std::string& format);
+/// Opens the model and compares each NAME.dequantized of the reference with what is read as NAME.weight (or NAME),
+/// rounded to the reference's dtype. values: how the library itself decodes, where that is not the definition.
+void check_model(const std::filesystem::path& model, std::vector<float> (*values)(const QuantizedTensor&) = decode);
+
+/// What the owning library was asked for and refused (`raised`) or took without a word.
+struct NegativeCase {
+  std::string name, function;
+  Json params;
+  bool raised;
+  std::string message;
+};
+/// Of the folder's negative_*.json.
+std::vector<NegativeCase> negative_cases(const std::string& format);
+/// `refuse` must throw Error with one line of explanation.
+void check_refused(const std::function<void()>& refuse);
 
 /// Lists `arrays` (renamed to `prefix` + name) through `container` and checks: one tensor; unpack then pack gives the
 /// same bytes under the same names. Returns the tensor.

@@ -11,6 +11,8 @@ namespace bitwright {
 /// What an algorithm may be told beside the scheme.
 struct AlgorithmOptions {
   RangeRule range = RangeRule::minmax;
+  /// How the container's owner rounds (Container::encode): for rtn with minmax. Null: as scheme/ defines it.
+  QuantizedTensor (*owner)(const Scheme& scheme, const Shape& shape, WeightView weight) = nullptr;
 };
 
 /// One way of choosing codes: a row of a table.

@@ -180,6 +180,7 @@ struct Checkpoint::Impl {
   fs::path path, directory;
   WeightMap shard_of;  ///< as the index says, until it is checked
   Json config = Json::object(), metadata = Json::object();
+  std::map<std::string, Json, std::less<>> documents;  ///< the containers' own
   std::vector<fs::path> files;
   std::vector<WeightFile> mapped;
   std::unordered_map<std::string_view, const StoredArray*> arrays;  ///< by their own names; so file_of and by_name
@@ -195,6 +196,7 @@ struct Checkpoint::Impl {
   std::vector<const StoredArray*> order;      ///< all of `arrays`, in file order
   std::unordered_map<std::string, Rearrangement> rearranged;
   const Container* container = nullptr;
+  QuantizedModel model;
   std::unordered_map<std::string, StoredTensor> stored;
   std::vector<TensorEntry> tensors;
   std::unordered_map<std::string_view, size_t> by_name;
@@ -236,6 +238,9 @@ struct Checkpoint::Impl {
       fail("no-config", path, "it holds no config.json", "give a Hugging Face model directory");
     }
     if (fs::exists(directory / kMetadata)) metadata = read_json_object(directory / kMetadata);
+    for (const Container* each : all_containers())
+      for (const std::string_view name : each->files)
+        if (fs::exists(directory / name)) documents[std::string(name)] = read_json_object(directory / name);
   }
 
   /// A file that says it is one of several (GGUF's split.count) stands for all of them.
@@ -421,6 +426,7 @@ struct Checkpoint::Impl {
     return {.arrays = of,
             .config = config,
             .quantization_metadata = metadata,
+            .documents = &documents,
             .facts = facts(),
             .bytes = [this](const std::string& name) { return arrays.at(name)->data; },
             .where = path.string()};
@@ -433,6 +439,7 @@ struct Checkpoint::Impl {
         for (StoredTensor& tensor : candidate->list(view()))
           if (const std::string name = tensor.name; !stored.emplace(name, std::move(tensor)).second)
             fail("bad-container", path, fmt::format("tensor '{}' is stored twice", printable(name)));
+        if (candidate->model != nullptr) model = candidate->model(view());
         return;
       }
     auto declared = config.find("quantization_config");
@@ -454,8 +461,10 @@ struct Checkpoint::Impl {
         if (!owner.emplace(array, &tensor).second)
           fail("bad-container", path, fmt::format("array '{}' belongs to two tensors", printable(array)));
     std::set<const StoredTensor*> done;
+    const std::set<std::string_view> no_weights(model.arrays.begin(), model.arrays.end());
     for (const StoredArray* array : order) {
       const auto found = owner.find(array->name);
+      if (no_weights.contains(array->name)) continue;
       if (found == owner.end()) {
         add_plain(*array);
       } else if (done.insert(found->second).second) {
@@ -490,7 +499,8 @@ struct Checkpoint::Impl {
                        .scheme = is_transposed ? transposed(tensor.scheme) : tensor.scheme,
                        .dtype = tensor.value_dtype,
                        .stored_bytes = bytes,
-                       .rearranged = found != rearranged.end()});
+                       .rearranged = found != rearranged.end(),
+                       .linear = tensor.linear});
   }
 };
 
@@ -505,6 +515,7 @@ const Json& Checkpoint::config() const { return impl_->config; }
 const Json& Checkpoint::quantization_metadata() const { return impl_->metadata; }
 const Json* Checkpoint::facts() const { return impl_->facts(); }
 const Container* Checkpoint::container() const { return impl_->container; }
+const QuantizedModel& Checkpoint::quantized_model() const { return impl_->model; }
 std::span<const TensorEntry> Checkpoint::tensors() const { return impl_->tensors; }
 
 std::vector<StoredArray> Checkpoint::stored_arrays() const {
@@ -593,18 +604,21 @@ QuantizedTensor Checkpoint::read_rows(const TensorEntry& entry, int64_t begin, i
   const StoredTensor piece = rows_of(whole, begin, end);
   std::map<std::string, ArraySpec, std::less<>> specs;
   std::map<std::string, std::vector<std::byte>, std::less<>> data;
+  const std::vector<ArraySpec> all = impl_->container->layout(whole), wanted = impl_->container->layout(piece);
   const std::vector<ArraySpec> before = impl_->container->layout(rows_of(whole, 0, begin));
-  const std::vector<ArraySpec> wanted = impl_->container->layout(piece);
   for (size_t a = 0; a < wanted.size(); ++a) {
     specs[wanted[a].name] = wanted[a];
     std::vector<std::byte>& bytes = data[wanted[a].name];
-    bytes.resize(wanted[a].bytes());
-    impl_->read_array(wanted[a].name, before[a].bytes(), bytes);
+    const Placement at = place(all[a], before[a], wanted[a]);
+    bytes.resize(at.run * at.runs);
+    for (uint64_t r = 0; r < at.runs; ++r)
+      impl_->read_array(wanted[a].name, at.offset + r * at.stride, std::span(bytes).subspan(r * at.run, at.run));
   }
   CheckpointView view = impl_->view(specs);
   view.bytes = [&data](const std::string& name) -> std::span<const std::byte> { return data.at(name); };
   QuantizedTensor tensor = impl_->container->unpack(piece, view);
   check_sizes(tensor, entry.name);
+  check_group_index(tensor, entry.name);
   return tensor;
 }
 

@@ -29,7 +29,8 @@ struct TensorEntry {
   uint64_t stored_bytes;  ///< of all arrays that store it
   /// The type of blocks that no container here decodes ("Q4_K"): such a tensor can be listed, not read.
   const BlockType* undecoded = nullptr;
-  bool rearranged = false;  ///< lies in the file in another order: plain_bytes cannot give it, read_bytes can
+  bool rearranged = false;   ///< lies in the file in another order: plain_bytes cannot give it, read_bytes can
+  QuantizedLinear linear{};  ///< what belongs to its layer
   bool quantized() const { return !scheme.is_plain(); }
   double bits_per_weight() const;
 };
@@ -95,6 +96,7 @@ class Checkpoint {
 
   /// All arrays under the names and in the shapes that the files have them.
   std::vector<StoredArray> stored_arrays() const;
+  const QuantizedModel& quantized_model() const;  ///< what of it belongs to no weight
 
   std::span<const TensorEntry> tensors() const;  ///< in file order
   const TensorEntry* find(std::string_view name) const;

@@ -345,38 +345,5 @@ TEST(Checkpoint, WhatIsNoModelIsRefused) {
   EXPECT_EQ(code_of_open(dir / "model.safetensors"), "bad-safetensors");
 }
 
-// The two-layer models that bitsandbytes' and MLX's own code wrote, read as whole checkpoints.
-TEST(Golden, models_of_other_libraries) {
-  size_t cases = 0;
-  for (const std::string name : {"bnb_nf4/model_nf4", "bnb_fp4/model_fp4_dq", "mlx_affine/model_affine_w4"}) {
-    const auto path = test::shared_dir() / "golden" / name;
-    if (!std::filesystem::exists(path / "model.safetensors")) continue;
-    SCOPED_TRACE(name);
-    const Checkpoint model(path);
-    const WeightFile reference(path / "reference.safetensors");
-    size_t compared = 0;
-    for (const StoredArray& array : reference.arrays()) {
-      const std::string suffix = ".dequantized";
-      if (!array.name.ends_with(suffix)) continue;
-      const TensorEntry* entry = model.find(array.name.substr(0, array.name.size() - suffix.size()) + ".weight");
-      if (entry == nullptr) entry = model.find(array.name.substr(0, array.name.size() - suffix.size()));
-      ASSERT_NE(entry, nullptr) << array.name;
-      std::vector<float> expected(static_cast<size_t>(element_count(array.shape)));
-      to_f32(array.dtype, array.data, expected);
-      const QuantizedTensor stored = model.read(*entry);
-      const bool is_mlx = stored.scheme.offset_kind == OffsetKind::bias;
-      std::vector<float> values = is_mlx ? test::decode_in_scale_dtype(stored) : decode(stored);
-      for (float& value : values) value = round_to(array.dtype, value);
-      EXPECT_EQ(values, expected) << array.name;
-      EXPECT_TRUE(entry->quantized());
-      ++compared;
-    }
-    EXPECT_GT(compared, 0u);
-    ++cases;
-  }
-  if (cases == 0) GTEST_SKIP() << "no golden cases here";
-  std::cout << "cases: " << cases << '\n';
-}
-
 }  // namespace
 }  // namespace bitwright

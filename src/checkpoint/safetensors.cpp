@@ -130,8 +130,8 @@ uint64_t data_bytes(std::span<const ArraySpec> arrays) {
 }
 
 /// All that comes before the data.
-std::string header_of(std::span<const ArraySpec> arrays) {
-  std::string text = R"({"__metadata__":{"format":"pt"})";
+std::string header_of(std::span<const ArraySpec> arrays, std::string_view format) {
+  std::string text = fmt::format(R"({{"__metadata__":{{"format":"{}"}})", format);
   uint64_t offset = 0;
   for (const ArraySpec& array : arrays) {
     const OrderedJson entry = {{"dtype", info(array.dtype).safetensors},
@@ -148,6 +148,14 @@ std::string header_of(std::span<const ArraySpec> arrays) {
   return header + text;
 }
 
+/// An array on its way into a file.
+struct PlannedArray {
+  const ArraySpec* spec;
+  ShardPlan::Place* place;
+};
+
+constexpr size_t kWidest = 8;  ///< bytes of the widest element
+
 }  // namespace
 
 extern const WeightFormat safetensors_format;
@@ -162,28 +170,37 @@ uint64_t ShardPlan::bytes() const {
   return total;
 }
 
-ShardPlan plan_shards(std::span<const std::vector<ArraySpec>> tensors, uint64_t most_bytes) {
+ShardPlan plan_shards(std::span<const std::vector<ArraySpec>> tensors, uint64_t most_bytes, std::string_view format) {
   ShardPlan plan;
+  std::vector<std::vector<PlannedArray>> files;
   uint64_t data = 0;
   for (const std::vector<ArraySpec>& arrays : tensors) {
     const uint64_t bytes = data_bytes(arrays);
-    if (plan.files.empty() || (data > 0 && bytes > most_bytes - std::min(data, most_bytes))) {
-      plan.files.push_back({});
+    if (files.empty() || (data > 0 && bytes > most_bytes - std::min(data, most_bytes))) {
+      files.emplace_back();
       data = 0;
     }
-    std::vector<ShardPlan::Place>& places = plan.places.emplace_back();
-    for (const ArraySpec& array : arrays) {
-      places.push_back({.file = plan.files.size() - 1, .offset = data});
-      data += array.bytes();
-      plan.files.back().arrays.push_back(array);
-    }
+    data += bytes;
+    std::vector<ShardPlan::Place>& places = plan.places.emplace_back(arrays.size());
+    for (size_t a = 0; a < arrays.size(); ++a) files.back().push_back({&arrays[a], &places[a]});
   }
-  for (size_t f = 0; f < plan.files.size(); ++f) {
+  plan.files.resize(files.size());
+  for (size_t f = 0; f < files.size(); ++f) {
     ShardPlan::File& file = plan.files[f];
+    // Loaders cast bytes to numbers in place; the format has no padding between arrays.
+    std::ranges::stable_sort(files[f], {}, [](const PlannedArray& array) {
+      return array.spec->bytes() % kWidest == 0 ? 0 : kWidest + 1 - size_bytes(array.spec->dtype);
+    });
+    data = 0;
+    for (const PlannedArray& array : files[f]) {
+      *array.place = {.file = f, .offset = data};
+      data += array.spec->bytes();
+      file.arrays.push_back(*array.spec);
+    }
     file.name = plan.files.size() == 1 ? safetensors_format.usual_name
                                        : fmt::format("model-{:05}-of-{:05}.safetensors", f + 1, plan.files.size());
-    file.header = header_of(file.arrays);
-    file.bytes = file.header.size() + data_bytes(file.arrays);
+    file.header = header_of(file.arrays, format);
+    file.bytes = file.header.size() + data;
   }
   for (std::vector<ShardPlan::Place>& places : plan.places)
     for (ShardPlan::Place& place : places) place.offset += plan.files[place.file].header.size();
@@ -224,7 +241,7 @@ void ShardWriter::finish() {
 
 SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<ArraySpec> specs)
     : file_(path), specs_(std::move(specs)) {
-  file_.write(header_of(specs_));
+  file_.write(header_of(specs_, "pt"));
 }
 
 void SafetensorsWriter::add(std::span<const std::byte> data) {

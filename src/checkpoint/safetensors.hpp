@@ -40,8 +40,11 @@ struct ShardPlan {
   uint64_t bytes() const;                  ///< of all files
 };
 /// Tensors in their order; a new file where the data of one would grow over `most_bytes` (a larger tensor gets one of
-/// its own), as transformers does it. A tensor's arrays stay together.
-ShardPlan plan_shards(std::span<const std::vector<ArraySpec>> tensors, uint64_t most_bytes);
+/// its own), as transformers does it. A tensor's arrays stay in one file: those of a length that is a multiple of 8 in
+/// their order, then the others, wide elements first, so that each begins at a multiple of its element's size.
+/// format: what the metadata of the files says ("pt", "mlx").
+ShardPlan plan_shards(std::span<const std::vector<ArraySpec>> tensors, uint64_t most_bytes,
+                      std::string_view format = "pt");
 
 /// Writes the files of a plan, at any place and from several threads, and the index of several.
 class ShardWriter {

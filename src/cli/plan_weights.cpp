@@ -7,6 +7,7 @@
 #include <map>
 #include <optional>
 
+#include "engine/loads.hpp"
 #include "engine/memory.hpp"
 #include "model/weight_estimate.hpp"
 #include "quantize/output_layout.hpp"
@@ -45,9 +46,7 @@ bool loads(const PlanRequest& asked, const Json& holder, const std::string& meth
   request.model = asked.model;
   if (const Json* row = row_named(weight_facts()["methods"], method); row != nullptr && row->contains("model"))
     request.model.update((*row)["model"]);
-  const EnginePlan plan = plan_engine(request);
-  return plan.outcome != "error" &&
-         std::ranges::find(plan.diagnostics, "UNSUPPORTED_CKPT", &Diagnostic::code) == plan.diagnostics.end();
+  return std::ranges::none_of(plan_engine(request).diagnostics, refuses);
 }
 
 /// Those whose checkpoints the engine loads, its own first.

@@ -14,12 +14,12 @@
 namespace bitwright {
 namespace {
 
-/// The engines that load a container, each with the least compute capability where there is one.
-OrderedJson engines_that_take(std::string_view container) {
+/// The engines that load what is quantized so, each with the least compute capability where there is one.
+OrderedJson engines_that_take(std::string_view method) {
   OrderedJson engines = OrderedJson::array();
   for (const Json* engine : Facts::standard().all("engines")) {
     const auto name = (*engine)["name"].get<std::string>();
-    const Takes takes = takes_checkpoint(name, container == "native" ? "bitwright" : container);
+    const Takes takes = takes_checkpoint(name, method);
     if (!takes.taken) continue;
     engines.push_back({{"name", name}});
     if (takes.min_sm != 0) engines.back()["min_sm"] = takes.min_sm;
@@ -34,7 +34,7 @@ OrderedJson run_formats(const Arguments&, std::vector<Warning>&) {
     formats.push_back({{"name", c->name},
                        {"reads", true},
                        {"writes", c->write_metadata != nullptr},
-                       {"engines", engines_that_take(c->name)},
+                       {"engines", engines_that_take(method_of(*c))},
                        {"summary", c->summary},
                        {"source", c->source}});
   return {{"formats", formats}};

@@ -2,11 +2,13 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <optional>
 
 #include "base/error.hpp"
+#include "container/bitsandbytes_rounding.hpp"
 #include "container/container.hpp"
 
 namespace bitwright {
@@ -15,10 +17,16 @@ namespace {
 // WEIGHT U8 [(n + 1) / 2, 1], the first of two codes in the high nibble (labelled BF16 or F32 with quant_storage);
 // WEIGHT.absmax F32, or U8 codes of the dynamic map with WEIGHT.nested_absmax and WEIGHT.nested_quant_map;
 // WEIGHT.quant_map F32 [16]; WEIGHT.quant_state.bitsandbytes__nf4 (or fp4): JSON as U8.
+// LLM.int8: LAYER.weight I8 [N, K], LAYER.SCB F32 [N] the rows' absmax, LAYER.weight_format U8 [] 0 ("row"; older files
+// have none). One model is either of the two.
 
 constexpr std::string_view kState = ".quant_state.bitsandbytes__";
 constexpr std::array<std::string_view, 2> kTypes = {"nf4", "fp4"};
+constexpr std::string_view kWeight = ".weight", kRowMaxima = ".SCB", kFormat = ".weight_format";
 constexpr int64_t kMaxBlock = 4096;
+constexpr int64_t kUsualBlock = 64, kUsualNestedBlock = 256;
+constexpr float kUsualThreshold = 6;               ///< transformers' default
+constexpr float kOver127 = 7.874015718698502e-3f;  ///< as int8_vectorwise_dequant writes it
 
 Scheme absmax_scheme(int64_t nested_block) {
   return {.element = find_element("dynamic8"),
@@ -30,6 +38,17 @@ Scheme absmax_scheme(int64_t nested_block) {
 Scheme make_scheme(std::string_view type, int64_t block, std::optional<int64_t> nested_block) {
   return {.element = find_element(type),
           .scale = parameter(Grouping::flat(block), nested_block ? absmax_scheme(*nested_block) : plain(DType::f32))};
+}
+
+Scheme int8_scheme() {
+  return {.element = &integer_element(8, true),
+          .scale = parameter(Grouping::channel(), plain(DType::f32)),
+          .factor = kOver127};
+}
+bool is_int8(const Scheme& scheme) { return scheme.element->kind == ElementKind::integer; }
+
+std::string layer_of(std::string_view weight) {
+  return std::string(weight.ends_with(kWeight) ? weight.substr(0, weight.size() - kWeight.size()) : weight);
 }
 
 bool is_nested(const Scheme& scheme) { return !scheme.scale->scheme->is_plain(); }
@@ -99,15 +118,20 @@ std::vector<ArraySpec> layout_with_state(const StoredTensor& t, int64_t state_by
   const auto storage = static_cast<int64_t>(size_bytes(t.storage_dtype));
   const int64_t blocks = parameter_shape(t.scheme.scale->grouping, t.shape).at(0);
   const bool nested = is_nested(t.scheme);
+  const auto fixed = [&](std::string_view suffix, DType dtype, int64_t count) {
+    return ArraySpec{
+        .name = t.name + std::string(suffix), .dtype = dtype, .shape = {count}, .row_axis = ArraySpec::kNoRows};
+  };
   std::vector<ArraySpec> specs = {{t.name, t.storage_dtype, {bytes / storage, 1}},
                                   {t.name + ".absmax", nested ? DType::u8 : DType::f32, {blocks}},
-                                  {t.name + ".quant_map", DType::f32, {16}}};
+                                  fixed(".quant_map", DType::f32, 16)};
   if (nested) {
     const Scheme& absmax = *t.scheme.scale->scheme;
     specs.push_back({t.name + ".nested_absmax", DType::f32, parameter_shape(absmax.scale->grouping, {blocks})});
-    specs.push_back({t.name + ".nested_quant_map", DType::f32, {256}});
+    specs.push_back(fixed(".nested_quant_map", DType::f32, 256));
   }
-  specs.push_back({t.name + std::string(kState) + std::string(t.scheme.element->name), DType::u8, {state_bytes}});
+  specs.push_back(fixed(std::string(kState) + std::string(t.scheme.element->name), DType::u8, state_bytes));
+  specs.back().sized_by_value = nested;  // the offset as text
   return specs;
 }
 
@@ -130,7 +154,10 @@ StoredTensor read_tensor(const CheckpointView& checkpoint, const std::string& na
                     .storage_dtype = need_array(checkpoint, name, name).dtype};
   if ((element_count(t.shape) + 1) / 2 % static_cast<int64_t>(size_bytes(t.storage_dtype)) != 0)
     bad_container(checkpoint, name, "its packed bytes are no whole number of storage elements");
-  if (nested && (!state.json.contains("nested_offset") || !state.json["nested_offset"].is_number()))
+  if (state.json.value("quant_type", Json()) != type)
+    bad_container(checkpoint, name, fmt::format("quant_state is named {} and says otherwise", type));
+  if (nested && (!state.json.contains("nested_offset") || !state.json["nested_offset"].is_number() ||
+                 !std::isfinite(state.json["nested_offset"].get<float>())))
     bad_container(checkpoint, name, "quant_state has no valid 'nested_offset'");
   for (const ArraySpec& spec : layout_with_state(t, element_count(blob.shape))) {
     check_array(checkpoint, name, spec);
@@ -141,34 +168,107 @@ StoredTensor read_tensor(const CheckpointView& checkpoint, const std::string& na
   return t;
 }
 
+/// visit(name of the weight, type) for each state, of whatever type it says to be.
 template <class Visit>
 void for_each_state(const CheckpointView& checkpoint, const Visit& visit) {
   for (const auto& [array, spec] : checkpoint.arrays)
-    for (const std::string_view type : kTypes) {
-      const std::string suffix = std::string(kState) + std::string(type);
-      if (array.ends_with(suffix)) visit(array.substr(0, array.size() - suffix.size()), type);
-    }
+    if (const size_t at = array.rfind(kState); at != std::string::npos)
+      visit(array.substr(0, at), array.substr(at + kState.size()));
+}
+
+/// visit(layer) for each that LLM.int8 stores.
+template <class Visit>
+void for_each_int8(const CheckpointView& checkpoint, const Visit& visit) {
+  for (const auto& [array, spec] : checkpoint.arrays)
+    if (array.ends_with(kRowMaxima))
+      visit(array.substr(0, array.size() - kRowMaxima.size()));
+    else if (array == kRowMaxima.substr(1))
+      visit(std::string());
+}
+
+bool declares(const CheckpointView& checkpoint) {
+  const auto config = checkpoint.config.find("quantization_config");
+  return config != checkpoint.config.end() && config->is_object() &&
+         config->value("quant_method", Json()) == "bitsandbytes";
 }
 
 bool detect(const CheckpointView& checkpoint) {
   bool found = false;
-  for_each_state(checkpoint, [&](const std::string&, std::string_view) { found = true; });
+  for_each_state(checkpoint, [&](const std::string&, const std::string&) { found = true; });
+  if (!found) for_each_int8(checkpoint, [&](const std::string&) { found = true; });
   return found;
+}
+
+std::vector<ArraySpec> int8_layout(const StoredTensor& t) {
+  const std::string layer = layer_of(t.name);
+  const std::string prefix = layer == t.name ? "" : layer;
+  std::vector<ArraySpec> specs = {{t.name, DType::i8, t.shape},
+                                  {prefix + std::string(kRowMaxima), DType::f32, {t.shape.front()}}};
+  if (prefix.empty()) specs.back().name = kRowMaxima.substr(1);
+  const std::string format = prefix.empty() ? std::string(kFormat.substr(1)) : prefix + std::string(kFormat);
+  const bool is_new = t.arrays.empty();
+  if (is_new || std::ranges::find(t.arrays, format) != t.arrays.end())
+    specs.push_back({.name = format, .dtype = DType::u8, .shape = {}, .row_axis = ArraySpec::kNoRows});
+  return specs;
+}
+
+float threshold_of(const CheckpointView& checkpoint) {
+  if (!declares(checkpoint)) return kUsualThreshold;
+  const Json threshold = checkpoint.config["quantization_config"].value("llm_int8_threshold", Json());
+  return threshold.is_number() ? threshold.get<float>() : kUsualThreshold;
+}
+
+StoredTensor read_int8(const CheckpointView& checkpoint, const std::string& layer) {
+  const std::string name = layer.empty() ? "weight" : layer + std::string(kWeight);
+  const ArraySpec& weight = need_array(checkpoint, name, name);
+  if (weight.dtype != DType::i8 || weight.shape.size() != 2)
+    bad_container(
+        checkpoint, name,
+        fmt::format("LLM.int8 stores a matrix of I8, this is {} {}", info(weight.dtype).name, to_string(weight.shape)));
+  StoredTensor t = {.name = name, .shape = weight.shape, .scheme = int8_scheme(), .value_dtype = DType::f16};
+  t.linear.outlier_threshold = threshold_of(checkpoint);
+  for (const ArraySpec& spec : int8_layout(t)) {
+    if (spec.name.ends_with("weight_format") && !checkpoint.arrays.contains(spec.name)) continue;
+    check_array(checkpoint, name, spec);
+    t.arrays.push_back(spec.name);
+  }
+  constexpr std::byte kRowFormat{0};
+  if (t.arrays.size() > 2 && checkpoint.bytes(t.arrays.back())[0] != kRowFormat)
+    bad_container(checkpoint, name,
+                  fmt::format("weight_format is {}, only 0 (row) is known",
+                              std::to_integer<int>(checkpoint.bytes(t.arrays.back())[0])));
+  return t;
 }
 
 std::vector<StoredTensor> list(const CheckpointView& checkpoint) {
   std::vector<StoredTensor> out;
-  for_each_state(checkpoint, [&](const std::string& name, std::string_view type) {
+  for_each_state(checkpoint, [&](const std::string& name, const std::string& type) {
+    if (std::ranges::find(kTypes, type) == kTypes.end())
+      bad_container(checkpoint, name, fmt::format("unknown type '{}', known are nf4 and fp4", printable(type)));
     out.push_back(read_tensor(checkpoint, name, type));
   });
+  for_each_int8(checkpoint, [&](const std::string& layer) { out.push_back(read_int8(checkpoint, layer)); });
   return out;
 }
 
-Fit fit(const Scheme& scheme, const Shape&) {
+QuantizedModel model(const CheckpointView& checkpoint) {
+  QuantizedModel found;
+  if (!declares(checkpoint)) return found;
+  const Json skipped = checkpoint.config["quantization_config"].value("llm_int8_skip_modules", Json());
+  if (skipped.is_array())
+    for (const Json& name : skipped)
+      if (name.is_string()) found.skipped.push_back(name.get<std::string>());
+  return found;
+}
+
+Fit fit(const Scheme& scheme, const Shape& shape) {
+  if (shape.size() != 2) return {Verdict::impossible, "transformers loads matrices of linear layers this way only"};
+  if (scheme == int8_scheme()) return {Verdict::exact};
   const bool known_type = std::ranges::find(kTypes, scheme.element->name) != kTypes.end();
   if (!known_type || !scheme.scale || scheme.scale->grouping.kind != Grouping::Kind::flat ||
       !known_block(scheme.scale->grouping.size))
-    return {Verdict::impossible, "bitsandbytes holds nf4 and fp4 in flat blocks of 32, 64 … 4096"};
+    return {Verdict::impossible,
+            "bitsandbytes holds nf4 and fp4 in flat blocks of 32, 64 … 4096, and int8 with one f32 maximum a row"};
   const Scheme& absmax = *scheme.scale->scheme;
   const bool nested = absmax.scale && absmax == absmax_scheme(absmax.scale->grouping.size);
   if (!nested && absmax != plain(DType::f32))
@@ -182,7 +282,7 @@ float nested_offset(const QuantizedTensor& values) { return decode(*values.scale
 std::string quant_state(const StoredTensor& t, float offset) {
   const Scheme& absmax = *t.scheme.scale->scheme;
   std::string dims;
-  for (const int64_t dim : t.shape) dims += fmt::format("{}{}", dims.empty() ? "" : ", ", dim);
+  for (const int64_t dim : t.whole_shape()) dims += fmt::format("{}{}", dims.empty() ? "" : ", ", dim);
   std::string text = fmt::format(R"({{"quant_type": "{}", "blocksize": {}, "dtype": "{}", "shape": [{}])",
                                  t.scheme.element->name, t.scheme.scale->grouping.size, info(t.value_dtype).name, dims);
   if (is_nested(t.scheme)) {
@@ -195,6 +295,7 @@ std::string quant_state(const StoredTensor& t, float offset) {
 }
 
 std::vector<ArraySpec> layout(const StoredTensor& tensor) {
+  if (is_int8(tensor.scheme)) return int8_layout(tensor);
   // The length of the offset's text is known only with its value; 0 stands for it until pack.
   return layout_with_state(tensor, static_cast<int64_t>(quant_state(tensor, 0).size()));
 }
@@ -210,7 +311,15 @@ std::vector<std::byte> pack_codes(const StoredTensor& tensor, const QuantizedTen
   return out;
 }
 
+std::vector<NamedArray> pack_int8(const StoredTensor& tensor, const QuantizedTensor& values) {
+  std::vector<ArraySpec> specs = int8_layout(tensor);
+  std::vector<NamedArray> arrays = {{specs[0], values.codes}, {specs[1], values.scale->codes}};
+  if (specs.size() > 2) arrays.push_back({specs[2], {std::byte{0}}});
+  return arrays;
+}
+
 std::vector<NamedArray> pack(const StoredTensor& tensor, const QuantizedTensor& values) {
+  if (is_int8(tensor.scheme)) return pack_int8(tensor, values);
   const bool nested = is_nested(tensor.scheme);
   const std::string state = quant_state(tensor, nested ? nested_offset(values) : 0);
   const auto blob = std::as_bytes(std::span(state));
@@ -249,6 +358,12 @@ std::shared_ptr<QuantizedTensor> unpack_absmax(const StoredTensor& tensor, const
 QuantizedTensor unpack(const StoredTensor& tensor, const CheckpointView& checkpoint) {
   QuantizedTensor t = {.scheme = tensor.scheme, .shape = tensor.shape};
   const std::span<const std::byte> packed = checkpoint.bytes(tensor.name);
+  if (is_int8(tensor.scheme)) {
+    t.codes.assign(packed.begin(), packed.end());
+    t.scale = numbers(plain(DType::f32), parameter_shape(tensor.scheme.scale->grouping, tensor.shape),
+                      checkpoint.bytes(tensor.arrays.at(1)));
+    return t;
+  }
   t.codes.resize(static_cast<size_t>(element_count(tensor.shape)));
   for (size_t i = 0; i < t.codes.size(); ++i)
     t.codes[i] = i % 2 == 0 ? packed[i / 2] >> 4 : packed[i / 2] & std::byte{15};
@@ -256,19 +371,77 @@ QuantizedTensor unpack(const StoredTensor& tensor, const CheckpointView& checkpo
   return t;
 }
 
+// ---- what quantize writes ----
+
+constexpr std::array<SchemeChoice, 3> kChoices = {
+    {{.quant_type = "nf4", .symmetric = true, .group_size = kUsualBlock, .scale_dtype = "float32"},
+     {.quant_type = "fp4", .symmetric = true, .group_size = kUsualBlock, .scale_dtype = "float32"},
+     {.quant_type = "int", .bits = 8, .symmetric = true, .granularity = "channel", .scale_dtype = "float32"}}};
+
+Scheme scheme_of(const SchemeChoice& choice, DType /*weight*/) {
+  if (choice.quant_type != "int")
+    return make_scheme(choice.quant_type, choice.group_size,
+                       choice.nested_scales ? std::optional(kUsualNestedBlock) : std::nullopt);
+  const bool rows = choice.bits == 8 && choice.symmetric && choice.granularity == "channel" && !choice.nested_scales;
+  if (rows && choice.scale_dtype == "float32") return int8_scheme();
+  return {.element = &integer_element(choice.bits, choice.symmetric)};  // which `fit` refuses
+}
+
+QuantizedTensor encode(const Scheme& scheme, const Shape& shape, WeightView weight) {
+  return is_int8(scheme) ? encode_bitsandbytes8(scheme, shape, weight) : encode_bitsandbytes4(scheme, shape, weight);
+}
+
+/// transformers decides for the whole model which of the two layers it makes.
+Fit fit_model(std::span<const StoredTensor> tensors) {
+  const auto eight = std::ranges::count_if(tensors, [](const StoredTensor& t) { return is_int8(t.scheme); });
+  if (eight == 0 || eight == static_cast<std::ptrdiff_t>(tensors.size())) return {Verdict::exact};
+  return {Verdict::impossible, "a model of bitsandbytes is all 4-bit or all 8-bit"};
+}
+
+/// BitsAndBytesConfig as transformers serialises it. A list of modules, even an empty one, replaces what it would
+/// guess.
+void write_metadata(const WrittenModel& model, const Metadata& out) {
+  BW_ASSERT(!model.tensors.empty());
+  const StoredTensor& first = model.tensors.front();
+  const bool eight = is_int8(first.scheme);
+  const auto is_nested_tensor = [](const StoredTensor& t) { return is_nested(t.scheme); };
+  OrderedJson skipped = OrderedJson::array();
+  for (const std::string& name : model.kept) skipped.push_back(name);
+  out.config["quantization_config"] = {
+      {"_load_in_4bit", !eight},
+      {"_load_in_8bit", eight},
+      {"bnb_4bit_compute_dtype", eight ? "float32" : std::string(info(first.value_dtype).name)},
+      {"bnb_4bit_quant_storage", "uint8"},
+      {"bnb_4bit_quant_type", eight ? "fp4" : std::string(first.scheme.element->name)},
+      {"bnb_4bit_use_double_quant", !eight && std::ranges::any_of(model.tensors, is_nested_tensor)},
+      {"llm_int8_enable_fp32_cpu_offload", false},
+      {"llm_int8_has_fp16_weight", false},
+      {"llm_int8_skip_modules", std::move(skipped)},
+      {"llm_int8_threshold", kUsualThreshold},
+      {"load_in_4bit", !eight},
+      {"load_in_8bit", eight},
+      {"quant_method", "bitsandbytes"}};
+}
+
 }  // namespace
 
 extern const Container bitsandbytes_container;
 const Container bitsandbytes_container = {
     .name = "bitsandbytes",
-    .summary = "nf4 and fp4, blocks of 32 to 4096, with and without double quantization",
-    .source = "bitsandbytes 0.50.2.dev0 (95f9af3), functional.py QuantState",
+    .summary = "nf4 and fp4, blocks of 32 to 4096, with and without double quantization; LLM.int8",
+    .source = "bitsandbytes 0.50.2.dev0 (95f9af3), functional.py QuantState, nn/modules.py, csrc/kernels.cu",
     .detect = detect,
     .list = list,
+    .model = model,
     .fit = fit,
     .layout = layout,
     .pack = pack,
     .unpack = unpack,
-    .write_metadata = nullptr};
+    .write_metadata = write_metadata,
+    .by_rows = true,
+    .fit_model = fit_model,
+    .choices = kChoices,
+    .make_scheme = scheme_of,
+    .encode = encode};
 
 }  // namespace bitwright

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <array>
+#include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
 
@@ -19,10 +20,21 @@ std::span<const Container* const> all_containers() {
   return all;
 }
 
+std::string_view method_of(const Container& container) {
+  return container.method.empty() ? container.name : container.method;
+}
+
 const Container* find_container(std::string_view name) {
   for (const Container* container : all_containers())
     if (container->name == name) return container;
   return nullptr;
+}
+
+const Json& CheckpointView::document(std::string_view name) const {
+  static const Json nothing = Json::object();
+  if (documents == nullptr) return nothing;
+  const auto found = documents->find(name);
+  return found == documents->end() ? nothing : found->second;
 }
 
 void bad_container(const CheckpointView& checkpoint, const std::string& tensor, const std::string& why) {

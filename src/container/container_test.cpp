@@ -31,16 +31,20 @@ TEST(Bits, StreamsRoundTrip) {
   EXPECT_EQ(pack_bits(std::vector{std::byte{1}, std::byte{2}}, 4), std::vector{std::byte{0x21}});
 }
 
+constexpr const char* kNativeFile = "quantization_metadata.json";
+
 /// A checkpoint in memory.
 struct Memory {
   std::map<std::string, ArraySpec, std::less<>> arrays;
   std::map<std::string, std::vector<std::byte>> data;
   Json config = Json::object(), metadata = Json::object();
+  std::map<std::string, Json, std::less<>> documents;
 
   CheckpointView view() const {
     return {.arrays = arrays,
             .config = config,
             .quantization_metadata = metadata,
+            .documents = &documents,
             .bytes = [this](const std::string& name) { return std::span<const std::byte>(data.at(name)); },
             .where = "memory"};
   }
@@ -80,6 +84,17 @@ QuantizedTensor random_tensor(const Scheme& scheme, const Shape& shape) {
   return encode(scheme, shape, values);
 }
 
+void write_metadata(const Container& container, const StoredTensor& stored, Memory& memory) {
+  OrderedJson config = OrderedJson::object();
+  std::map<std::string, OrderedJson> files;
+  const OrderedJson record = OrderedJson::object();
+  container.write_metadata({.tensors = std::span(&stored, 1), .kept = {}, .record = record},
+                           {.config = config, .files = files});
+  memory.config = Json::parse(config.dump());
+  for (const auto& [name, json] : files) memory.documents[name] = Json::parse(json.dump());
+  if (memory.documents.contains(kNativeFile)) memory.metadata = memory.documents.at(kNativeFile);
+}
+
 Memory write_native(const StoredTensor& stored, const QuantizedTensor& t) {
   const Container& native = *find_container("native");
   Memory memory;
@@ -93,11 +108,7 @@ Memory write_native(const StoredTensor& stored, const QuantizedTensor& t) {
     memory.data[array.spec.name] = std::move(array.data);
   }
   EXPECT_EQ(next, layout.size());
-  OrderedJson config = OrderedJson::object();
-  std::map<std::string, OrderedJson> files;
-  native.write_metadata(std::span(&stored, 1), OrderedJson::object(), {.config = config, .files = files});
-  memory.metadata = Json::parse(files.at("quantization_metadata.json").dump());
-  memory.config = Json::parse(config.dump());
+  write_metadata(native, stored, memory);
   return memory;
 }
 
@@ -166,14 +177,11 @@ TEST(Containers, FitKeepsItsWord) {
       const QuantizedTensor t = random_tensor(scheme, shape);
       Memory memory;
       const StoredTensor stored = {.name = "w.weight", .shape = shape, .scheme = scheme};
-      if (container->write_metadata != nullptr) {
-        memory = write_native(stored, t);
-      } else {
-        for (NamedArray& array : container->pack(stored, t)) {
-          memory.arrays[array.spec.name] = array.spec;
-          memory.data[array.spec.name] = std::move(array.data);
-        }
+      for (NamedArray& array : container->pack(stored, t)) {
+        memory.arrays[array.spec.name] = array.spec;
+        memory.data[array.spec.name] = std::move(array.data);
       }
+      if (container->write_metadata != nullptr) write_metadata(*container, stored, memory);
       const auto listed = container->list(memory.view());
       ASSERT_EQ(listed.size(), 1u);
       EXPECT_TRUE(container->unpack(listed[0], memory.view()) == t);

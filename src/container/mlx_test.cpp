@@ -21,7 +21,9 @@ TEST(Golden, mlx_affine) {
     check_values(c, decode_in_scale_dtype(t));
     if (t.scheme.scale->scheme->element == &float_element(DType::f32)) check_values(c, decode(t));
   }
-  std::cout << "cases: " << cases.size() << '\n';
+  const auto models = golden_models("mlx_affine");
+  for (const auto& model : models) check_model(model, decode_in_scale_dtype);
+  std::cout << "cases: " << cases.size() + models.size() << '\n';
 }
 
 }  // namespace

@@ -51,7 +51,7 @@ void for_each_array(const std::string& name, const Scheme& scheme, const Shape& 
 bool is_indexed(const Scheme& scheme) { return scheme.scale && scheme.scale->grouping.kind == Grouping::Kind::index; }
 
 ArraySpec index_array(const std::string& name, const Shape& shape) {
-  return {name + ".group_index", DType::i32, {shape.back()}};
+  return {.name = name + ".group_index", .dtype = DType::i32, .shape = {shape.back()}, .row_axis = ArraySpec::kNoRows};
 }
 
 Fit fit(const Scheme& scheme, const Shape& shape) {
@@ -184,15 +184,15 @@ std::vector<StoredTensor> list(const CheckpointView& checkpoint) {
   return out;
 }
 
-void write_metadata(std::span<const StoredTensor> tensors, const OrderedJson& record, const Metadata& out) {
+void write_metadata(const WrittenModel& model, const Metadata& out) {
   out.config["quantization_config"] = {{"quant_method", "bitwright"},
                                        {"format_version", fmt::format("{}.{}", kMajor, kMinor)}};
   OrderedJson metadata = {{"format_version", fmt::format("{}.{}", kMajor, kMinor)}};
-  metadata.update(record);
+  metadata.update(model.record);
   OrderedJson& listed = metadata["tensors"] = OrderedJson::object();
   // Appended, not looked up: an ordered object looks through all its members, and there may be very many.
   auto& members = listed.get_ref<OrderedJson::object_t&>();
-  for (const StoredTensor& tensor : tensors)
+  for (const StoredTensor& tensor : model.tensors)
     members.push_back(
         {tensor.name,
          {{"shape", tensor.shape}, {"dtype", info(tensor.value_dtype).name}, {"scheme", to_json(tensor.scheme)}}});
@@ -205,6 +205,7 @@ extern const Container native_container;
 const Container native_container = {.name = "native",
                                     .summary = "every elementwise scheme; safetensors and quantization_metadata.json",
                                     .source = "docs/native-container.md",
+                                    .method = "bitwright",
                                     .detect = detect,
                                     .list = list,
                                     .fit = fit,

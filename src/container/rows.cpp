@@ -9,7 +9,7 @@ namespace bitwright {
 namespace {
 
 constexpr int64_t kPieceElements = int64_t{1} << 20;  // with its codes it stays in the caches of one core
-constexpr int64_t kByteStep = 8;                      // rows of any width and any code end at a whole byte
+constexpr int64_t kStep = 32;  // of so many rows, of any width and any code, a row or a column ends at a whole word
 
 /// Multiples of how many rows hold whole groups; 0: none.
 int64_t rows_of_groups(const Grouping& grouping, const Shape& shape) {
@@ -21,8 +21,9 @@ int64_t rows_of_groups(const Grouping& grouping, const Shape& shape) {
       return grouping.interleaved || grouping.size <= 0 ? 0 : grouping.size / std::gcd(grouping.size, columns);
     case Grouping::Kind::block:
       return shape.size() == 2 ? grouping.block_rows : 0;
-    case Grouping::Kind::tensor:
     case Grouping::Kind::index:
+      return 1;
+    case Grouping::Kind::tensor:
       return 0;
   }
   return 0;
@@ -38,13 +39,14 @@ StoredTensor rows_of(const StoredTensor& whole, int64_t begin, int64_t end) {
   BW_ASSERT(whole.shape.size() >= 2 && 0 <= begin && begin <= end && end <= row_count(whole.shape));
   StoredTensor piece = whole;
   piece.shape = {end - begin, whole.shape.back()};
+  piece.whole = whole.shape;
   return piece;
 }
 
 std::optional<int64_t> row_step(const Scheme& scheme, const Shape& shape) {
   if (shape.size() < 2 || element_count(shape) == 0 || scheme.element->kind == ElementKind::block_code)
     return std::nullopt;
-  int64_t step = kByteStep;
+  int64_t step = kStep;
   for (const std::optional<Parameter>* p : {&scheme.scale, &scheme.offset}) {
     if (!p->has_value()) continue;
     const int64_t rows = rows_of_groups((*p)->grouping, shape);
@@ -53,6 +55,21 @@ std::optional<int64_t> row_step(const Scheme& scheme, const Shape& shape) {
     step = std::lcm(step, rows);
   }
   return step;
+}
+
+Placement place(const ArraySpec& whole, const ArraySpec& before, const ArraySpec& piece) {
+  if (piece.row_axis == ArraySpec::kNoRows)
+    return {.offset = 0, .run = piece.bytes(), .stride = piece.bytes(), .runs = 1};
+  if (piece.row_axis == 0) return {.offset = before.bytes(), .run = piece.bytes(), .stride = piece.bytes(), .runs = 1};
+  const auto axis = static_cast<size_t>(piece.row_axis);
+  BW_ASSERT(whole.shape.size() == piece.shape.size() && axis < whole.shape.size() && whole.block == nullptr);
+  uint64_t runs = 1, inner = size_bytes(whole.dtype);
+  for (size_t i = 0; i < axis; ++i) runs *= static_cast<uint64_t>(whole.shape[i]);
+  for (size_t i = axis + 1; i < whole.shape.size(); ++i) inner *= static_cast<uint64_t>(whole.shape[i]);
+  return {.offset = static_cast<uint64_t>(before.shape[axis]) * inner,
+          .run = static_cast<uint64_t>(piece.shape[axis]) * inner,
+          .stride = static_cast<uint64_t>(whole.shape[axis]) * inner,
+          .runs = runs};
 }
 
 std::vector<RowRange> row_pieces(const Container& container, const StoredTensor& tensor) {

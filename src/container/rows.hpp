@@ -9,7 +9,7 @@ namespace bitwright {
 // A large tensor is quantized, written and read back by pieces of some rows, its shape folded to [rows, columns], so
 // that memory does not grow with it. The pieces depend on nothing but the tensor: neither on memory nor on threads.
 
-/// A piece's shape: [end - begin, columns].
+/// A piece's shape: [end - begin, columns]. `begin` is a multiple of 32.
 StoredTensor rows_of(const StoredTensor& whole, int64_t begin, int64_t end);
 
 /// The fewest rows whose multiples are quantized by themselves as they are within the tensor, and packed to whole
@@ -21,6 +21,14 @@ struct RowRange {
 };
 /// The pieces of a tensor that `container` will store or stores; one if it cannot be taken apart.
 std::vector<RowRange> row_pieces(const Container& container, const StoredTensor& tensor);
+
+/// Where the bytes of a piece's array belong in the array of the whole: `runs` times `run` bytes, `stride` apart.
+struct Placement {
+  uint64_t offset, run, stride, runs;
+};
+/// whole, before, piece: the same array of the whole tensor, of the rows before the piece, and of the piece.
+/// An array that does not depend on rows lies at 0 in each piece.
+Placement place(const ArraySpec& whole, const ArraySpec& before, const ArraySpec& piece);
 
 /// Rows of the folded shape.
 int64_t row_count(const Shape& shape);

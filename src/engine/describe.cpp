@@ -8,6 +8,7 @@
 #include <set>
 
 #include "engine/condition.hpp"
+#include "engine/loads.hpp"
 #include "engine/plan.hpp"
 
 namespace bitwright {
@@ -81,7 +82,7 @@ Takes takes_checkpoint(std::string_view engine, std::string_view method, const F
   Takes takes;
   const auto anywhere = worst_of(engine, method, Json::object(), facts);
   if (anywhere) takes.code = anywhere->code;
-  if (anywhere && (anywhere->severity == Severity::error || anywhere->code == "UNSUPPORTED_CKPT")) return takes;
+  if (anywhere && refuses(*anywhere)) return takes;
   takes.taken = true;
   bool all = true;
   for (const int sm : capabilities(facts)) {

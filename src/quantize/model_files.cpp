@@ -11,6 +11,7 @@
 #include "base/error.hpp"
 #include "base/mapped_file.hpp"
 #include "base/output.hpp"
+#include "container/container.hpp"
 
 namespace bitwright {
 namespace {
@@ -37,7 +38,9 @@ bool is_known_file(const std::string& name) {
 bool is_side_file(const fs::path& path) {
   constexpr std::array<std::string_view, 5> kKinds = {".json", ".model", ".jinja", ".tiktoken", ".vocab"};
   const std::string name = path.filename().string();
-  const bool rewritten = name == "config.json" || name == "quantization_metadata.json" || name.ends_with(".index.json");
+  bool rewritten = name == "config.json" || name == "quantization_metadata.json" || name.ends_with(".index.json");
+  for (const Container* container : all_containers())
+    rewritten = rewritten || std::ranges::find(container->files, name) != container->files.end();
   return std::ranges::find(kKinds, path.extension().string()) != kKinds.end() && !rewritten;
 }
 

@@ -16,7 +16,18 @@ void check_fits(const StoredTensor& tensor, const Container& container) {
                  .what = "cannot quantize",
                  .where = tensor.name,
                  .why = fmt::format("{} cannot hold {}: {}", container.name, describe(tensor.scheme), fit.reason),
-                 .fix = "choose another scheme or --format"});
+                 .fix = fmt::format("choose another scheme or --format, or keep it: --skip-modules {}", tensor.name)});
+}
+
+void check_fit_together(std::span<const StoredTensor> tensors, const Container& container) {
+  if (container.fit_model == nullptr) return;
+  const Fit fit = container.fit_model(tensors);
+  if (fit.verdict == Verdict::impossible)
+    throw Error({.code = "does-not-fit",
+                 .what = "cannot quantize",
+                 .where = std::string(container.name),
+                 .why = fit.reason,
+                 .fix = "change layer_configs, or choose another --format"});
 }
 
 [[noreturn]] void name_clash(const std::string& name) {
@@ -35,7 +46,8 @@ std::vector<TensorFacts> facts_of(const Checkpoint& source) {
     facts.push_back({.name = entry.name,
                      .shape = entry.shape,
                      .is_float = info(entry.dtype).is_float,
-                     .bytes = size_bytes(entry.dtype)});
+                     .bytes = size_bytes(entry.dtype),
+                     .dtype = entry.dtype});
   return facts;
 }
 
@@ -46,21 +58,23 @@ StoredTensor stored_tensor(const TensorEntry& entry, const Scheme& scheme) {
 
 OutputLayout lay_out(const Checkpoint& source, const QuantizationRequest& request, const Container& container,
                      uint64_t max_shard_bytes) {
-  OutputLayout layout = {.recipe = resolve(request, facts_of(source)), .arrays = {}, .shards = {}};
+  OutputLayout layout = {.recipe = resolve(request, facts_of(source), &container), .arrays = {}, .shards = {}};
   std::set<std::string> names;
+  std::vector<StoredTensor> quantized;
   for (size_t i = 0; i < layout.recipe.tensors.size(); ++i) {
     const TensorEntry& entry = source.tensors()[i];
     if (const auto& scheme = layout.recipe.tensors[i].scheme) {
-      const StoredTensor stored = stored_tensor(entry, *scheme);
-      check_fits(stored, container);
-      layout.arrays.push_back(container.layout(stored));
+      quantized.push_back(stored_tensor(entry, *scheme));
+      check_fits(quantized.back(), container);
+      layout.arrays.push_back(container.layout(quantized.back()));
     } else {
       layout.arrays.push_back({{entry.name, entry.dtype, entry.shape}});
     }
     for (const ArraySpec& array : layout.arrays.back())
       if (!names.insert(array.name).second) name_clash(array.name);
   }
-  layout.shards = plan_shards(layout.arrays, max_shard_bytes);
+  check_fit_together(quantized, container);
+  layout.shards = plan_shards(layout.arrays, max_shard_bytes, container.weights_format);
   return layout;
 }
 

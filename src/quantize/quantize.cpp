@@ -16,6 +16,7 @@
 #include "base/threads.hpp"
 #include "checkpoint/safetensors.hpp"
 #include "container/rows.hpp"
+#include "engine/loads.hpp"
 #include "kernels/decode.hpp"
 #include "kernels/encode.hpp"
 #include "quantize/model_card.hpp"
@@ -39,7 +40,9 @@ OrderedJson digests_of(const std::filesystem::path& directory) {
   std::map<std::string, OrderedJson> sorted;
   for (const auto& entry : std::filesystem::directory_iterator(directory)) {
     const std::string name = entry.path().filename().string();
-    const bool rewritten = name == "config.json" || name == "quantization_metadata.json" || name == "README.md";
+    bool rewritten = name == "config.json" || name == "quantization_metadata.json" || name == "README.md";
+    for (const Container* container : all_containers())
+      rewritten = rewritten || std::ranges::find(container->files, name) != container->files.end();
     if (!name.starts_with(".") && !rewritten) sorted[name] = OrderedJson::object();
   }
   std::vector<std::pair<const std::string, OrderedJson>*> files;
@@ -70,6 +73,8 @@ class Pipeline {
     shards_ = std::move(layout.shards);
     check_apart(source, options.output.output);
     plan();
+    if (find_sizes())
+      shards_ = plan_shards(job_.arrays, options.output.max_shard_bytes, options.container->weights_format);
     bytes_out_ = shards_.bytes();
     const bool searches = std::ranges::any_of(
         recipe_.tensors, [](const TensorPlan& p) { return p.scheme && p.options.range == RangeRule::mse; });
@@ -98,8 +103,9 @@ class Pipeline {
       warn_of_lost_layers(warnings);
       write_metadata(OrderedJson::object());  // the written model must open before it can be verified
       record = make_record();
-      record["verification"] = verify(record, warnings);
-      write_metadata(record);
+      record["files"] = digests_of(staging_);
+      record["verification"] = verify(warnings);
+      engines_ = engines_json(write_metadata(record));
       write_text_file(staging_ / "README.md", model_card(record));
       output.commit();
     });
@@ -111,11 +117,19 @@ class Pipeline {
     result["peak_memory_bytes"] = peak_memory();
     result["verification"] = record["verification"];
     result["layers"] = record["layers"];
+    result["engines"] = engines_;
     return result;
   }
 
  private:
   StoredTensor stored(size_t i) const { return stored_tensor(source_.tensors()[i], *recipe_.tensors[i].scheme); }
+
+  std::vector<StoredTensor> quantized_tensors() const {
+    std::vector<StoredTensor> tensors;
+    for (size_t i = 0; i < recipe_.tensors.size(); ++i)
+      if (recipe_.tensors[i].scheme) tensors.push_back(stored(i));
+    return tensors;
+  }
 
   /// What is done to which part of which tensor, and what comes of it.
   void plan() {
@@ -146,6 +160,30 @@ class Pipeline {
                                : 2 * piece.bytes;  // the original's and the copy's, while they are compared
       job_.pieces.push_back(piece);
     }
+  }
+
+  /// Of arrays whose length depends on their values: those tensors are quantized once more, for it alone. Are there
+  /// any?
+  bool find_sizes() {
+    std::vector<const Piece*> unknown;
+    for (const Piece& piece : job_.pieces)
+      if (std::ranges::any_of(job_.arrays[piece.tensor], &ArraySpec::sized_by_value)) unknown.push_back(&piece);
+    if (unknown.empty()) return false;
+    uint64_t most = options_.output.max_memory.value_or(0);
+    for (const Piece* piece : unknown) most = std::max(most, 2 * piece->memory);
+    parallel_within(
+        unknown.size(), most, [&](size_t i) { return unknown[i]->memory; },
+        [&](size_t i) {
+          throw_if_interrupted();
+          const Piece& piece = *unknown[i];
+          BW_ASSERT(piece.rows.begin == 0 && piece.rows.end == row_count(source_.tensors()[piece.tensor].shape));
+          const Produced produced = produce(piece);
+          for (const Slice& slice : produced.slices) {
+            ArraySpec& spec = job_.arrays[piece.tensor][slice.array];
+            if (spec.sized_by_value) spec.shape = {static_cast<int64_t>(slice.data.size() / size_bytes(spec.dtype))};
+          }
+        });
+    return true;
   }
 
   /// Elements of a row; a kept tensor's pieces are ranges of elements.
@@ -213,9 +251,18 @@ class Pipeline {
     Produced produced = {.slices = {}, .error = squared_error({entry.dtype, bytes}, t)};
     std::vector<ArraySpec> before;
     if (!whole) before = options_.container->layout(rows_of(all, 0, piece.rows.begin));
+    size_t a = 0;
     for (NamedArray& array : options_.container->pack(part, t)) {
-      const size_t a = produced.slices.size();
-      produced.slices.push_back({.array = a, .offset = whole ? 0 : before[a].bytes(), .data = std::move(array.data)});
+      const ArraySpec& spec = job_.arrays[piece.tensor][a];
+      Slice slice = {.array = a, .offset = 0, .data = std::move(array.data)};
+      if (!whole) {
+        const Placement at = place(spec, before[a], array.spec);
+        slice = {slice.array, at.offset, std::move(slice.data), at.runs > 1 ? at.run : 0, at.stride};
+      }
+      ++a;
+      // What does not depend on rows comes with the first of them.
+      if (whole || piece.rows.begin == 0 || spec.row_axis != ArraySpec::kNoRows)
+        produced.slices.push_back(std::move(slice));
     }
     return produced;
   }
@@ -273,19 +320,46 @@ class Pipeline {
     return counts.size() == 1 ? most->first : fmt::format("mixed, mostly {}", most->first);
   }
 
-  void write_metadata(const OrderedJson& record) const {
+  /// Returns what was written, by name.
+  std::map<std::string, OrderedJson> write_metadata(const OrderedJson& record) const {
     OrderedJson config = read_config(source_);
     std::map<std::string, OrderedJson> files;
-    std::vector<StoredTensor> tensors;
-    for (size_t i = 0; i < recipe_.tensors.size(); ++i)
-      if (recipe_.tensors[i].scheme) tensors.push_back(stored(i));
-    options_.container->write_metadata(tensors, record, {.config = config, .files = files});
-    write_text_file(staging_ / "config.json", config.dump(2) + "\n");
+    const std::vector<StoredTensor> tensors = quantized_tensors();
+    const std::vector<std::string> kept = kept_modules(config);
+    options_.container->write_metadata({.tensors = tensors, .kept = kept, .record = record},
+                                       {.config = config, .files = files});
+    files["config.json"] = std::move(config);
     for (const auto& [name, json] : files) write_text_file(staging_ / name, json.dump(2) + "\n");
+    return files;
   }
 
-  OrderedJson verify(OrderedJson& record, std::vector<Warning>& warnings) const {
-    record["files"] = digests_of(staging_);
+  /// Which engines take the result.
+  static OrderedJson engines_json(const std::map<std::string, OrderedJson>& files) {
+    ModelDocuments documents;
+    for (const auto& [name, json] : files) documents[name] = json;
+    OrderedJson engines = OrderedJson::array();
+    for (const Loads& answer : engines_that_load(documents)) {
+      engines.push_back({{"name", answer.engine}, {"loads", answer.yes}});
+      if (!answer.reason.empty()) engines.back()["reason"] = answer.reason;
+    }
+    return engines;
+  }
+
+  /// A head that shares the embedding's matrix has no tensor, and yet the owner's loader makes a module of it.
+  std::vector<std::string> kept_modules(const OrderedJson& config) const {
+    constexpr std::string_view kWeight = ".weight";
+    std::vector<std::string> kept;
+    for (size_t i = 0; i < recipe_.tensors.size(); ++i) {
+      const TensorPlan& plan = recipe_.tensors[i];
+      const bool is_module = source_.tensors()[i].shape.size() >= 2 && plan.name.ends_with(kWeight);
+      if (!plan.scheme && is_module) kept.push_back(plan.name.substr(0, plan.name.size() - kWeight.size()));
+    }
+    const bool tied = config.contains("tie_word_embeddings") && config["tie_word_embeddings"] == true;
+    if (tied && source_.find("lm_head.weight") == nullptr) kept.emplace_back("lm_head");
+    return kept;
+  }
+
+  OrderedJson verify(std::vector<Warning>& warnings) const {
     if (!options_.verify) return {{"read_back", false}, {"reason", "verification was switched off"}};
     const Checkpoint written(staging_, nullptr, Checkpoint::Unfinished::allow);
     verify_tensors(source_, written, layers_, estimate_.piece_memory);
@@ -346,6 +420,7 @@ class Pipeline {
   std::filesystem::path staging_;
   std::string not_judged_;  ///< why, if it is known beforehand
   std::vector<LayerResult> layers_;
+  OrderedJson engines_;
 };
 
 }  // namespace

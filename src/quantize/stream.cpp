@@ -108,6 +108,13 @@ uint64_t largest_piece(const Job& job) {
   return most;
 }
 
+void write_slice(ShardWriter& writer, size_t tensor, const Slice& slice) {
+  const std::span<const std::byte> data = slice.data;
+  if (slice.run == 0) return writer.write(tensor, slice.array, slice.offset, data);
+  for (uint64_t done = 0, at = slice.offset; done < data.size(); done += slice.run, at += slice.stride)
+    writer.write(tensor, slice.array, at, data.subspan(done, slice.run));
+}
+
 std::string mebibytes(uint64_t bytes) {
   constexpr uint64_t kMebi = uint64_t{1} << 20;
   return fmt::format("{} MiB", (bytes + kMebi - 1) / kMebi);
@@ -216,7 +223,7 @@ std::vector<SquaredError> stream(const Job& job, uint64_t piece_memory, ShardWri
         const Piece& piece = job.pieces[first + i];
         if (const size_t next = first + i + thread_count(); next < job.pieces.size()) job.prefetch(job.pieces[next]);
         const Produced produced = job.produce(piece);
-        for (const Slice& slice : produced.slices) writer.write(piece.tensor, slice.array, slice.offset, slice.data);
+        for (const Slice& slice : produced.slices) write_slice(writer, piece.tensor, slice);
         recorder.piece_done(first + i, produced.error);
         const std::lock_guard lock(progress_mutex);
         progress.advance(piece.bytes);

@@ -32,6 +32,7 @@ struct Slice {
   size_t array;  ///< of its tensor
   uint64_t offset;
   std::vector<std::byte> data;
+  uint64_t run = 0, stride = 0;  ///< data lies in the array as runs of `run` bytes, `stride` apart; 0: in one
 };
 struct Produced {
   std::vector<Slice> slices;

@@ -1,11 +1,13 @@
 #include "recipe/recipe.hpp"
 
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <fnmatch.h>
 
 #include <algorithm>
 #include <array>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <span>
 
 #include "recipe/config.hpp"
@@ -75,46 +77,124 @@ struct Resolved {
   bool symmetric, nested_scales;
 };
 
-bool asks_for_something(const QuantizationSettings& s) {
-  return (s.method && *s.method != "none") || (!s.method && (s.bits || s.quant_type));
+/// What a method means: its kind of code and its bits; 0: those of the kind.
+struct Meaning {
+  std::string_view method, quant_type;
+  int64_t bits;
+};
+constexpr auto kMeanings = std::to_array<Meaning>({{"int8", "int", 8},
+                                                   {"int4", "int", 4},
+                                                   {"int3", "int", 3},
+                                                   {"int2", "int", 2},
+                                                   {"nf4", "nf4", 4},
+                                                   {"fp4", "fp4", 4},
+                                                   {"fp8", "e4m3", 8},
+                                                   {"mxfp4", "mxfp4", 4},
+                                                   {"mxfp8", "mxfp8", 8},
+                                                   {"nvfp4", "nvfp4", 4}});
+const Meaning* meaning_of(const QuantizationSettings& s) {
+  const auto found = std::ranges::find(kMeanings, s.method.value_or(""), &Meaning::method);
+  return found == kMeanings.end() ? nullptr : &*found;
 }
 
-Resolved fill_in(const QuantizationSettings& s) {
+/// Bits of a kind of code other than "int".
+int64_t bits_of(std::string_view quant_type) {
+  return std::ranges::find(kMeanings, quant_type, &Meaning::quant_type) != kMeanings.end()
+             ? std::ranges::find(kMeanings, quant_type, &Meaning::quant_type)->bits
+             : 8;  // e5m2
+}
+
+std::span<const SchemeChoice> choices_of(const Container* container) {
+  return container == nullptr ? std::span<const SchemeChoice>() : container->choices;
+}
+
+bool asks_for_something(const QuantizationSettings& s, const Container* container) {
+  if (s.method) return *s.method != "none";
+  return s.bits || s.quant_type || !choices_of(container).empty();
+}
+
+bool is_sized(std::string_view granularity) {
+  return granularity == "group" || granularity == "flat" || granularity == "block";
+}
+
+/// The container's first choice that has all that is asked for; null: none has, or it leaves the choice open.
+const SchemeChoice* choose(const QuantizationSettings& s, const Container* container) {
+  const Meaning* const meaning = meaning_of(s);
+  std::optional<std::string> quant_type = s.quant_type;
+  std::optional<int64_t> bits = s.bits;
+  if (meaning != nullptr && !quant_type) quant_type = meaning->quant_type;
+  if (meaning != nullptr && !bits) bits = meaning->bits;
+  for (const SchemeChoice& choice : choices_of(container)) {
+    const bool wanted =
+        (!quant_type || *quant_type == choice.quant_type) && (!bits || *bits == choice.bits) &&
+        (!s.symmetric || *s.symmetric == choice.symmetric) &&
+        (!s.granularity || *s.granularity == choice.granularity) &&
+        (!s.group_size || is_sized(s.granularity.value_or(std::string(choice.granularity)))) &&
+        (!s.scale_dtype || choice.scale_dtype == SchemeChoice::kWeightDtype || *s.scale_dtype == choice.scale_dtype);
+    if (wanted) return &choice;
+  }
+  return nullptr;
+}
+
+/// What a method means where no container says otherwise.
+SchemeChoice common_choice(const QuantizationSettings& s) {
+  const Meaning* const meaning = meaning_of(s);
+  SchemeChoice c;
+  c.quant_type = s.quant_type ? std::string_view(*s.quant_type) : meaning != nullptr ? meaning->quant_type : "int";
+  const bool integer = c.quant_type == "int", table = c.quant_type == "nf4" || c.quant_type == "fp4";
+  const int64_t bits = integer ? s.bits.value_or(meaning != nullptr ? meaning->bits : 4) : bits_of(c.quant_type);
+  c.bits = static_cast<int>(bits);
+  c.symmetric = !integer || bits == 8;
+  c.granularity = table || s.group_size || bits < 8 ? "group" : "channel";
+  c.group_size = kGroupSize;
+  c.scale_dtype = integer ? "float16" : "float32";
+  return c;
+}
+
+/// A kind of code that the container's table does not know cannot be made into a scheme to ask `fit` about.
+void check_kind(std::string_view quant_type, const Container* container) {
+  const std::span<const SchemeChoice> choices = choices_of(container);
+  if (choices.empty() || std::ranges::find(choices, quant_type, &SchemeChoice::quant_type) != choices.end()) return;
+  std::set<std::string_view> known;
+  for (const SchemeChoice& choice : choices) known.insert(choice.quant_type);
+  contradiction(fmt::format("{} holds {}, not {}", container->name, fmt::join(known, ", "), quant_type),
+                "choose another method or --format");
+}
+
+Resolved fill_in(const QuantizationSettings& s, const Container* container) {
+  const SchemeChoice* const chosen = choose(s, container);
+  const SchemeChoice c = chosen != nullptr ? *chosen : common_choice(s);
+  check_kind(c.quant_type, container);
   Resolved r;
-  const std::string method = s.method.value_or("");
-  constexpr auto kMade = std::to_array<std::string_view>({"", "none", "int8", "int4", "int3", "int2", "nf4", "fp4"});
-  if (std::ranges::find(kMade, method) == kMade.end())
-    contradiction(fmt::format("weights of method {} are not made here yet", method),
-                  "choose int8, int4, int3, int2, nf4 or fp4");
-  r.quant_type = s.quant_type.value_or(method == "nf4" || method == "fp4" ? method : "int");
-  const bool table = r.quant_type != "int";
-  if (table && s.bits.value_or(4) != 4) contradiction(fmt::format("{} has 4 bits, not {}", r.quant_type, *s.bits), "");
-  const int64_t bits = method.starts_with("int") ? std::stoll(method.substr(3)) : 4;
-  r.bits = table ? 4 : s.bits.value_or(bits);
-  if (table && s.symmetric.has_value() && !*s.symmetric)
+  r.quant_type = c.quant_type;
+  r.bits = s.bits.value_or(c.bits);
+  if (r.quant_type != "int" && r.bits != bits_of(r.quant_type))
+    contradiction(fmt::format("{} has {} bits, not {}", r.quant_type, bits_of(r.quant_type), r.bits), "");
+  r.symmetric = s.symmetric.value_or(c.symmetric);
+  if (r.quant_type != "int" && !r.symmetric)
     contradiction(fmt::format("{} has no zero point", r.quant_type), "leave 'symmetric' out");
-  r.symmetric = table || s.symmetric.value_or(r.bits == 8);
-  const bool grouped = table || s.group_size || r.bits < 8;
-  r.granularity = s.granularity.value_or(grouped ? "group" : "channel");
-  const bool sized = r.granularity == "group" || r.granularity == "flat";
-  if (s.group_size && !sized)
+  r.granularity = s.granularity.value_or(std::string(c.granularity));
+  if (s.group_size && !is_sized(r.granularity))
     contradiction(fmt::format("group_size {} and granularity {} exclude each other", *s.group_size, r.granularity),
                   "give one of them");
-  r.group_size = sized ? s.group_size.value_or(kGroupSize) : 0;
-  r.scale_dtype = s.scale_dtype.value_or(table ? "float32" : "float16");
-  r.nested_scales = s.nested_scales.value_or(false);
+  r.group_size = is_sized(r.granularity) ? s.group_size.value_or(c.group_size != 0 ? c.group_size : kGroupSize) : 0;
+  r.scale_dtype = s.scale_dtype.value_or(std::string(c.scale_dtype));
+  r.nested_scales = s.nested_scales.value_or(c.nested_scales);
   if (r.nested_scales && s.scale_dtype && *s.scale_dtype != "float32")
     contradiction("nested scales are 8-bit codes under float32", "leave 'scale_dtype' out");
   const std::string range = s.range.value_or("auto");
-  r.range = range == "auto" ? (r.bits == 8 || table ? "minmax" : "mse") : range;
+  const bool searches = r.quant_type == "int" && r.bits < 8 && (container == nullptr || container->encode == nullptr);
+  r.range = range == "auto" ? (searches ? "mse" : "minmax") : range;
   return r;
 }
 
 Grouping grouping_of(const Resolved& r) {
   if (r.granularity == "tensor") return Grouping::tensor();
   if (r.granularity == "channel") return Grouping::channel();
+  if (r.granularity == "block")
+    return {.kind = Grouping::Kind::block, .block_rows = r.group_size, .block_columns = r.group_size};
   // bitsandbytes' types are defined over the flattened weight.
-  const bool across_rows = r.granularity == "flat" || r.quant_type != "int";
+  const bool across_rows = r.granularity == "flat" || r.quant_type == "nf4" || r.quant_type == "fp4";
   return across_rows ? Grouping::flat(r.group_size) : Grouping::along(r.group_size);
 }
 
@@ -130,13 +210,37 @@ Scheme nested_scales(bool like_bitsandbytes) {
           .offset = parameter(Grouping::tensor(), plain(DType::f32))};
 }
 
-Scheme scheme_of(const Resolved& r) {
+/// The element of a kind of code that stands for itself; null for those that say how their scales are made.
+const ElementType* element_of(std::string_view quant_type) {
+  if (quant_type == "e4m3") return &float_element(DType::f8_e4m3);
+  if (quant_type == "e5m2") return &float_element(DType::f8_e5m2);
+  return find_element(quant_type);
+}
+
+DType scale_dtype_of(const Resolved& r, DType weight) {
+  if (r.scale_dtype != SchemeChoice::kWeightDtype) return *dtype_from_name(r.scale_dtype);
+  return weight == DType::f32 || weight == DType::bf16 ? weight : DType::f16;
+}
+
+Scheme scheme_of(const Resolved& r, const Container* container, DType weight) {
+  if (container != nullptr && container->make_scheme != nullptr)
+    return container->make_scheme({.quant_type = r.quant_type,
+                                   .bits = static_cast<int>(r.bits),
+                                   .symmetric = r.symmetric,
+                                   .granularity = r.granularity,
+                                   .group_size = r.group_size,
+                                   .scale_dtype = r.scale_dtype,
+                                   .nested_scales = r.nested_scales},
+                                  weight);
   const Grouping grouping = grouping_of(r);
-  Scheme scales = plain(*dtype_from_name(r.nested_scales ? "float32" : r.scale_dtype));
+  Scheme scales = plain(r.nested_scales ? DType::f32 : scale_dtype_of(r, weight));
   if (r.nested_scales) scales = nested_scales(r.quant_type != "int");
   Scheme scheme = {.scale = parameter(grouping, std::move(scales))};
   if (r.quant_type != "int") {
-    scheme.element = find_element(r.quant_type);
+    scheme.element = element_of(r.quant_type);
+    if (scheme.element == nullptr)
+      contradiction(fmt::format("{} is defined by the containers that hold it", r.quant_type),
+                    "choose one of them by --format, see `bitwright formats`");
     return scheme;
   }
   scheme.element = &integer_element(static_cast<int>(r.bits), r.symmetric);
@@ -202,8 +306,11 @@ std::string why_not_linear(const TensorFacts& t) {
 
 class Resolver {
  public:
-  explicit Resolver(const QuantizationRequest& request)
-      : request_(request), skip_used_(request.skip_modules.size()), rule_used_(request.rules.size()) {}
+  Resolver(const QuantizationRequest& request, const Container* container)
+      : request_(request),
+        container_(container),
+        skip_used_(request.skip_modules.size()),
+        rule_used_(request.rules.size()) {}
 
   TensorPlan plan(const TensorFacts& t) {
     TensorPlan plan = {.name = t.name};
@@ -221,12 +328,13 @@ class Resolver {
     if (plan.reason.empty() && rule == nullptr && request_.skip_embeddings && is_embedding(t.name))
       plan.reason = "embedding";
     if (plan.reason.empty() && rule == nullptr && is_router(t)) plan.reason = "router of experts";
-    if (plan.reason.empty() && !asks_for_something(settings)) plan.reason = "method none";
+    if (plan.reason.empty() && !asks_for_something(settings, container_)) plan.reason = "method none";
     if (!plan.reason.empty()) return plan;
-    const Resolved r = fill_in(settings);
-    plan.scheme = scheme_of(r);
+    const Resolved r = fill_in(settings, container_);
+    plan.scheme = scheme_of(r, container_, t.dtype);
     plan.algorithm = algorithm_of(settings);
     plan.options.range = r.range == "mse" ? RangeRule::mse : RangeRule::minmax;
+    plan.options.owner = container_ != nullptr ? container_->encode : nullptr;
     return plan;
   }
 
@@ -254,20 +362,22 @@ class Resolver {
   }
 
   const QuantizationRequest& request_;
+  const Container* container_;
   std::vector<bool> skip_used_, rule_used_;
 };
 
-OrderedJson settings_json(const QuantizationRequest& request) {
+OrderedJson settings_json(const QuantizationRequest& request, const Container* container) {
   OrderedJson json = OrderedJson::object();
+  const auto filled_in = [container](const QuantizationSettings& s) {
+    return to_json(fill_in(s, container), *algorithm_of(s));
+  };
   if (request.settings.method) json["method"] = *request.settings.method;
-  if (asks_for_something(request.settings))
-    json.update(to_json(fill_in(request.settings), *algorithm_of(request.settings)));
+  if (asks_for_something(request.settings, container)) json.update(filled_in(request.settings));
   json["skip_modules"] = request.skip_modules;
   OrderedJson& rules = json["layer_configs"] = OrderedJson::object();
   for (const LayerRule& rule : request.rules) {
     const QuantizationSettings merged = merge(request.settings, rule.settings);
-    rules[rule.pattern] =
-        asks_for_something(merged) ? to_json(fill_in(merged), *algorithm_of(merged)) : OrderedJson{{"method", "none"}};
+    rules[rule.pattern] = asks_for_something(merged, container) ? filled_in(merged) : OrderedJson{{"method", "none"}};
   }
   return json;
 }
@@ -311,10 +421,10 @@ QuantizationRequest read_request(const OrderedJson& config) {
   return request;
 }
 
-Recipe resolve(const QuantizationRequest& request, std::span<const TensorFacts> tensors) {
+Recipe resolve(const QuantizationRequest& request, std::span<const TensorFacts> tensors, const Container* container) {
   Recipe recipe;
-  recipe.settings = settings_json(request);
-  Resolver resolver(request);
+  recipe.settings = settings_json(request, container);
+  Resolver resolver(request, container);
   bool any = false;
   for (const TensorFacts& t : tensors) {
     recipe.tensors.push_back(resolver.plan(t));
@@ -323,7 +433,7 @@ Recipe resolve(const QuantizationRequest& request, std::span<const TensorFacts> 
   if (!any)
     throw Error({.code = "nothing-to-quantize",
                  .what = "nothing to quantize",
-                 .why = asks_for_something(request.settings) || !request.rules.empty()
+                 .why = asks_for_something(request.settings, container) || !request.rules.empty()
                             ? "every weight of this model is skipped"
                             : "no method is given",
                  .fix = "give --method int8, int4, nf4 …, or see `bitwright methods`",

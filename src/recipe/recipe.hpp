@@ -10,6 +10,7 @@
 #include "algorithm/algorithm.hpp"
 #include "base/error.hpp"
 #include "base/json.hpp"
+#include "container/container.hpp"
 #include "scheme/scheme.hpp"
 
 namespace bitwright {
@@ -44,6 +45,7 @@ struct TensorFacts {
   Shape shape;
   bool is_float = true;
   size_t bytes = 2;  ///< of an element
+  DType dtype = DType::bf16;
 };
 
 /// The reason why norms and biases are kept, which goes without saying.
@@ -64,9 +66,11 @@ struct Recipe {
   std::vector<Warning> warnings;
 };
 
-/// Which scheme and algorithm each tensor gets; the first rule that matches wins. Pure.
+/// Which scheme and algorithm each tensor gets; the first rule that matches wins. Pure. `container` fills in what the
+/// request leaves open, the method too, from its table of choices; null, or one without a table: what is common.
 /// Throws Error (exit status 2) if settings contradict each other or nothing would be quantized.
-Recipe resolve(const QuantizationRequest& request, std::span<const TensorFacts> tensors);
+Recipe resolve(const QuantizationRequest& request, std::span<const TensorFacts> tensors,
+               const Container* container = nullptr);
 
 /// Does `pattern` name this tensor's module? A glob (*, ?) is compared with the whole name, with and without ".weight";
 /// other patterns match whole components in a row: "model.layers.0", "down_proj".
