@@ -3,6 +3,7 @@
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -46,5 +47,36 @@ struct MemoryCheckpoint {
     writer.finish();
   }
 };
+
+/// The arrays of one tensor, with what its container writes beside them.
+inline MemoryCheckpoint written_model(const Container& container, const StoredTensor& tensor,
+                                      const QuantizedTensor& values) {
+  MemoryCheckpoint files(container.pack(tensor, values));
+  OrderedJson config = OrderedJson::object();
+  const OrderedJson record = OrderedJson::object();
+  std::map<std::string, OrderedJson> others;
+  container.write_metadata({.tensors = std::span(&tensor, 1), .kept = {}, .record = record},
+                           {.config = config, .files = others});
+  files.config = Json::parse(config.dump());
+  for (const auto& [name, json] : others) files.documents[name] = Json::parse(json.dump());
+  return files;
+}
+
+/// Normally distributed, with an outlier; a share of them 0.
+inline std::vector<float> random_values(const Shape& shape, float zero_share = 0) {
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  std::uniform_real_distribution<float> uniform;
+  std::vector<float> values(static_cast<size_t>(element_count(shape)));
+  for (float& value : values) value = uniform(random) < zero_share ? 0.0f : normal(random);
+  if (!values.empty() && zero_share < 1) values[values.size() / 2] *= 40;
+  return values;
+}
+
+inline std::vector<std::byte> as_dtype(DType dtype, std::span<const float> values) {
+  std::vector<std::byte> bytes(values.size() * size_bytes(dtype));
+  from_f32(dtype, values, bytes);
+  return bytes;
+}
 
 }  // namespace bitwright::test

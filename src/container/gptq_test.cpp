@@ -31,41 +31,13 @@ StoredTensor stored_as(const Scheme& scheme, const Shape& shape, DType dtype = D
   return {.name = "model.layers.0.mlp.up_proj.weight", .shape = shape, .scheme = scheme, .value_dtype = dtype};
 }
 
-std::vector<float> random_values(const Shape& shape, float zero_share = 0) {
-  std::mt19937 random(7);
-  std::normal_distribution<float> normal;
-  std::uniform_real_distribution<float> uniform;
-  std::vector<float> values(static_cast<size_t>(element_count(shape)));
-  for (float& value : values) value = uniform(random) < zero_share ? 0.0f : normal(random);
-  if (!values.empty()) values[values.size() / 2] *= 40;  // an outlier
-  return values;
-}
-
-std::vector<std::byte> as_dtype(DType dtype, std::span<const float> values) {
-  std::vector<std::byte> bytes(values.size() * size_bytes(dtype));
-  from_f32(dtype, values, bytes);
-  return bytes;
-}
-
 QuantizedTensor encoded(const Scheme& scheme, const Shape& shape, DType dtype = DType::f16, float zero_share = 0) {
-  return gptq().encode(scheme, shape, {dtype, as_dtype(dtype, random_values(shape, zero_share))});
-}
-
-/// The arrays and the configuration of a model of one layer.
-MemoryCheckpoint model_of(const StoredTensor& tensor, const QuantizedTensor& values) {
-  MemoryCheckpoint files(gptq().pack(tensor, values));
-  OrderedJson config = OrderedJson::object();
-  const OrderedJson record = OrderedJson::object();
-  std::map<std::string, OrderedJson> others;
-  gptq().write_metadata({.tensors = std::span(&tensor, 1), .kept = {}, .record = record},
-                        {.config = config, .files = others});
-  files.config = Json::parse(config.dump());
-  for (const auto& [name, json] : others) files.documents[name] = Json::parse(json.dump());
-  return files;
+  const std::vector<std::byte> bytes = as_dtype(dtype, random_values(shape, zero_share));
+  return gptq().encode(scheme, shape, {dtype, bytes});
 }
 
 MemoryCheckpoint written(const Scheme& scheme, const Shape& shape = {64, 128}) {
-  return model_of(stored_as(scheme, shape), encoded(scheme, shape));
+  return written_model(gptq(), stored_as(scheme, shape), encoded(scheme, shape));
 }
 
 // ---- golden files ----
@@ -115,6 +87,24 @@ void check_autogptq_packing(const GoldenCase& c, const QuantizedTensor& t, const
     different += static_cast<float>(codes[i]) != std::nearbyint((rounded[i] + offset) / stored[g]);
   }
   EXPECT_EQ(different, 0u) << "AutoGPTQ's packing";
+}
+
+/// AutoGPTQ's zero points: less one, as an unsigned number of 32 bits, which is not cut to its place in the word.
+void check_autogptq_zeros(const GoldenCase& c, int bits) {
+  if (bits == 3) return;  // straddles words; no case has a zero point of 0
+  const std::vector<float> zero = c.floats("zero_f32");
+  const StoredArray& packed = c.at("qzeros");
+  const auto groups = static_cast<size_t>(packed.shape[0]), words = static_cast<size_t>(packed.shape[1]);
+  const auto in_word = static_cast<size_t>(32 / bits);
+  for (size_t g = 0; g < groups; ++g)
+    for (size_t w = 0; w < words; ++w) {
+      uint32_t expected = 0, found = 0;
+      for (size_t j = 0; j < in_word; ++j)
+        expected |= static_cast<uint32_t>(static_cast<int64_t>(zero[(w * in_word + j) * groups + g]) - 1)
+                    << (static_cast<size_t>(bits) * j);
+      std::memcpy(&found, &packed.data[(g * words + w) * sizeof found], sizeof found);
+      ASSERT_EQ(found, expected) << "group " << g << ", word " << w;
+    }
 }
 
 /// Values as the quantizer rounds them, in the dtype that the weight had.
@@ -183,6 +173,7 @@ void check_case(const GoldenCase& c, const std::string& zeros) {
   check_values(c, decode(t));
   const bool full = c.find("gptq_fakequant") != nullptr, autogptq = c.find("qzeros") != nullptr;
   if (autogptq) check_autogptq_packing(c, t, fake_quantized(c, t));
+  if (autogptq) check_autogptq_zeros(c, t.scheme.element->bits);
   if (full) return;  // codes by a Hessian
   check_encoder(c, t);
 }
@@ -276,6 +267,247 @@ TEST(Golden, gptq_negative_cases) {
     }
   }
   std::cout << "cases: " << cases.size() << '\n';
+}
+
+// ---- round trips and damage ----
+
+TEST(Gptq, WrittenReadAndWrittenAgainIsTheSame) {
+  for (const int bits : {2, 3, 4, 5, 6, 7, 8})
+    for (const bool symmetric : {true, false})
+      for (const Grouping& grouping :
+           {Grouping::channel(), Grouping::along(32), Grouping::along(64), Grouping::along(128)})
+        for (const DType dtype : {DType::f32, DType::f16, DType::bf16})
+          for (const Shape& shape : {Shape{32, 32}, Shape{64, 96}, Shape{96, 160}, Shape{160, 416}})
+            for (const float zeros : {0.0f, 0.97f, 1.0f}) {
+              const Scheme scheme = scheme_of(bits, symmetric, grouping, dtype);
+              SCOPED_TRACE(describe(scheme) + " " + to_string(shape));
+              ASSERT_EQ(gptq().fit(scheme, shape).verdict, Verdict::exact);
+              const QuantizedTensor t = encoded(scheme, shape, dtype, zeros);
+              check_sizes(t, "test");
+              const MemoryCheckpoint files = written_model(gptq(), stored_as(scheme, shape, dtype), t);
+              ASSERT_TRUE(check_view(gptq(), files.view()) == t);
+              for (const float value : decode(t)) ASSERT_TRUE(std::isfinite(value));
+            }
+}
+
+/// Zero points of 0 and of the largest code, in each layout that a model may have.
+TEST(Gptq, EachLayoutOfZeroPointsComesBack) {
+  for (const int bits : {2, 3, 4, 8})
+    for (const char* variant : {"gptq", "gptq, borrowing", "gptq_v2", "gptq_p"}) {
+      SCOPED_TRACE(std::to_string(bits) + " bits, " + variant);
+      QuantizedTensor t = encoded(scheme_of(bits, false, Grouping::along(32)), {64, 128});
+      QuantizedTensor zeros = *t.offset;
+      for (size_t i = 0; i < zeros.codes.size(); ++i)
+        zeros.codes[i] = static_cast<std::byte>(i % 3 == 0 ? 0 : i % (1u << bits));
+      t.offset = std::make_shared<const QuantizedTensor>(zeros);
+      StoredTensor stored = stored_as(t.scheme, t.shape);
+      stored.variant = variant;
+      MemoryCheckpoint files = written_model(gptq(), stored, t);
+      Json& config = files.config["quantization_config"];
+      config["checkpoint_format"] = std::string(variant).substr(0, stored.variant.find(','));
+      if (stored.variant.find(',') != std::string_view::npos) config["meta"]["quantizer"] = "gptqmodel:5.0.0";
+      EXPECT_TRUE(check_view(gptq(), files.view()) == t);
+    }
+}
+
+/// desc_act: the columns of a group lie anywhere.
+TEST(Gptq, GroupsInAnyOrderComeBack) {
+  const Scheme in_order = scheme_of(4, true, Grouping::along(32));
+  QuantizedTensor t = encoded(in_order, {64, 128});
+  const Grouping indexed = {.kind = Grouping::Kind::index, .size = 32};
+  t.scheme = scheme_of(4, true, indexed);
+  for (int32_t k = 0; k < 128; ++k) t.group_index.push_back(k * 7 % 128 / 32);
+  const MemoryCheckpoint files = written_model(gptq(), stored_as(t.scheme, t.shape), t);
+  EXPECT_EQ(files.config["quantization_config"]["desc_act"], true);
+  EXPECT_TRUE(check_view(gptq(), files.view()) == t);
+}
+
+/// The code of the Error that listing throws, or "none".
+std::string listed(const MemoryCheckpoint& files) {
+  try {
+    gptq().list(files.view());
+  } catch (const Error& error) {
+    EXPECT_EQ(std::string(error.what()).find('\n'), std::string::npos);
+    return error.code();
+  }
+  return "none";
+}
+
+/// The same, of a model whose configuration was changed.
+std::string configured(MemoryCheckpoint files, const std::function<void(Json& config)>& change) {
+  change(files.config["quantization_config"]);
+  return listed(files);
+}
+
+TEST(Gptq, OldModelsHaveTheirConfigurationInAnotherFile) {
+  const QuantizedTensor t = encoded(scheme_of(4, true, Grouping::along(64)), {64, 128});
+  MemoryCheckpoint files = written_model(gptq(), stored_as(t.scheme, t.shape), t);
+  ASSERT_TRUE(files.documents.contains("quantize_config.json"));
+  files.config = Json::object();
+  EXPECT_TRUE(check_view(gptq(), files.view()) == t);
+  // With none at all the arrays say all but whether zero points in the middle are meant so.
+  files.documents.clear();
+  for (const auto& name : {"g_idx", "bias"}) files.arrays.erase("model.layers.0.mlp.up_proj." + std::string(name));
+  ASSERT_TRUE(gptq().detect(files.view()));
+  const QuantizedTensor bare = gptq().unpack(gptq().list(files.view()).at(0), files.view());
+  EXPECT_EQ(bare.scheme, scheme_of(4, false, Grouping::along(64)));
+  EXPECT_EQ(decode(bare), decode(t));
+}
+
+TEST(Gptq, WhatDisagreesIsRefused) {
+  const MemoryCheckpoint good = written(scheme_of(4, false, Grouping::along(32)));
+  EXPECT_EQ(listed(good), "none");
+  for (const auto& [name, spec] : good.arrays) {
+    SCOPED_TRACE(name);
+    MemoryCheckpoint larger = good, retyped = good, smaller = good, missing = good;
+    retyped.arrays.at(name).dtype = DType::f64;
+    EXPECT_EQ(listed(retyped), "bad-container");
+    larger.arrays.at(name).shape.push_back(2);
+    EXPECT_EQ(listed(larger), "bad-container");
+    smaller.arrays.at(name).shape[0] /= 2;
+    EXPECT_EQ(listed(smaller), "bad-container");
+    if (name.ends_with("qweight")) continue;  // which makes it GPTQ's
+    missing.arrays.erase(name);
+    EXPECT_EQ(listed(missing), name.ends_with("g_idx") ? "none" : "bad-container");
+  }
+  MemoryCheckpoint swapped = good;
+  const std::string layer = "model.layers.0.mlp.up_proj.";
+  std::swap(swapped.arrays.at(layer + "qweight"), swapped.arrays.at(layer + "qzeros"));
+  EXPECT_EQ(listed(swapped), "bad-container");
+  MemoryCheckpoint beyond = good;
+  beyond.data.at(layer + "g_idx")[0] = std::byte{4};  // of 4 groups
+  EXPECT_EQ(listed(beyond), "bad-container");
+  beyond.data.at(layer + "g_idx")[3] = std::byte{0x80};  // negative
+  EXPECT_EQ(listed(beyond), "bad-container");
+}
+
+TEST(Gptq, SettingsThatDisagreeAreRefused) {
+  const MemoryCheckpoint good = written(scheme_of(4, false, Grouping::along(32)));
+  EXPECT_EQ(configured(good, [](Json& c) { c["checkpoint_format"] = "gptq_v3"; }), "bad-container");
+  EXPECT_EQ(configured(good, [](Json& c) { c["checkpoint_format"] = "marlin"; }), "bad-container");
+  EXPECT_EQ(configured(good, [](Json& c) { c["bits"] = 8; }), "bad-container");
+  EXPECT_EQ(configured(good, [](Json& c) { c["bits"] = "four"; }), "bad-container");
+  EXPECT_EQ(configured(good, [](Json& c) { c["bits"] = 4.5; }), "bad-container");
+  EXPECT_EQ(configured(good, [](Json& c) { c["group_size"] = 64; }), "bad-container");
+  EXPECT_EQ(configured(good, [](Json& c) { c["group_size"] = -1; }), "bad-container");
+  EXPECT_EQ(configured(good, [](Json& c) { c["group_size"] = -7; }), "bad-container");
+  EXPECT_EQ(configured(good, [](Json& c) { c["group_size"] = INT64_MAX; }), "bad-container");
+  EXPECT_EQ(configured(good, [](Json& c) { c["group_size"] = 0; }), "bad-container");
+  EXPECT_EQ(configured(good, [](Json& c) { c.erase("group_size"); }), "none");
+  EXPECT_EQ(configured(good, [](Json& c) { c.erase("checkpoint_format"); }), "none");
+}
+
+TEST(Gptq, OverridesOfLayersAreRead) {
+  const QuantizedTensor t = encoded(scheme_of(8, true, Grouping::along(64)), {64, 128});
+  MemoryCheckpoint files = written_model(gptq(), stored_as(t.scheme, t.shape), t);
+  Json& config = files.config["quantization_config"];
+  config["bits"] = 4;
+  config["group_size"] = 32;
+  EXPECT_EQ(listed(files), "bad-container");
+  config["dynamic"] = {{R"(+:.*\.up_proj)", {{"bits", 8}, {"group_size", 64}}}, {R"(-:.*\.gate)", Json::object()}};
+  EXPECT_TRUE(check_view(gptq(), files.view()) == t);
+  EXPECT_EQ(gptq().model(files.view()).skipped, std::vector<std::string>{R"(.*\.gate)"});
+}
+
+// Each byte less, whatever it cuts.
+TEST(Gptq, TruncatedFilesAreRefused) {
+  TemporaryDirectory directory;
+  written(scheme_of(4, true, Grouping::along(32)), {32, 32}).write(directory.path());
+  const std::string whole = read_file(directory / "model.safetensors");
+  EXPECT_EQ(Checkpoint(directory.path()).tensors().size(), 1u);
+  for (size_t length = 0; length < whole.size(); ++length) {
+    write_file(directory / "model.safetensors", whole.substr(0, length));
+    check_refused([&] { const Checkpoint refused(directory.path()); });
+  }
+}
+
+TEST(Gptq, NotFiniteIsRefusedWithItsPosition) {
+  for (const bool symmetric : {true, false})
+    for (const float bad : {NAN, INFINITY, -INFINITY}) {
+      std::vector<float> values = random_values({64, 128});
+      values[777] = bad;
+      try {
+        gptq().encode(scheme_of(4, symmetric, Grouping::along(32)), {64, 128},
+                      {DType::f32, std::as_bytes(std::span(values))});
+        ADD_FAILURE() << "not refused";
+      } catch (const Error& error) {
+        EXPECT_EQ(error.code(), "not-finite");
+        EXPECT_NE(std::string(error.what()).find("777"), std::string::npos) << error.what();
+      }
+    }
+}
+
+TEST(Gptq, ExtremeWeightsGiveFiniteValuesOrAnError) {
+  const auto encode = [](float value, DType scale) {
+    std::vector<float> values(32 * 32, value);
+    values[0] = -value;
+    return gptq().encode(scheme_of(4, false, Grouping::along(32), scale), {32, 32},
+                         {DType::f32, std::as_bytes(std::span(values))});
+  };
+  for (const float tiny : {1e-45f, 1e-40f, 1e-8f, 0.0f})
+    for (const float value : decode(encode(tiny, DType::f16))) EXPECT_TRUE(std::isfinite(value));
+  check_refused([&] { encode(1e6f, DType::f16); });
+  check_refused([&] { encode(3e38f, DType::f32); });
+  for (const float value : decode(encode(1e6f, DType::f32))) EXPECT_TRUE(std::isfinite(value));
+}
+
+// ---- what is written beside ----
+
+TEST(Gptq, ConfigurationSaysWhatTheLayersHave) {
+  const Scheme symmetric = scheme_of(4, true, Grouping::along(128));
+  std::vector<StoredTensor> tensors = {
+      {.name = "model.layers.0.mlp.up_proj.weight", .shape = {32, 128}, .scheme = symmetric},
+      {.name = "model.layers.0.mlp.down_proj.weight", .shape = {32, 128}, .scheme = symmetric}};
+  const auto config_of = [&](const std::vector<std::string>& kept) {
+    OrderedJson config = OrderedJson::object();
+    const OrderedJson record = OrderedJson::object();
+    std::map<std::string, OrderedJson> files;
+    gptq().write_metadata({.tensors = tensors, .kept = kept, .record = record}, {.config = config, .files = files});
+    EXPECT_EQ(files.at("quantize_config.json"), config["quantization_config"]);
+    return config["quantization_config"];
+  };
+  const OrderedJson usual = config_of({"model.embed_tokens", "lm_head"});
+  EXPECT_EQ(usual["quant_method"], "gptq");
+  EXPECT_EQ(usual["checkpoint_format"], "gptq");
+  EXPECT_EQ(usual["bits"], 4);
+  EXPECT_EQ(usual["group_size"], 128);
+  EXPECT_EQ(usual["sym"], true);
+  EXPECT_EQ(usual["desc_act"], false);
+  EXPECT_EQ(usual["lm_head"], false);
+  EXPECT_FALSE(usual.contains("dynamic"));
+  tensors[1].scheme = scheme_of(8, true, Grouping::channel());
+  const OrderedJson mixed = config_of({"model.layers.0.self_attn.q_proj"});
+  const OrderedJson expected = {{R"(-:^model\.layers\.0\.self_attn\.q_proj$)", OrderedJson::object()},
+                                {R"(+:^model\.layers\.0\.mlp\.down_proj$)", {{"bits", 8}, {"group_size", -1}}}};
+  EXPECT_EQ(mixed["dynamic"], expected);
+  EXPECT_EQ(mixed["modules_in_block_to_quantize"][0].size(), 2u);
+  EXPECT_EQ(gptq().fit_model(tensors).verdict, Verdict::exact);
+  tensors[1].scheme = scheme_of(4, false, Grouping::along(128));
+  EXPECT_EQ(gptq().fit_model(tensors).verdict, Verdict::impossible);
+  tensors.erase(tensors.begin());
+  tensors[0].name = "lm_head.weight";
+  const OrderedJson second = config_of({});
+  EXPECT_EQ(second["checkpoint_format"], "gptq_v2");
+  EXPECT_EQ(second["sym"], false);
+  EXPECT_EQ(second["lm_head"], true);
+  tensors[0].scheme = scheme_of(6, true, Grouping::along(128));
+  EXPECT_EQ(config_of({})["checkpoint_format"], "gptq_p");
+}
+
+TEST(Gptq, FitRefusesWhatTheLayoutCannotHold) {
+  const auto verdict = [](const Scheme& scheme, const Shape& shape) { return gptq().fit(scheme, shape).verdict; };
+  const Scheme good = scheme_of(4, true, Grouping::along(32));
+  EXPECT_EQ(verdict(good, {32, 64}), Verdict::exact);
+  EXPECT_EQ(verdict(good, {40, 64}), Verdict::impossible);
+  EXPECT_EQ(verdict(good, {32, 72}), Verdict::impossible);
+  EXPECT_EQ(verdict(good, {2, 32, 64}), Verdict::impossible);
+  EXPECT_EQ(verdict(scheme_of(4, true, Grouping::along(48)), {32, 64}), Verdict::impossible);
+  EXPECT_EQ(verdict(scheme_of(4, true, Grouping::flat(32)), {32, 64}), Verdict::impossible);
+  EXPECT_EQ(verdict(scheme_of(4, true, Grouping::along(32, -2)), {32, 64}), Verdict::impossible);
+  EXPECT_EQ(verdict(scheme_of(4, true, Grouping::along(32), DType::f8_e4m3), {32, 64}), Verdict::impossible);
+  EXPECT_EQ(verdict({.element = find_element("nf4"), .scale = good.scale}, {32, 64}), Verdict::impossible);
+  EXPECT_EQ(verdict({.element = &integer_element(4, false), .scale = good.scale}, {32, 64}), Verdict::impossible);
+  EXPECT_EQ(verdict({.element = &integer_element(1, false), .scale = good.scale}, {32, 64}), Verdict::impossible);
 }
 
 }  // namespace

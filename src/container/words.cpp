@@ -72,7 +72,7 @@ uint32_t load_word(const std::byte* at) {
 template <class Visit>
 void for_each_part(int bits, const Visit& visit) {
   int shift = 0;
-  for (const int width : {4, 2, 1})
+  for (const int width : {8, 4, 2, 1})
     if ((bits & width) != 0) {
       visit(width, shift);
       shift += width;
