@@ -224,6 +224,17 @@ TEST(Awq, OldModelsHaveTheirConfigurationInAnotherFile) {
   EXPECT_FALSE(find_container("gptq")->detect(files.view()));
 }
 
+TEST(Awq, PiecesAreTheWhole) {
+  for (const char* variant : {"gemm", "gemv"})
+    for (const Shape& shape : {Shape{160, 96}, Shape{96, 256}}) {
+      SCOPED_TRACE(variant);
+      StoredTensor stored = stored_as(scheme_of(Grouping::along(32)), shape);
+      stored.variant = variant;
+      const std::vector<std::byte> bytes = as_dtype(DType::bf16, random_values(shape));
+      for (const int64_t step : {32, 64}) check_pieces(awq(), stored, {DType::bf16, bytes}, step);
+    }
+}
+
 /// The code of the Error that listing throws, or "none".
 std::string listed(const MemoryCheckpoint& files) {
   try {

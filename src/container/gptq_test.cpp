@@ -322,6 +322,17 @@ TEST(Gptq, GroupsInAnyOrderComeBack) {
   EXPECT_TRUE(check_view(gptq(), files.view()) == t);
 }
 
+TEST(Gptq, PiecesAreTheWhole) {
+  for (const int bits : {3, 4, 6, 8})
+    for (const bool symmetric : {true, false})
+      for (const Shape& shape : {Shape{160, 96}, Shape{96, 256}}) {
+        const Scheme scheme = scheme_of(bits, symmetric, Grouping::along(32));
+        SCOPED_TRACE(describe(scheme) + " " + to_string(shape));
+        const std::vector<std::byte> bytes = as_dtype(DType::bf16, random_values(shape));
+        for (const int64_t step : {32, 64}) check_pieces(gptq(), stored_as(scheme, shape), {DType::bf16, bytes}, step);
+      }
+}
+
 /// The code of the Error that listing throws, or "none".
 std::string listed(const MemoryCheckpoint& files) {
   try {
