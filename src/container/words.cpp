@@ -12,8 +12,8 @@ namespace bitwright {
 namespace {
 
 constexpr size_t kWord = 4, kStretch = 32;  ///< bytes of a word; codes that fill whole words at any width
-constexpr size_t kTileRows = 32;            ///< neighbours in what is written: two lines of cache
-constexpr size_t kTileCodes = 256;          ///< of a row
+constexpr size_t kTileRows = 64;            ///< neighbours in what is written: four lines of cache
+constexpr size_t kTileCodes = 512;          ///< of a row
 
 /// to[c * to_stride + r] = from[r * from_stride + c]; strides in elements.
 template <class T>
@@ -42,9 +42,17 @@ void transpose_square(const std::byte* from, size_t from_stride, std::byte* to, 
 void transpose_words(const std::byte* from, size_t rows, size_t columns, size_t from_stride, std::byte* to,
                      size_t to_stride) {
   const size_t whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
-  for (size_t c = 0; c < whole_columns; c += 4)
+  const auto square = [&](size_t r, size_t c) {
+    transpose_square(from + (r * from_stride + c) * kWord, from_stride, to + (c * to_stride + r) * kWord, to_stride);
+  };
+  // Along the rows that lie far apart: of such, at powers of two, the cache holds few at a time.
+  if (from_stride > to_stride) {
     for (size_t r = 0; r < whole_rows; r += 4)
-      transpose_square(from + (r * from_stride + c) * kWord, from_stride, to + (c * to_stride + r) * kWord, to_stride);
+      for (size_t c = 0; c < whole_columns; c += 4) square(r, c);
+  } else {
+    for (size_t c = 0; c < whole_columns; c += 4)
+      for (size_t r = 0; r < whole_rows; r += 4) square(r, c);
+  }
   transpose_simply<uint32_t>(from + whole_columns * kWord, whole_rows, columns - whole_columns, from_stride,
                              to + whole_columns * to_stride * kWord, to_stride);
   transpose_simply<uint32_t>(from + whole_rows * from_stride * kWord, rows - whole_rows, columns, from_stride,
@@ -109,25 +117,35 @@ void unpack_planar(std::span<const std::byte> words, int bits, std::span<std::by
 
 constexpr std::array<size_t, 8> kAwqOrder = {0, 2, 4, 6, 1, 3, 5, 7};
 constexpr size_t kPack = kAwqOrder.size();
-constexpr size_t kTileWords = 32, kTileColumns = 64;
+constexpr size_t kTileWords = 16, kTileColumns = 64;
 
-/// Eight rows, `stride` apart, to one word a column.
+/// Two rows to one byte a column, so that half as much is widened.
+void join(const std::byte* low, const std::byte* high, size_t columns, std::byte* bytes) {
+  for (size_t k = 0; k < columns; ++k) bytes[k] = low[k] | high[k] << 4;
+}
+
+/// Eight rows, `stride` apart, to one word a column; at most kTileColumns of them.
 void interleave(const std::byte* codes, size_t stride, size_t columns, std::byte* words) {
-  std::array<const std::byte*, kPack> row = {};
-  for (size_t i = 0; i < kPack; ++i) row.at(i) = codes + kAwqOrder.at(i) * stride;
-  const auto [a, b, c, d, e, f, g, h] = row;
-  const auto at = [](const std::byte* from, size_t k) { return std::to_integer<uint32_t>(from[k]); };
+  std::array<std::array<std::byte, kTileColumns>, kPack / 2> bytes;
+  for (size_t j = 0; j < bytes.size(); ++j)
+    join(codes + kAwqOrder.at(2 * j) * stride, codes + kAwqOrder.at(2 * j + 1) * stride, columns, bytes.at(j).data());
+  const auto& [a, b, c, d] = bytes;
   for (size_t k = 0; k < columns; ++k) {
-    const uint32_t low = at(a, k) | at(b, k) << 4 | at(c, k) << 8 | at(d, k) << 12;
-    const uint32_t word = low | at(e, k) << 16 | at(f, k) << 20 | at(g, k) << 24 | at(h, k) << 28;
+    const uint32_t word = std::to_integer<uint32_t>(a[k]) | std::to_integer<uint32_t>(b[k]) << 8 |
+                          std::to_integer<uint32_t>(c[k]) << 16 | std::to_integer<uint32_t>(d[k]) << 24;
     std::memcpy(words + k * kWord, &word, sizeof word);
   }
 }
 
 void separate(const std::byte* words, size_t columns, std::byte* codes, size_t stride) {
-  for (size_t i = 0; i < kPack; ++i) {
-    std::byte* const row = codes + kAwqOrder.at(i) * stride;
-    for (size_t k = 0; k < columns; ++k) row[k] = static_cast<std::byte>(load_word(words + k * kWord) >> (4 * i) & 15);
+  std::array<std::byte, kTileColumns> bytes;
+  for (size_t j = 0; j < kPack / 2; ++j) {
+    std::byte* const low = codes + kAwqOrder.at(2 * j) * stride;
+    std::byte* const high = codes + kAwqOrder.at(2 * j + 1) * stride;
+    for (size_t k = 0; k < columns; ++k)
+      bytes[k] = static_cast<std::byte>(load_word(words + k * kWord) >> (8 * j) & 255);
+    for (size_t k = 0; k < columns; ++k) low[k] = bytes[k] & std::byte{15};
+    for (size_t k = 0; k < columns; ++k) high[k] = bytes[k] >> 4;
   }
 }
 
