@@ -58,7 +58,7 @@ void read_integers(const Json& q, DetectedQuantization& found) {
   set_bits(found, number(first_of(q, {"bits", "w_bit", "nbits"})),
            integer(first_of(q, {"group_size", "q_group_size"})));
   found.scheme = "int";
-  copy(q, found.facts, {"sym", "desc_act", "zero_point", "version"});
+  copy(q, found.facts, {"sym", "desc_act", "zero_point", "version", "checkpoint_format"});
   // GPTQModel: "-:pattern" leaves modules out
   for (const auto& [pattern, rule] : member(q, "dynamic").items())
     if (pattern.starts_with("-:")) found.skipped.push_back(pattern.substr(2));
