@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
+#include <map>
 #include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
@@ -420,6 +421,14 @@ int64_t group_size_of(const StoredTensor& t) {
   return size == 0 ? -1 : size;
 }
 
+/// A tensor with the bits and group size that most have; of as many, the first.
+const StoredTensor& usual_of(std::span<const StoredTensor> tensors) {
+  std::map<std::pair<int, int64_t>, size_t> counts;
+  const auto kind = [](const StoredTensor& t) { return std::pair(t.scheme.element->bits, group_size_of(t)); };
+  for (const StoredTensor& t : tensors) ++counts[kind(t)];
+  return *std::ranges::max_element(tensors, {}, [&](const StoredTensor& t) { return counts[kind(t)]; });
+}
+
 /// A regular expression for one module: GPTQModel and vLLM compare from the start of its name on.
 std::string pattern_of(std::string_view module) {
   std::string pattern = "^";
@@ -434,16 +443,15 @@ bool is_outside_blocks(const std::string& module) {
   return module.ends_with("lm_head") || module.find(".layers.") == std::string::npos;
 }
 
-/// What differs from the first tensor's bits and group size, and the modules in blocks that are kept.
-OrderedJson exceptions(const WrittenModel& model) {
+/// What differs from the usual bits and group size, and the modules in blocks that are kept.
+OrderedJson exceptions(const WrittenModel& model, const StoredTensor& usual) {
   OrderedJson dynamic = OrderedJson::object();
-  const StoredTensor& first = model.tensors.front();
   for (const std::string& name : model.kept)
     if (!is_outside_blocks(name)) dynamic["-:" + pattern_of(name)] = OrderedJson::object();
   for (const StoredTensor& t : model.tensors) {
     OrderedJson rule = OrderedJson::object();
-    if (t.scheme.element->bits != first.scheme.element->bits) rule["bits"] = t.scheme.element->bits;
-    if (group_size_of(t) != group_size_of(first)) rule["group_size"] = group_size_of(t);
+    if (t.scheme.element->bits != usual.scheme.element->bits) rule["bits"] = t.scheme.element->bits;
+    if (group_size_of(t) != group_size_of(usual)) rule["group_size"] = group_size_of(t);
     if (!rule.empty()) dynamic["+:" + pattern_of(layer_of(t.name, kWeight))] = std::move(rule);
   }
   return dynamic;
@@ -452,20 +460,20 @@ OrderedJson exceptions(const WrittenModel& model) {
 /// GPTQConfig of transformers and QuantizeConfig of GPTQModel: in config.json, and again in the file of its own.
 void write_metadata(const WrittenModel& model, const Metadata& out) {
   BW_ASSERT(!model.tensors.empty());
-  const StoredTensor& first = model.tensors.front();
+  const StoredTensor& usual = usual_of(model.tensors);
   const auto is_planar = [](const StoredTensor& t) { return &layout_of(t) == &kPlanar; };
   const auto is_indexed = [](const StoredTensor& t) { return t.scheme.scale->grouping.kind == Grouping::Kind::index; };
   const auto is_head = [](const StoredTensor& t) { return layer_of(t.name, kWeight).ends_with("lm_head"); };
   const bool planar = std::ranges::any_of(model.tensors, is_planar);
-  OrderedJson config = {{"bits", first.scheme.element->bits},
-                        {"group_size", group_size_of(first)},
+  OrderedJson config = {{"bits", usual.scheme.element->bits},
+                        {"group_size", group_size_of(usual)},
                         {"desc_act", std::ranges::any_of(model.tensors, is_indexed)},
-                        {"sym", is_symmetric(first.scheme)},
+                        {"sym", is_symmetric(usual.scheme)},
                         {"lm_head", std::ranges::any_of(model.tensors, is_head)},
                         {"quant_method", "gptq"},
-                        {"checkpoint_format", planar ? kPlanar.format : layout_of(first).format},
+                        {"checkpoint_format", planar ? kPlanar.format : layout_of(usual).format},
                         {"pack_dtype", "int32"}};
-  if (OrderedJson dynamic = exceptions(model); !dynamic.empty()) {
+  if (OrderedJson dynamic = exceptions(model, usual); !dynamic.empty()) {
     config["dynamic"] = std::move(dynamic);
     // transformers goes by this list instead: whole names, all in one step.
     OrderedJson quantized = OrderedJson::array();

@@ -492,6 +492,9 @@ TEST(Gptq, ConfigurationSaysWhatTheLayersHave) {
   EXPECT_EQ(mixed["dynamic"], expected);
   EXPECT_EQ(mixed["modules_in_block_to_quantize"][0].size(), 2u);
   EXPECT_EQ(gptq().fit_model(tensors).verdict, Verdict::exact);
+  tensors.push_back(tensors[1]);  // then 8 bits are the usual ones
+  EXPECT_EQ(config_of({})["bits"], 8);
+  tensors.pop_back();
   tensors[1].scheme = scheme_of(4, false, Grouping::along(128));
   EXPECT_EQ(gptq().fit_model(tensors).verdict, Verdict::impossible);
   tensors.erase(tensors.begin());
