@@ -48,8 +48,8 @@ void check_refused(const std::function<void()>& refuse);
 /// same bytes under the same names. Returns the tensor.
 QuantizedTensor check_container(const Container& container, const GoldenCase& c, const std::vector<std::string>& arrays,
                                 const std::string& prefix, const Json& config);
-/// The same for a view, which must hold one tensor.
-QuantizedTensor check_view(const Container& container, const CheckpointView& view);
+/// The same for a view, which must hold one tensor. fit: what is said of writing one like it.
+QuantizedTensor check_view(const Container& container, const CheckpointView& view, Verdict fit = Verdict::exact);
 /// `decoded`, rounded to the dtype of the case's `dequantized`, must equal it.
 void check_values(const GoldenCase& c, std::vector<float> decoded);
 

@@ -1,6 +1,8 @@
-// Three lines: config.json, quantization_metadata.json, a bitsandbytes quant_state; against a fixed set of arrays.
+// Three lines: config.json, quantization_metadata.json, a bitsandbytes quant_state or numbers for GPTQ's g_idx; against
+// fixed sets of arrays.
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <nlohmann/json.hpp>
 #include <string>
 
@@ -55,6 +57,52 @@ Arrays make_arrays(const std::string& state) {
   return arrays;
 }
 
+/// Layers of the two kinds whose arrays have the same names: 64 x 32 in groups of 16.
+Arrays make_gptq(const std::string& indices) {
+  constexpr int64_t kRows = 64, kColumns = 32, kGroups = 2, kZeros = 8;
+  Arrays arrays;
+  add(arrays, "g.qweight", DType::i32, {kColumns / 8, kRows});
+  add(arrays, "g.qzeros", DType::i32, {kGroups, kZeros});
+  add(arrays, "g.scales", DType::f16, {kGroups, kRows});
+  add(arrays, "g.g_idx", DType::i32, {kColumns});
+  for (size_t k = 0; k < kColumns; ++k) {  // now and then beyond the last group, or negative
+    const char c = k < indices.size() ? indices[k] : k < kColumns / 2 ? '0' : '1';
+    const int32_t group = c - '0';
+    std::memcpy(&arrays["g.g_idx"].second[k * sizeof group], &group, sizeof group);
+  }
+  return arrays;
+}
+Arrays make_awq(bool gemv) {
+  Arrays arrays;
+  add(arrays, "a.qweight", DType::i32, {64, 8});
+  add(arrays, "a.qzeros", DType::i32, gemv ? Shape{64, 4} : Shape{2, 8});
+  add(arrays, "a.scales", DType::f16, gemv ? Shape{64, 32} : Shape{2, 64});
+  return arrays;
+}
+
+void read_all(const Arrays& arrays, const Json& config, const Json& metadata) {
+  std::map<std::string, ArraySpec, std::less<>> specs;
+  for (const auto& [name, array] : arrays) specs[name] = array.first;
+  const CheckpointView view = {
+      .arrays = specs,
+      .config = config,
+      .quantization_metadata = metadata,
+      .bytes = [&](const std::string& name) { return std::span<const std::byte>(arrays.at(name).second); },
+      .where = "fuzz"};
+  for (const Container* container : all_containers()) {
+    try {
+      if (!container->detect(view)) continue;
+      if (container->model != nullptr) container->model(view);
+      for (const StoredTensor& tensor : container->list(view)) {
+        const QuantizedTensor t = container->unpack(tensor, view);
+        check_sizes(t, "fuzz");
+        decode(t);
+      }
+    } catch (const Error&) {
+    }
+  }
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -65,30 +113,11 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     else
       lines[line] += static_cast<char>(data[i]);
   }
-  const Arrays arrays = make_arrays(lines[2]);
-  std::map<std::string, ArraySpec, std::less<>> specs;
-  for (const auto& [name, array] : arrays) specs[name] = array.first;
   try {
     const Json config = parse_json(lines[0], "config"), metadata = parse_json(lines[1], "metadata");
     if (!config.is_object() || !metadata.is_object()) return 0;
-    const CheckpointView view = {
-        .arrays = specs,
-        .config = config,
-        .quantization_metadata = metadata,
-        .bytes = [&](const std::string& name) { return std::span<const std::byte>(arrays.at(name).second); },
-        .where = "fuzz"};
-    for (const Container* container : all_containers()) {
-      try {
-        if (!container->detect(view)) continue;
-        if (container->model != nullptr) container->model(view);
-        for (const StoredTensor& tensor : container->list(view)) {
-          const QuantizedTensor t = container->unpack(tensor, view);
-          check_sizes(t, "fuzz");
-          decode(t);
-        }
-      } catch (const Error&) {
-      }
-    }
+    for (const Arrays& arrays : {make_arrays(lines[2]), make_gptq(lines[2]), make_awq(false), make_awq(true)})
+      read_all(arrays, config, metadata);
   } catch (const Error&) {
   }
   return 0;

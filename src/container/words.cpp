@@ -1,0 +1,235 @@
+#include "container/words.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "base/error.hpp"
+#include "base/threads.hpp"
+#include "container/bits.hpp"
+
+namespace bitwright {
+namespace {
+
+constexpr size_t kWord = 4, kStretch = 32;  ///< bytes of a word; codes that fill whole words at any width
+constexpr size_t kTileRows = 64;            ///< neighbours in what is written: four lines of cache
+constexpr size_t kTileCodes = 512;          ///< of a row
+
+/// to[c * to_stride + r] = from[r * from_stride + c]; strides in elements.
+template <class T>
+void transpose_simply(const std::byte* from, size_t rows, size_t columns, size_t from_stride, std::byte* to,
+                      size_t to_stride) {
+  for (size_t c = 0; c < columns; ++c)
+    for (size_t r = 0; r < rows; ++r)
+      std::memcpy(to + (c * to_stride + r) * sizeof(T), from + (r * from_stride + c) * sizeof(T), sizeof(T));
+}
+
+using Words4 = uint32_t __attribute__((vector_size(16)));
+
+/// Four rows of four words, in registers.
+void transpose_square(const std::byte* from, size_t from_stride, std::byte* to, size_t to_stride) {
+  std::array<Words4, 4> row;
+  for (size_t i = 0; i < 4; ++i) std::memcpy(&row.at(i), from + i * from_stride * kWord, sizeof(Words4));
+  const Words4 a = __builtin_shufflevector(row[0], row[1], 0, 4, 1, 5);
+  const Words4 b = __builtin_shufflevector(row[2], row[3], 0, 4, 1, 5);
+  const Words4 c = __builtin_shufflevector(row[0], row[1], 2, 6, 3, 7);
+  const Words4 d = __builtin_shufflevector(row[2], row[3], 2, 6, 3, 7);
+  row = {__builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7),
+         __builtin_shufflevector(c, d, 0, 1, 4, 5), __builtin_shufflevector(c, d, 2, 3, 6, 7)};
+  for (size_t i = 0; i < 4; ++i) std::memcpy(to + i * to_stride * kWord, &row.at(i), sizeof(Words4));
+}
+
+void transpose_words(const std::byte* from, size_t rows, size_t columns, size_t from_stride, std::byte* to,
+                     size_t to_stride) {
+  const size_t whole_rows = rows / 4 * 4, whole_columns = columns / 4 * 4;
+  const auto square = [&](size_t r, size_t c) {
+    transpose_square(from + (r * from_stride + c) * kWord, from_stride, to + (c * to_stride + r) * kWord, to_stride);
+  };
+  // Along the rows that lie far apart: of such, at powers of two, the cache holds few at a time.
+  if (from_stride > to_stride) {
+    for (size_t r = 0; r < whole_rows; r += 4)
+      for (size_t c = 0; c < whole_columns; c += 4) square(r, c);
+  } else {
+    for (size_t c = 0; c < whole_columns; c += 4)
+      for (size_t r = 0; r < whole_rows; r += 4) square(r, c);
+  }
+  transpose_simply<uint32_t>(from + whole_columns * kWord, whole_rows, columns - whole_columns, from_stride,
+                             to + whole_columns * to_stride * kWord, to_stride);
+  transpose_simply<uint32_t>(from + whole_rows * from_stride * kWord, rows - whole_rows, columns, from_stride,
+                             to + whole_rows * kWord, to_stride);
+}
+
+/// visit(first row, rows, first column, columns) for each tile, in parallel over rows.
+template <class Visit>
+void for_each_tile(size_t rows, size_t columns, size_t tile_rows, size_t tile_columns, const Visit& visit) {
+  parallel_ranges(rows, tile_rows, [&](size_t begin, size_t end) {
+    for (size_t k = 0; k < columns; k += tile_columns)
+      visit(begin, end - begin, k, std::min(tile_columns, columns - k));
+  });
+}
+
+// ---- planar ----
+
+uint32_t load_word(const std::byte* at) {
+  uint32_t word = 0;
+  std::memcpy(&word, at, sizeof word);
+  return word;
+}
+
+/// visit(width, shift) for the parts of a code, lowest first.
+template <class Visit>
+void for_each_part(int bits, const Visit& visit) {
+  int shift = 0;
+  for (const int width : {8, 4, 2, 1})
+    if ((bits & width) != 0) {
+      visit(width, shift);
+      shift += width;
+    }
+}
+
+void pack_planar(std::span<const std::byte> codes, int bits, std::span<std::byte> words) {
+  std::array<std::byte, kStretch> part = {};
+  std::byte* out = words.data();
+  for (size_t begin = 0; begin < codes.size(); begin += kStretch)
+    for_each_part(bits, [&](int width, int shift) {
+      for (size_t j = 0; j < kStretch; ++j)
+        part.at(j) = static_cast<std::byte>(std::to_integer<unsigned>(codes[begin + j]) >> shift & ((1u << width) - 1));
+      const auto bytes = static_cast<size_t>(width) * kWord;
+      pack_bits(part, width, {out, bytes});
+      out += bytes;
+    });
+}
+
+void unpack_planar(std::span<const std::byte> words, int bits, std::span<std::byte> codes) {
+  std::array<std::byte, kStretch> part = {};
+  const std::byte* in = words.data();
+  std::ranges::fill(codes, std::byte{0});
+  for (size_t begin = 0; begin < codes.size(); begin += kStretch)
+    for_each_part(bits, [&](int width, int shift) {
+      const auto bytes = static_cast<size_t>(width) * kWord;
+      unpack_bits({in, bytes}, width, part);
+      for (size_t j = 0; j < kStretch; ++j) codes[begin + j] |= part.at(j) << shift;
+      in += bytes;
+    });
+}
+
+// ---- AWQ ----
+
+constexpr std::array<size_t, 8> kAwqOrder = {0, 2, 4, 6, 1, 3, 5, 7};
+constexpr size_t kPack = kAwqOrder.size();
+constexpr size_t kTileWords = 16, kTileColumns = 64;
+
+/// Two rows to one byte a column, so that half as much is widened.
+void join(const std::byte* low, const std::byte* high, size_t columns, std::byte* bytes) {
+  for (size_t k = 0; k < columns; ++k) bytes[k] = low[k] | high[k] << 4;
+}
+
+/// Eight rows, `stride` apart, to one word a column; at most kTileColumns of them.
+void interleave(const std::byte* codes, size_t stride, size_t columns, std::byte* words) {
+  std::array<std::array<std::byte, kTileColumns>, kPack / 2> bytes;
+  for (size_t j = 0; j < bytes.size(); ++j)
+    join(codes + kAwqOrder.at(2 * j) * stride, codes + kAwqOrder.at(2 * j + 1) * stride, columns, bytes.at(j).data());
+  const auto& [a, b, c, d] = bytes;
+  for (size_t k = 0; k < columns; ++k) {
+    const uint32_t word = std::to_integer<uint32_t>(a[k]) | std::to_integer<uint32_t>(b[k]) << 8 |
+                          std::to_integer<uint32_t>(c[k]) << 16 | std::to_integer<uint32_t>(d[k]) << 24;
+    std::memcpy(words + k * kWord, &word, sizeof word);
+  }
+}
+
+void separate(const std::byte* words, size_t columns, std::byte* codes, size_t stride) {
+  std::array<std::byte, kTileColumns> bytes;
+  for (size_t j = 0; j < kPack / 2; ++j) {
+    std::byte* const low = codes + kAwqOrder.at(2 * j) * stride;
+    std::byte* const high = codes + kAwqOrder.at(2 * j + 1) * stride;
+    for (size_t k = 0; k < columns; ++k)
+      bytes[k] = static_cast<std::byte>(load_word(words + k * kWord) >> (8 * j) & 255);
+    for (size_t k = 0; k < columns; ++k) low[k] = bytes[k] & std::byte{15};
+    for (size_t k = 0; k < columns; ++k) high[k] = bytes[k] >> 4;
+  }
+}
+
+}  // namespace
+
+const WordPacking kDensePacking = {.pack = [](std::span<const std::byte> codes, int bits,
+                                              std::span<std::byte> words) { pack_bits(codes, bits, words); },
+                                   .unpack = [](std::span<const std::byte> words, int bits,
+                                                std::span<std::byte> codes) { unpack_bits(words, bits, codes); }};
+const WordPacking kPlanarPacking = {.pack = pack_planar, .unpack = unpack_planar};
+
+std::vector<std::byte> pack_transposed(const WordPacking& packing, int bits, std::span<const std::byte> codes,
+                                       size_t rows, size_t columns) {
+  BW_ASSERT(columns % kStretch == 0 && codes.size() == rows * columns);
+  const auto width = static_cast<size_t>(bits);
+  std::vector<std::byte> words(codes.size() / kStretch * width * kWord);
+  for_each_tile(rows, columns, kTileRows, kTileCodes, [&](size_t row, size_t count, size_t k, size_t length) {
+    std::array<std::byte, kTileRows * kTileCodes> tile;
+    const size_t in_row = length / kStretch * width;
+    for (size_t r = 0; r < count; ++r)
+      packing.pack(codes.subspan((row + r) * columns + k, length), bits,
+                   std::span(tile).subspan(r * in_row * kWord, in_row * kWord));
+    transpose_words(tile.data(), count, in_row, in_row, &words[(k / kStretch * width * rows + row) * kWord], rows);
+  });
+  return words;
+}
+
+std::vector<std::byte> unpack_transposed(const WordPacking& packing, int bits, std::span<const std::byte> words,
+                                         size_t rows, size_t columns) {
+  const auto width = static_cast<size_t>(bits);
+  BW_ASSERT(columns % kStretch == 0 && words.size() == rows * columns / kStretch * width * kWord);
+  std::vector<std::byte> codes(rows * columns);
+  for_each_tile(rows, columns, kTileRows, kTileCodes, [&](size_t row, size_t count, size_t k, size_t length) {
+    std::array<std::byte, kTileRows * kTileCodes> tile;
+    const size_t in_row = length / kStretch * width;
+    transpose_words(&words[(k / kStretch * width * rows + row) * kWord], in_row, count, rows, tile.data(), in_row);
+    for (size_t r = 0; r < count; ++r)
+      packing.unpack(std::span(tile).subspan(r * in_row * kWord, in_row * kWord), bits,
+                     std::span(codes).subspan((row + r) * columns + k, length));
+  });
+  return codes;
+}
+
+std::vector<std::byte> pack_interleaved(std::span<const std::byte> codes, size_t rows, size_t columns) {
+  BW_ASSERT(rows % kPack == 0 && codes.size() == rows * columns);
+  const size_t width = rows / kPack;
+  std::vector<std::byte> words(width * columns * kWord);
+  for_each_tile(width, columns, kTileWords, kTileColumns, [&](size_t c, size_t count, size_t k, size_t length) {
+    std::array<std::byte, kTileWords * kTileColumns * kWord> tile;
+    for (size_t i = 0; i < count; ++i)
+      interleave(&codes[(c + i) * kPack * columns + k], columns, length, &tile.at(i * length * kWord));
+    transpose_words(tile.data(), count, length, length, &words[(k * width + c) * kWord], width);
+  });
+  return words;
+}
+
+std::vector<std::byte> unpack_interleaved(std::span<const std::byte> words, size_t rows, size_t columns) {
+  BW_ASSERT(rows % kPack == 0 && words.size() == rows / kPack * columns * kWord);
+  const size_t width = rows / kPack;
+  std::vector<std::byte> codes(rows * columns);
+  for_each_tile(width, columns, kTileWords, kTileColumns, [&](size_t c, size_t count, size_t k, size_t length) {
+    std::array<std::byte, kTileWords * kTileColumns * kWord> tile;
+    transpose_words(&words[(k * width + c) * kWord], length, count, width, tile.data(), length);
+    for (size_t i = 0; i < count; ++i)
+      separate(&tile.at(i * length * kWord), length, &codes[(c + i) * kPack * columns + k], columns);
+  });
+  return codes;
+}
+
+std::vector<std::byte> transposed_bytes(std::span<const std::byte> from, size_t rows, size_t columns, size_t element) {
+  BW_ASSERT(from.size() == rows * columns * element);
+  constexpr size_t kTile = 64;  // of columns; what is read of them stays in the cache for the next rows
+  std::vector<std::byte> to(from.size());
+  const auto run = [&]<class T>(T /*type*/) {
+    for (size_t c = 0; c < columns; c += kTile)
+      for (size_t r = 0; r < rows; r += kTile)
+        transpose_simply<T>(from.data() + (r * columns + c) * element, std::min(kTile, rows - r),
+                            std::min(kTile, columns - c), columns, to.data() + (c * rows + r) * element, rows);
+  };
+  BW_ASSERT(element == 1 || element == 2 || element == 4);
+  if (element == 1) run(uint8_t{});
+  if (element == 2) run(uint16_t{});
+  if (element == 4) run(uint32_t{});
+  return to;
+}
+
+}  // namespace bitwright
