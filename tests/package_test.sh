@@ -4,6 +4,7 @@
 set -euo pipefail
 build=$(cd "$1" && pwd)
 page=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/docs/api.md
+export CMAKE_GENERATOR=Ninja  # a fresh machine has no make
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
