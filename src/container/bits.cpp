@@ -95,19 +95,24 @@ std::vector<std::byte> pack_bits(std::span<const std::byte> codes, int bits) {
   return out;
 }
 
-std::vector<std::byte> unpack_bits(std::span<const std::byte> packed, int bits, uint64_t count) {
-  BW_ASSERT(bits >= 1 && bits <= 8 && packed.size() >= packed_bytes(count, bits));
+void unpack_bits(std::span<const std::byte> packed, int bits, std::span<std::byte> codes) {
+  BW_ASSERT(bits >= 1 && bits <= 8 && packed.size() >= packed_bytes(codes.size(), bits));
   const Blocks unpack = kUnpack.at(static_cast<size_t>(bits - 1));
+  const size_t whole = codes.size() / kBlock, rest = codes.size() % kBlock;
+  unpack(packed.data(), whole, codes.data());
+  if (rest == 0) return;
+  std::array<std::byte, kBlock> last = {}, bytes = {};
+  std::copy_n(packed.begin() + static_cast<std::ptrdiff_t>(whole) * bits, packed_bytes(rest, bits), bytes.begin());
+  unpack(bytes.data(), 1, last.data());
+  std::copy_n(last.begin(), rest, codes.end() - static_cast<std::ptrdiff_t>(rest));
+}
+
+std::vector<std::byte> unpack_bits(std::span<const std::byte> packed, int bits, uint64_t count) {
+  BW_ASSERT(packed.size() >= packed_bytes(count, bits));
   std::vector<std::byte> codes(count);
   parallel_ranges(count, kGrain, [&](size_t begin, size_t end) {
-    const size_t whole = (end - begin) / kBlock, rest = (end - begin) % kBlock;
-    const std::byte* const from = packed.data() + packed_bytes(begin, bits);
-    unpack(from, whole, codes.data() + begin);
-    if (rest == 0) return;
-    std::array<std::byte, kBlock> last = {}, bytes = {};
-    std::copy_n(from + whole * static_cast<size_t>(bits), packed_bytes(rest, bits), bytes.begin());
-    unpack(bytes.data(), 1, last.data());
-    std::copy_n(last.begin(), rest, codes.begin() + static_cast<std::ptrdiff_t>(end - rest));
+    unpack_bits(packed.subspan(packed_bytes(begin, bits), packed_bytes(end - begin, bits)), bits,
+                std::span(codes).subspan(begin, end - begin));
   });
   return codes;
 }

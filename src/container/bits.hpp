@@ -21,4 +21,7 @@ void pack_bits(std::span<const std::byte> codes, int bits, std::span<std::byte> 
 /// The inverse, in parallel: `count` codes from at least packed_bytes(count, bits) bytes.
 std::vector<std::byte> unpack_bits(std::span<const std::byte> packed, int bits, uint64_t count);
 
+/// The same on this thread alone: codes.size() of them.
+void unpack_bits(std::span<const std::byte> packed, int bits, std::span<std::byte> codes);
+
 }  // namespace bitwright
