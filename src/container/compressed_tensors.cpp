@@ -619,20 +619,69 @@ Fit fit(const Scheme& scheme, const Shape& shape) {
 constexpr SchemeChoice integers(int bits, bool symmetric) {
   return {.bits = bits, .symmetric = symmetric, .group_size = 128};
 }
-constexpr SchemeChoice floats(std::string_view granularity) {
-  return {.quant_type = "e4m3", .bits = 8, .symmetric = true, .granularity = granularity, .group_size = 128};
+constexpr SchemeChoice floats(std::string_view granularity, bool weight_only) {
+  return {.quant_type = "e4m3",
+          .bits = 8,
+          .symmetric = true,
+          .granularity = granularity,
+          .group_size = 128,
+          .weight_only = weight_only};
 }
-constexpr SchemeChoice blocks(std::string_view type, int bits, int64_t size) {
-  return {.quant_type = type, .bits = bits, .symmetric = true, .group_size = size};
+constexpr SchemeChoice groups(std::string_view type, int bits, int64_t size, bool weight_only) {
+  return {.quant_type = type, .bits = bits, .symmetric = true, .group_size = size, .weight_only = weight_only};
 }
-// The library's presets: W4A16, W4A16_ASYM, W8A16 …, FP8_DYNAMIC, FP8, FP8_BLOCK, NVFP4A16, MXFP4A16, MXFP8A16.
+// The library's presets: W4A16, W4A16_ASYM, W8A16, W8A8, W4A8 … FP8_DYNAMIC, FP8_BLOCK, NVFP4A16, MXFP4A16 …
 constexpr std::array kChoices = {
-    integers(4, true),      integers(4, false),     integers(8, true),      integers(8, false), integers(3, true),
-    integers(3, false),     integers(2, true),      integers(2, false),     integers(5, true),  integers(5, false),
-    integers(6, true),      integers(6, false),     integers(7, true),      integers(7, false), integers(1, true),
-    integers(1, false),     floats("channel"),      floats("tensor"),       floats("block"),    floats("group"),
-    blocks("nvfp4", 4, 16), blocks("mxfp4", 4, 32), blocks("mxfp8", 8, 32),
+    integers(4, true),
+    integers(4, false),
+    integers(8, true),
+    integers(8, false),
+    SchemeChoice{.bits = 8, .symmetric = true, .granularity = "channel", .weight_only = false},
+    SchemeChoice{.bits = 4, .symmetric = true, .group_size = 128, .weight_only = false},
+    integers(3, true),
+    integers(3, false),
+    integers(2, true),
+    integers(2, false),
+    integers(5, true),
+    integers(5, false),
+    integers(6, true),
+    integers(6, false),
+    integers(7, true),
+    integers(7, false),
+    integers(1, true),
+    integers(1, false),
+    floats("channel", false),
+    floats("tensor", false),
+    floats("block", false),
+    floats("channel", true),
+    floats("tensor", true),
+    floats("block", true),
+    floats("group", true),
+    groups("nvfp4", 4, 16, true),
+    groups("nvfp4", 4, 16, false),
+    groups("mxfp4", 4, 32, true),
+    groups("mxfp4", 4, 32, false),
+    groups("mxfp8", 8, 32, true),
+    groups("mxfp8", 8, 32, false),
 };
+
+/// As the presets have it: each token by itself, of blocks and groups of floats as many of a token as in a group.
+QuantizedLinear linear_of(const SchemeChoice& choice) {
+  if (choice.quant_type == "nvfp4")
+    throw Error({.code = "needs-calibration",
+                 .what = "cannot quantize",
+                 .why = "activations in NVFP4 have a global scale that comes from data",
+                 .fix = "leave 'weight_only' out",
+                 .status = ExitStatus::usage});
+  const bool integer = choice.quant_type == "int", micro = choice.quant_type.starts_with("mx");
+  const bool grouped = micro || choice.granularity == "block";
+  const CompressedArguments a = {.bits = choice.quant_type == "mxfp4" ? 4 : 8,
+                                 .is_float = !integer,
+                                 .strategy = grouped ? "group" : "token",
+                                 .group_size = grouped ? choice.group_size : 0,
+                                 .power_scales = micro};
+  return {.input = ActivationScheme{.scheme = a.scheme(DType::f32), .dynamic = true}};
+}
 
 Scheme scheme_of(const SchemeChoice& choice, DType weight) {
   const bool integer = choice.quant_type == "int", four = choice.quant_type.ends_with("fp4");
@@ -683,6 +732,7 @@ const Container compressed_tensors_container = {
     .by_rows = true,
     .choices = kChoices,
     .make_scheme = scheme_of,
+    .make_linear = linear_of,
     .encode = encode_compressed_tensors};
 
 }  // namespace bitwright

@@ -132,7 +132,12 @@ class Pipeline {
   StoredTensor stored(size_t i) const {
     const TensorEntry& entry = source_.tensors()[i];
     const DType dtype = size_bytes(entry.dtype) < 2 ? DType::f16 : entry.dtype;  // which has every value of 8 bits
-    return {.name = entry.name, .shape = entry.shape, .scheme = *recipe_.tensors[i].scheme, .value_dtype = dtype};
+    const TensorPlan& plan = recipe_.tensors[i];
+    return {.name = entry.name,
+            .shape = entry.shape,
+            .scheme = *plan.scheme,
+            .value_dtype = dtype,
+            .linear = plan.linear};
   }
 
   /// What is done to which part of which tensor, and what comes of it.
