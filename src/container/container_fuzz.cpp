@@ -18,6 +18,13 @@ void add(Arrays& arrays, const std::string& name, DType dtype, const Shape& shap
   arrays[name] = {spec, std::vector<std::byte>(spec.bytes(), std::byte{1})};
 }
 
+void set_table(Arrays& arrays, const std::string& name, const ElementType& type) {
+  for (uint32_t code = 0; code < 1u << type.bits; ++code) {
+    const float value = type.decode(type, code);
+    from_f32(DType::f32, std::span(&value, 1), std::span(arrays[name].second).subspan(4 * code, 4));
+  }
+}
+
 Arrays make_arrays(const std::string& state) {
   Arrays arrays;
   add(arrays, "n.codes", DType::u8, {2, 32});
@@ -29,13 +36,21 @@ Arrays make_arrays(const std::string& state) {
   add(arrays, "b", DType::u8, {64, 1});
   add(arrays, "b.absmax", DType::f32, {2});
   add(arrays, "b.quant_map", DType::f32, {16});
-  const ElementType& nf4 = *find_element("nf4");
-  for (uint32_t code = 0; code < 16; ++code) {
-    const float value = nf4.decode(nf4, code);
-    from_f32(DType::f32, std::span(&value, 1), std::span(arrays["b.quant_map"].second).subspan(4 * code, 4));
-  }
+  set_table(arrays, "b.quant_map", *find_element("nf4"));
   add(arrays, "b.quant_state.bitsandbytes__nf4", DType::u8, {static_cast<int64_t>(state.size())});
+  // b and c (nested) have one state, whatever its text says.
+  add(arrays, "c", DType::u8, {64, 1});
+  add(arrays, "c.absmax", DType::u8, {2});
+  add(arrays, "c.nested_absmax", DType::f32, {1});
+  add(arrays, "c.nested_quant_map", DType::f32, {256});
+  set_table(arrays, "c.nested_quant_map", *find_element("dynamic8"));
+  arrays["c.quant_map"] = arrays["b.quant_map"];
+  arrays["c.quant_map"].first.name = "c.quant_map";
+  add(arrays, "i.weight", DType::i8, {2, 8});
+  add(arrays, "i.SCB", DType::f32, {2});
   const auto bytes = std::as_bytes(std::span(state));
+  add(arrays, "c.quant_state.bitsandbytes__nf4", DType::u8, {static_cast<int64_t>(state.size())});
+  arrays["c.quant_state.bitsandbytes__nf4"].second.assign(bytes.begin(), bytes.end());
   arrays["b.quant_state.bitsandbytes__nf4"].second.assign(bytes.begin(), bytes.end());
   return arrays;
 }
@@ -65,6 +80,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     for (const Container* container : all_containers()) {
       try {
         if (!container->detect(view)) continue;
+        if (container->model != nullptr) container->model(view);
         for (const StoredTensor& tensor : container->list(view)) {
           const QuantizedTensor t = container->unpack(tensor, view);
           check_sizes(t, "fuzz");

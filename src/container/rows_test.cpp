@@ -55,6 +55,68 @@ TEST(Rows, PiecesAreTheWhole) {
     }
 }
 
+/// Codes as [K, N], one scale a row as [1, N], and a table that does not depend on rows: GPTQ's form.
+std::vector<ArraySpec> columns_layout(const StoredTensor& t) {
+  const int64_t rows = row_count(t.shape), columns = t.shape.back();
+  return {{.name = "codes", .dtype = DType::u8, .shape = {columns, rows}, .row_axis = 1},
+          {.name = "scales", .dtype = DType::f16, .shape = {1, rows}, .row_axis = 1},
+          {.name = "order", .dtype = DType::i32, .shape = {columns}, .row_axis = ArraySpec::kNoRows}};
+}
+
+std::vector<NamedArray> columns_pack(const StoredTensor& t, const QuantizedTensor& values) {
+  const auto rows = static_cast<size_t>(row_count(t.shape)), columns = static_cast<size_t>(t.shape.back());
+  std::vector<std::byte> codes(rows * columns);
+  for (size_t r = 0; r < rows; ++r)
+    for (size_t c = 0; c < columns; ++c) codes[c * rows + r] = values.codes[r * columns + c];
+  const std::vector<ArraySpec> specs = columns_layout(t);
+  return {{specs[0], codes}, {specs[1], values.scale->codes}, {specs[2], std::vector<std::byte>(columns * 4)}};
+}
+
+/// All arrays of `whole`, put together from pieces as a writer does it.
+std::vector<std::vector<std::byte>> assembled(const Container& container, const StoredTensor& whole,
+                                              std::span<const float> values) {
+  const std::vector<ArraySpec> all = container.layout(whole);
+  std::vector<std::vector<std::byte>> arrays;
+  for (const ArraySpec& spec : all) arrays.emplace_back(spec.bytes());
+  const int64_t step = row_step(whole.scheme, whole.shape).value();
+  for (int64_t begin = 0; begin < row_count(whole.shape); begin += step) {
+    const StoredTensor piece = rows_of(whole, begin, std::min(row_count(whole.shape), begin + step));
+    const std::span<const float> part = values.subspan(static_cast<size_t>(begin * whole.shape.back()),
+                                                       static_cast<size_t>(element_count(piece.shape)));
+    const std::vector<ArraySpec> before = container.layout(rows_of(whole, 0, begin));
+    const std::vector<NamedArray> packed = container.pack(piece, encode(piece.scheme, piece.shape, part));
+    for (size_t a = 0; a < packed.size(); ++a) {
+      const Placement at = place(all[a], before[a], packed[a].spec);
+      EXPECT_EQ(at.run * at.runs, packed[a].data.size());
+      for (uint64_t r = 0; r < at.runs; ++r)
+        std::copy_n(packed[a].data.begin() + static_cast<std::ptrdiff_t>(r * at.run), at.run,
+                    arrays[a].begin() + static_cast<std::ptrdiff_t>(at.offset + r * at.stride));
+    }
+  }
+  return arrays;
+}
+
+TEST(Rows, PiecesLieWhereTheWholeHasThem) {
+  Container columns = *find_container("native");
+  columns.layout = columns_layout;
+  columns.pack = columns_pack;
+  const Scheme nf4 = {.element = find_element("nf4"), .scale = parameter(Grouping::flat(64), plain(DType::f32))};
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  for (const Shape& shape : {Shape{100, 64}, Shape{32, 33}, Shape{65, 8}})
+    for (const auto& [container, scheme] :
+         {std::pair<const Container*, Scheme>(&columns, integers(8, true, Grouping::channel(), false)),
+          {find_container("bitsandbytes"), nf4}}) {
+      SCOPED_TRACE(std::string(container->name) + " " + to_string(shape));
+      std::vector<float> values(static_cast<size_t>(element_count(shape)));
+      for (float& value : values) value = normal(random);
+      const StoredTensor whole = {.name = "w.weight", .shape = shape, .scheme = scheme};
+      const auto arrays = assembled(*container, whole, values);
+      const auto expected = container->pack(whole, encode(scheme, shape, values));
+      for (size_t a = 0; a < expected.size(); ++a) EXPECT_EQ(arrays[a], expected[a].data) << expected[a].spec.name;
+    }
+}
+
 TEST(Rows, WhatReachesAcrossRowsIsWhole) {
   const Shape shape = {4096, 4096};
   EXPECT_EQ(row_step(integers(8, true, Grouping::tensor(), false), shape), std::nullopt);

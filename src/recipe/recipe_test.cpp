@@ -230,5 +230,23 @@ TEST(Config, SetReachesEveryKey) {
   }
 }
 
+// A container's table fills in what is left open, the method too; what is said wins, and none is none.
+TEST(Recipe, ContainersChooseWhatIsLeftOpen) {
+  const Container* const bitsandbytes = find_container("bitsandbytes");
+  std::vector<TensorFacts> tensors = model();
+  std::erase_if(tensors, [](const TensorFacts& t) { return t.shape.size() != 2; });
+  const auto scheme = [&](const std::string& yaml) {
+    return scheme_of(resolve(read_request(config(yaml)), tensors, bitsandbytes), "q_proj");
+  };
+  EXPECT_EQ(scheme("{}"), "nf4, blocks of 64, float32 scales");
+  EXPECT_EQ(scheme("quantization: {method: fp4, scheme: {group_size: 128}}"), "fp4, blocks of 128, float32 scales");
+  EXPECT_EQ(scheme("quantization: {scheme: {nested_scales: true}}"),
+            "nf4, blocks of 64, double-quantized (dynamic8) scales");
+  EXPECT_EQ(scheme("quantization: {method: int8}"), "int8 symmetric, per channel, float32 scales");
+  EXPECT_EQ(scheme("quantization: {layer_configs: {\"*.q_proj\": {method: none}}}"), "method none");
+  EXPECT_THROW(scheme("quantization: {method: nvfp4}"), Error);
+  EXPECT_THROW(scheme("quantization: {method: none}"), Error);
+}
+
 }  // namespace
 }  // namespace bitwright
