@@ -52,16 +52,17 @@ bool stores(const StoredTensor& t, std::string_view suffix) {
   return std::ranges::find(t.arrays, prefix_of(t) + std::string(suffix)) != t.arrays.end();
 }
 
-/// Are integers packed into words? As they are stored; new ones where activations stay in floats, as the library
-/// decides.
+constexpr std::string_view kWords = "pack-quantized", kBytes = "int-quantized";  ///< variants: of integers
+
+/// New integers are packed where activations stay in floats, as the library decides.
 bool is_packed(const StoredTensor& t) {
   if (!is_integer(t.scheme)) return false;
-  return t.arrays.empty() ? !t.linear.input.has_value() : stores(t, kPacked);
+  return t.variant.empty() ? !t.linear.input.has_value() : t.variant == kWords;
 }
 
 std::string_view format_of(const StoredTensor& t) {
   if (is_fp4(t.scheme)) return is_nested(t.scheme) ? "nvfp4-pack-quantized" : "mxfp4-pack-quantized";
-  if (is_integer(t.scheme)) return is_packed(t) ? "pack-quantized" : "int-quantized";
+  if (is_integer(t.scheme)) return is_packed(t) ? kWords : kBytes;
   return has_power_scales(t.scheme) ? "mxfp8-quantized" : "float-quantized";
 }
 
@@ -406,7 +407,7 @@ class ModuleReader {
   void read_shape() {
     const bool packed = has(kPacked);
     const ArraySpec& weight = packed ? need(kPacked) : need(kWeight);
-    tensor_.arrays = {weight.name};  // by which `layout` knows how integers are stored
+    tensor_.variant = packed ? kWords : kBytes;
     if (has(kZero)) tensor_.arrays.push_back(name(kZero));
     if (has(kIndex)) tensor_.arrays.push_back(name(kIndex));
     if (weight.shape.size() != 2) fail(fmt::format("it is no matrix, its array has shape {}", to_string(weight.shape)));
