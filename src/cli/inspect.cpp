@@ -23,6 +23,12 @@ int bits_of(const TensorEntry& entry) {
   return entry.undecoded != nullptr ? static_cast<int>(entry.bits_per_weight()) : entry.scheme.element->bits;
 }
 
+/// What becomes of the inputs of linear layers while the model runs.
+std::string_view mode_of(const QuantizedLinear& linear) {
+  if (!linear.input) return "weight-only";
+  return linear.input->dynamic ? "dynamic activations" : "static activations";
+}
+
 /// What most quantized tensors share stands for the model; the others are in `tensors`.
 OrderedJson quantization_of(const Checkpoint& model) {
   OrderedJson affected = OrderedJson::array(), skipped = OrderedJson::array();
@@ -47,7 +53,7 @@ OrderedJson quantization_of(const Checkpoint& model) {
     json["container"] = model.container()->name;
     json["scheme"] = (schemes.size() == 1 ? "" : "mixed, mostly ") + most->first;
     json["bits"] = bits_of(example);
-    json["mode"] = "weight-only";
+    json["mode"] = mode_of(example.linear);
     if (scheme.scale && scheme.scale->grouping.size != 0) json["group_size"] = scheme.scale->grouping.size;
     if (example.undecoded == nullptr)
       json["symmetric"] = scheme.offset_kind == OffsetKind::none || scheme.offset_kind == OffsetKind::shift;

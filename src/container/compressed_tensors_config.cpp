@@ -262,10 +262,12 @@ Scheme CompressedArguments::scheme(DType scales) const {
   if (strategy == "block")
     grouping = {.kind = Grouping::Kind::block, .block_rows = block_rows, .block_columns = block_columns};
   if (indexed) grouping = {.kind = Grouping::Kind::index, .size = group_size};
-  Scheme stored = plain(power_scales ? DType::f8_e8m0 : scales);
+  Scheme stored;
   if (strategy == "tensor_group") {
     stored = {.element = &float_element(DType::f8_e4m3), .scale = parameter(Grouping::tensor(), plain(DType::f32))};
     stored.scale->divides = true;
+  } else {
+    stored = plain(power_scales ? DType::f8_e8m0 : scales);
   }
   Scheme scheme = {.scale = parameter(grouping, std::move(stored))};
   if (is_float) {
