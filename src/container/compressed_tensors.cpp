@@ -128,15 +128,29 @@ std::vector<ArraySpec> layout(const StoredTensor& t) {
 
 // ---- bytes ----
 
-/// Signed codes are stored as their distance from the lowest: the sign bit turned.
-void flip(std::span<std::byte> codes, unsigned bit) {
-  const auto mask = static_cast<std::byte>(bit);
-  for (std::byte& code : codes) code ^= mask;
+/// Signed codes are stored as their distance from the lowest: with the sign bit turned. Done to packed bytes, of which
+/// there are fewer: `count` codes of `bits` bits.
+void flip_signs(std::span<std::byte> packed, size_t count, int bits) {
+  constexpr size_t kPeriod = 64;  // codes: whole words of any width
+  const auto width = static_cast<size_t>(bits);
+  std::array<std::byte, kPeriod> signs = {}, pattern = {};
+  signs.fill(static_cast<std::byte>(1u << (bits - 1)));
+  const size_t period = packed_bytes(kPeriod, bits), whole = count * width / 8;
+  pack_bits(signs, bits, std::span(pattern).first(period));
+  size_t at = 0;
+  for (; whole - at >= period; at += period)
+    for (size_t i = 0; i < period; i += sizeof(uint64_t)) {
+      uint64_t word = 0, turned = 0;
+      std::memcpy(&word, &packed[at + i], sizeof word);
+      std::memcpy(&turned, &pattern[i], sizeof turned);
+      word ^= turned;
+      std::memcpy(&packed[at + i], &word, sizeof word);
+    }
+  for (size_t i = 0; at + i < whole; ++i) packed[at + i] ^= pattern.at(i);
+  if (const size_t rest = count * width % 8; rest != 0)
+    packed[whole] ^= pattern.at(whole - at) & static_cast<std::byte>((1u << rest) - 1);
 }
-/// The bit that differs between a code and what is packed; 0: none.
-unsigned packed_flip(const Scheme& scheme) {
-  return is_integer(scheme) && !is_asymmetric(scheme) ? 1u << (scheme.element->bits - 1) : 0;
-}
+bool flips(const Scheme& scheme) { return is_integer(scheme) && !is_asymmetric(scheme); }
 
 /// body(first row, end): rows that make whole words where rows are one stream, about as many as fit a cache.
 template <class Body>
@@ -160,38 +174,39 @@ struct RowStreams {
   size_t bytes() const { return static_cast<size_t>(rows) * row_bytes(); }
 };
 
-std::vector<std::byte> pack_rows(std::span<const std::byte> codes, const RowStreams& s, unsigned bit) {
+/// signs: are they turned?
+std::vector<std::byte> pack_rows(std::span<const std::byte> codes, const RowStreams& s, bool signs) {
   std::vector<std::byte> out(s.bytes());
   const auto columns = static_cast<size_t>(s.columns);
   for_each_stretch(s.rows, s.columns, [&](size_t begin, size_t end) {
     const auto from = codes.subspan(begin * columns, (end - begin) * columns);
-    std::vector<std::byte> flipped;
-    if (bit != 0) {
-      flipped.assign(from.begin(), from.end());
-      flip(flipped, bit);
-    }
-    const std::span<const std::byte> stored = bit != 0 ? std::span<const std::byte>(flipped) : from;
     const auto to = std::span(out).subspan(begin * s.row_bytes(), (end - begin) * s.row_bytes());
-    if (s.dense()) return pack_bits(stored, s.bits, to);
-    for (size_t r = 0; r < end - begin; ++r)
-      pack_bits(stored.subspan(r * columns, columns), s.bits,
-                to.subspan(r * s.row_bytes(), packed_bytes(columns, s.bits)));
+    const size_t line = s.dense() ? from.size() : columns, bytes = s.dense() ? to.size() : s.row_bytes();
+    for (size_t done = 0, at = 0; done < from.size(); done += line, at += bytes) {
+      pack_bits(from.subspan(done, line), s.bits, to.subspan(at, packed_bytes(line, s.bits)));
+      if (signs) flip_signs(to.subspan(at, bytes), line, s.bits);
+    }
   });
   return out;
 }
 
-std::vector<std::byte> unpack_rows(std::span<const std::byte> packed, const RowStreams& s, unsigned bit) {
+std::vector<std::byte> unpack_rows(std::span<const std::byte> packed, const RowStreams& s, bool signs) {
   const auto columns = static_cast<size_t>(s.columns);
   std::vector<std::byte> codes(static_cast<size_t>(s.rows) * columns);
   for_each_stretch(s.rows, s.columns, [&](size_t begin, size_t end) {
     const auto to = std::span(codes).subspan(begin * columns, (end - begin) * columns);
     const auto from = packed.subspan(begin * s.row_bytes(), (end - begin) * s.row_bytes());
-    if (s.dense())
-      unpack_bits(from, s.bits, to);
-    else
-      for (size_t r = 0; r < end - begin; ++r)
-        unpack_bits(from.subspan(r * s.row_bytes(), s.row_bytes()), s.bits, to.subspan(r * columns, columns));
-    if (bit != 0) flip(to, bit);
+    const size_t line = s.dense() ? to.size() : columns, bytes = s.dense() ? from.size() : s.row_bytes();
+    std::vector<std::byte> turned;
+    for (size_t done = 0, at = 0; done < to.size(); done += line, at += bytes) {
+      std::span<const std::byte> stored = from.subspan(at, bytes);
+      if (signs) {
+        turned.assign(stored.begin(), stored.end());
+        flip_signs(turned, line, s.bits);
+        stored = turned;
+      }
+      unpack_bits(stored, s.bits, to.subspan(done, line));
+    }
   });
   return codes;
 }
@@ -217,7 +232,7 @@ std::vector<T> transposed(std::span<const T> from, int64_t rows, int64_t columns
 /// Zero points [N, G], packed along N to words [ceil(N b / 32), G].
 std::vector<std::byte> pack_zeros(std::span<const std::byte> zeros, int64_t rows, int64_t groups, int bits) {
   const RowStreams s = {.rows = groups, .columns = rows, .bits = bits, .pad = kWord / 8};
-  const std::vector<std::byte> lines = pack_rows(transposed(zeros, rows, groups), s, 0);
+  const std::vector<std::byte> lines = pack_rows(transposed(zeros, rows, groups), s, false);
   std::vector<uint32_t> words_of(lines.size() / sizeof(uint32_t));
   std::memcpy(words_of.data(), lines.data(), lines.size());
   const auto turned = transposed<uint32_t>(words_of, groups, words(rows, bits));
@@ -230,27 +245,29 @@ std::vector<std::byte> unpack_zeros(std::span<const std::byte> packed, int64_t r
   std::memcpy(words_of.data(), packed.data(), packed.size());
   const auto lines = transposed<uint32_t>(words_of, words(rows, bits), groups);
   const RowStreams s = {.rows = groups, .columns = rows, .bits = bits, .pad = kWord / 8};
-  return transposed<std::byte>(unpack_rows(std::as_bytes(std::span(lines)), s, 0), groups, rows);
+  return transposed<std::byte>(unpack_rows(std::as_bytes(std::span(lines)), s, false), groups, rows);
 }
 
 /// Codes in the low bits of a byte as I8: signed ones with their sign above, unsigned ones less half their range.
 std::vector<std::byte> to_i8(std::span<const std::byte> codes, const ElementType& type) {
-  std::vector<std::byte> out(codes.size());
-  const int half = 1 << (type.bits - 1), turned = type.lowest < 0 ? half : 0;
-  for (size_t i = 0; i < codes.size(); ++i)
-    out[i] = static_cast<std::byte>((std::to_integer<int>(codes[i]) ^ turned) - half);
+  std::vector<std::byte> out(codes.begin(), codes.end());
+  const unsigned half = 1u << (type.bits - 1);
+  const auto turned = static_cast<uint8_t>(type.lowest < 0 ? half : 0), less = static_cast<uint8_t>(half);
+  if (type.bits == 8 && type.lowest < 0) return out;  // they are the same
+  for (std::byte& code : out) code = static_cast<std::byte>((std::to_integer<uint8_t>(code) ^ turned) - less);
   return out;
 }
 std::vector<std::byte> from_i8(std::span<const std::byte> stored, const ElementType& type) {
-  std::vector<std::byte> out(stored.size());
-  const int half = 1 << (type.bits - 1), shift = type.lowest < 0 ? 0 : half, mask = 2 * half - 1;
-  for (size_t i = 0; i < stored.size(); ++i)
-    out[i] = static_cast<std::byte>((std::to_integer<int>(stored[i]) + shift) & mask);
+  std::vector<std::byte> out(stored.begin(), stored.end());
+  const unsigned half = 1u << (type.bits - 1);
+  const auto more = static_cast<uint8_t>(type.lowest < 0 ? 0 : half), mask = static_cast<uint8_t>(2 * half - 1);
+  if (type.bits == 8 && type.lowest < 0) return out;
+  for (std::byte& code : out) code = static_cast<std::byte>((std::to_integer<uint8_t>(code) + more) & mask);
   return out;
 }
 
 std::vector<std::byte> pack_weight(const StoredTensor& t, const QuantizedTensor& values) {
-  if (is_fp4(t.scheme) || is_packed(t)) return pack_rows(values.codes, streams_of(t), packed_flip(t.scheme));
+  if (is_fp4(t.scheme) || is_packed(t)) return pack_rows(values.codes, streams_of(t), flips(t.scheme));
   return is_integer(t.scheme) ? to_i8(values.codes, *t.scheme.element) : values.codes;
 }
 
@@ -304,7 +321,7 @@ QuantizedTensor unpack(const StoredTensor& t, const CheckpointView& checkpoint) 
   const auto bytes = [&](std::string_view suffix) { return checkpoint.bytes(prefix + std::string(suffix)); };
   QuantizedTensor values = {.scheme = t.scheme, .shape = t.shape};
   if (is_fp4(t.scheme) || is_packed(t)) {
-    values.codes = unpack_rows(bytes(kPacked), streams_of(t), packed_flip(t.scheme));
+    values.codes = unpack_rows(bytes(kPacked), streams_of(t), flips(t.scheme));
   } else {
     const std::span<const std::byte> stored = bytes(kWeight);
     values.codes = is_integer(t.scheme) ? from_i8(stored, *t.scheme.element)
