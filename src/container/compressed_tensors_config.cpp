@@ -292,7 +292,7 @@ const CompressedGroup* CompressedConfig::find(const CheckpointView& checkpoint, 
           return &group;
   const auto names_class = [](const CompressedGroup& group) {
     return std::ranges::any_of(group.targets, [](const std::string& target) {
-      return !target.starts_with(kRegex) && target.find('.') == std::string::npos;
+      return !target.empty() && target[0] >= 'A' && target[0] <= 'Z';  // which no module's name begins with
     });
   };
   const auto found = std::ranges::find_if(groups, names_class);

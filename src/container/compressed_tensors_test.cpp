@@ -645,10 +645,18 @@ TEST(CompressedTensors, ModulesFindTheirGroup) {
   };
   EXPECT_EQ(with_targets({"Linear"}, {"model.layers.1.down_proj"}), "none");
   EXPECT_EQ(with_targets({"Linear"}, {"re:.*down_proj"}), "none");
+  EXPECT_EQ(with_targets({"lm_head", "Linear"}, {"re:.*down_proj"}), "none");
   EXPECT_EQ(with_targets({"re:.*(up|gate)_proj$"}, {"re:model[.]layers[.]1"}), "none");
   EXPECT_EQ(with_targets({"re:up_proj"}, {"re:.*down_proj"}), "bad-container");  // from the start of the name
   EXPECT_EQ(with_targets({"Linear"}, {"re:.*up_proj"}), "bad-container");
   EXPECT_EQ(with_targets({"re:("}, {"re:.*up_proj"}), "unsupported-container");
+  EXPECT_EQ(with_targets({"model.layers.0.mlp.up_proj"}, {"Linear"}), "none");
+  groups["group_2"] = groups["group_0"];
+  groups["group_2"]["targets"] = Json::array({"Linear"});
+  groups["group_0"] = groups["group_1"];
+  EXPECT_EQ(with_targets({"lm_head"}, {"model.layers.1.down_proj"}), "none");  // a name is no class
+  groups["group_0"] = groups["group_2"];
+  groups.erase("group_2");
   EXPECT_EQ(with_targets({"model.layers.0.mlp.up_proj"}, {"Linear"}), "none");
   const auto listed_now = ct().list(both.view());
   ASSERT_EQ(listed_now.size(), 2u);

@@ -133,11 +133,8 @@ class Pipeline {
     const TensorEntry& entry = source_.tensors()[i];
     const DType dtype = size_bytes(entry.dtype) < 2 ? DType::f16 : entry.dtype;  // which has every value of 8 bits
     const TensorPlan& plan = recipe_.tensors[i];
-    return {.name = entry.name,
-            .shape = entry.shape,
-            .scheme = *plan.scheme,
-            .value_dtype = dtype,
-            .linear = plan.linear};
+    return {
+        .name = entry.name, .shape = entry.shape, .scheme = *plan.scheme, .value_dtype = dtype, .linear = plan.linear};
   }
 
   /// What is done to which part of which tensor, and what comes of it.
