@@ -114,6 +114,7 @@ struct SchemeChoice {
   int64_t group_size = 0;                  ///< for group and flat
   std::string_view scale_dtype = kWeightDtype;
   bool nested_scales = false;
+  bool weight_only = true;                                    ///< activations stay in floats
   static constexpr std::string_view kWeightDtype = "weight";  ///< f32, f16 or bf16, as the weight is
 };
 
@@ -153,6 +154,9 @@ struct Container {
   std::span<const SchemeChoice> choices{};
   /// The scheme by which the owner stores a choice; null: the common one. dtype: of the weight.
   Scheme (*make_scheme)(const SchemeChoice& choice, DType dtype) = nullptr;
+  /// What is done to the inputs of layers where a choice is not weight_only. Throws Error where that takes data.
+  /// Null: it holds weights alone.
+  QuantizedLinear (*make_linear)(const SchemeChoice& choice) = nullptr;
   /// How the owner rounds a float weight to a scheme that fits, bit for bit: what rtn with the range minmax writes.
   /// Null: as scheme/ defines it. Throws what scheme/'s encode throws.
   QuantizedTensor (*encode)(const Scheme& scheme, const Shape& shape, WeightView weight) = nullptr;

@@ -48,6 +48,25 @@ Arrays make_arrays(const std::string& state) {
   set_table(arrays, "c.nested_quant_map", *find_element("dynamic8"));
   arrays["c.quant_map"] = arrays["b.quant_map"];
   arrays["c.quant_map"].first.name = "c.quant_map";
+  // compressed-tensors: modules w (packed, with zero points), v (fp4), f (fp8) and x (int8) by one configuration.
+  add(arrays, "w.weight_packed", DType::i32, {2, 8});
+  add(arrays, "w.weight_scale", DType::bf16, {2, 2});
+  add(arrays, "w.weight_zero_point", DType::i32, {1, 2});
+  add(arrays, "w.weight_shape", DType::i64, {2});
+  add(arrays, "w.weight_g_idx", DType::i32, {64});
+  arrays["w.weight_shape"].second.assign(16, std::byte{0});
+  arrays["w.weight_shape"].second[0] = std::byte{2};
+  arrays["w.weight_shape"].second[8] = std::byte{64};
+  arrays["w.weight_g_idx"].second.assign(256, std::byte{0});
+  add(arrays, "v.weight_packed", DType::u8, {2, 16});
+  add(arrays, "v.weight_scale", DType::f8_e4m3, {2, 2});
+  add(arrays, "v.weight_global_scale", DType::f32, {1});
+  add(arrays, "f.weight", DType::f8_e4m3, {2, 8});
+  add(arrays, "f.weight_scale", DType::f32, {1});
+  add(arrays, "f.input_scale", DType::f32, {1});
+  add(arrays, "x.weight", DType::i8, {2, 8});
+  add(arrays, "x.weight_scale", DType::f32, {2, 1});
+  add(arrays, "x.k_scale", DType::f32, {1});
   add(arrays, "i.weight", DType::i8, {2, 8});
   add(arrays, "i.SCB", DType::f32, {2});
   const auto bytes = std::as_bytes(std::span(state));

@@ -75,6 +75,12 @@ double bits_of(const TensorEntry& entry) {
 
 bool is_quantized(const TensorEntry& entry) { return entry.quantized() || entry.undecoded != nullptr; }
 
+/// What becomes of the inputs of linear layers while the model runs.
+std::string_view mode_of(const QuantizedLinear& linear) {
+  if (!linear.input) return "weight-only";
+  return linear.input->dynamic ? "dynamic activations" : "static activations";
+}
+
 /// What most quantized tensors share stands for the model.
 struct Common {
   std::string scheme;
@@ -119,7 +125,7 @@ OrderedJson stored_quantization(const Checkpoint& model) {
             {"container", model.container()->name},
             {"scheme", common.scheme},
             {"bits", static_cast<int>(bits_of(example))},
-            {"mode", "weight-only"}};
+            {"mode", mode_of(example.linear)}};
     if (scheme.scale && scheme.scale->grouping.size != 0) json["group_size"] = scheme.scale->grouping.size;
     if (example.undecoded == nullptr)
       json["symmetric"] = scheme.offset_kind == OffsetKind::none || scheme.offset_kind == OffsetKind::shift;

@@ -51,9 +51,10 @@ std::vector<TensorFacts> facts_of(const Checkpoint& source) {
   return facts;
 }
 
-StoredTensor stored_tensor(const TensorEntry& entry, const Scheme& scheme) {
+StoredTensor stored_tensor(const TensorEntry& entry, const TensorPlan& plan) {
   const DType dtype = size_bytes(entry.dtype) < 2 ? DType::f16 : entry.dtype;  // which has every value of 8 bits
-  return {.name = entry.name, .shape = entry.shape, .scheme = scheme, .value_dtype = dtype};
+  return {
+      .name = entry.name, .shape = entry.shape, .scheme = *plan.scheme, .value_dtype = dtype, .linear = plan.linear};
 }
 
 OutputLayout lay_out(const Checkpoint& source, const QuantizationRequest& request, const Container& container,
@@ -63,8 +64,8 @@ OutputLayout lay_out(const Checkpoint& source, const QuantizationRequest& reques
   std::vector<StoredTensor> quantized;
   for (size_t i = 0; i < layout.recipe.tensors.size(); ++i) {
     const TensorEntry& entry = source.tensors()[i];
-    if (const auto& scheme = layout.recipe.tensors[i].scheme) {
-      quantized.push_back(stored_tensor(entry, *scheme));
+    if (const TensorPlan& plan = layout.recipe.tensors[i]; plan.scheme) {
+      quantized.push_back(stored_tensor(entry, plan));
       check_fits(quantized.back(), container);
       layout.arrays.push_back(container.layout(quantized.back()));
     } else {

@@ -22,7 +22,7 @@ OutputLayout lay_out(const Checkpoint& source, const QuantizationRequest& reques
                      uint64_t max_shard_bytes);
 
 /// A tensor of the source as it will be stored.
-StoredTensor stored_tensor(const TensorEntry& entry, const Scheme& scheme);
+StoredTensor stored_tensor(const TensorEntry& entry, const TensorPlan& plan);
 
 /// What a recipe needs to know of the tensors.
 std::vector<TensorFacts> facts_of(const Checkpoint& source);

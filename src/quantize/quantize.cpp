@@ -122,7 +122,7 @@ class Pipeline {
   }
 
  private:
-  StoredTensor stored(size_t i) const { return stored_tensor(source_.tensors()[i], *recipe_.tensors[i].scheme); }
+  StoredTensor stored(size_t i) const { return stored_tensor(source_.tensors()[i], recipe_.tensors[i]); }
 
   std::vector<StoredTensor> quantized_tensors() const {
     std::vector<StoredTensor> tensors;

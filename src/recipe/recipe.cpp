@@ -29,6 +29,7 @@ void read_settings(const OrderedJson& scheme, const OrderedJson& rest, Quantizat
   take(rest, "method", s.method);
   take(rest, "algorithm", s.algorithm);
   take(rest, "range", s.range);
+  take(rest, "weight_only", s.weight_only);
   take(scheme, "bits", s.bits);
   take(scheme, "symmetric", s.symmetric);
   take(scheme, "granularity", s.granularity);
@@ -58,6 +59,7 @@ QuantizationSettings merge(QuantizationSettings base, const QuantizationSettings
   set(base.group_size, over.group_size);
   set(base.symmetric, over.symmetric);
   set(base.nested_scales, over.nested_scales);
+  set(base.weight_only, over.weight_only);
   return base;
 }
 
@@ -74,7 +76,7 @@ QuantizationSettings merge(QuantizationSettings base, const QuantizationSettings
 struct Resolved {
   std::string quant_type, granularity, scale_dtype, range;
   int64_t bits, group_size;
-  bool symmetric, nested_scales;
+  bool symmetric, nested_scales, weight_only;
 };
 
 /// What a method means: its kind of code and its bits; 0: those of the kind.
@@ -128,6 +130,7 @@ const SchemeChoice* choose(const QuantizationSettings& s, const Container* conta
     const bool wanted =
         (!quant_type || *quant_type == choice.quant_type) && (!bits || *bits == choice.bits) &&
         (!s.symmetric || *s.symmetric == choice.symmetric) &&
+        (!s.weight_only || *s.weight_only == choice.weight_only) &&
         (!s.granularity || *s.granularity == choice.granularity) &&
         (!s.group_size || is_sized(s.granularity.value_or(std::string(choice.granularity)))) &&
         (!s.scale_dtype || choice.scale_dtype == SchemeChoice::kWeightDtype || *s.scale_dtype == choice.scale_dtype);
@@ -182,6 +185,10 @@ Resolved fill_in(const QuantizationSettings& s, const Container* container) {
   r.nested_scales = s.nested_scales.value_or(c.nested_scales);
   if (r.nested_scales && s.scale_dtype && *s.scale_dtype != "float32")
     contradiction("nested scales are 8-bit codes under float32", "leave 'scale_dtype' out");
+  r.weight_only = s.weight_only.value_or(c.weight_only);
+  if (!r.weight_only && (container == nullptr || container->make_linear == nullptr))
+    contradiction(fmt::format("{} holds weights alone", container == nullptr ? "this container" : container->name),
+                  "leave 'weight_only' out, or choose --format compressed-tensors");
   const std::string range = s.range.value_or("auto");
   const bool searches = r.quant_type == "int" && r.bits < 8 && (container == nullptr || container->encode == nullptr);
   r.range = range == "auto" ? (searches ? "mse" : "minmax") : range;
@@ -222,16 +229,20 @@ DType scale_dtype_of(const Resolved& r, DType weight) {
   return weight == DType::f32 || weight == DType::bf16 ? weight : DType::f16;
 }
 
+/// Refers to `r`.
+SchemeChoice choice_of(const Resolved& r) {
+  return {.quant_type = r.quant_type,
+          .bits = static_cast<int>(r.bits),
+          .symmetric = r.symmetric,
+          .granularity = r.granularity,
+          .group_size = r.group_size,
+          .scale_dtype = r.scale_dtype,
+          .nested_scales = r.nested_scales,
+          .weight_only = r.weight_only};
+}
+
 Scheme scheme_of(const Resolved& r, const Container* container, DType weight) {
-  if (container != nullptr && container->make_scheme != nullptr)
-    return container->make_scheme({.quant_type = r.quant_type,
-                                   .bits = static_cast<int>(r.bits),
-                                   .symmetric = r.symmetric,
-                                   .granularity = r.granularity,
-                                   .group_size = r.group_size,
-                                   .scale_dtype = r.scale_dtype,
-                                   .nested_scales = r.nested_scales},
-                                  weight);
+  if (container != nullptr && container->make_scheme != nullptr) return container->make_scheme(choice_of(r), weight);
   const Grouping grouping = grouping_of(r);
   Scheme scales = plain(r.nested_scales ? DType::f32 : scale_dtype_of(r, weight));
   if (r.nested_scales) scales = nested_scales(r.quant_type != "int");
@@ -263,6 +274,7 @@ OrderedJson to_json(const Resolved& r, const Algorithm& algorithm) {
   if (r.group_size != 0) json["group_size"] = r.group_size;
   json["scale_dtype"] = r.nested_scales ? "float32" : r.scale_dtype;
   json["nested_scales"] = r.nested_scales;
+  if (!r.weight_only) json["weight_only"] = false;
   return json;
 }
 
@@ -332,6 +344,7 @@ class Resolver {
     if (!plan.reason.empty()) return plan;
     const Resolved r = fill_in(settings, container_);
     plan.scheme = scheme_of(r, container_, t.dtype);
+    if (!r.weight_only) plan.linear = container_->make_linear(choice_of(r));
     plan.algorithm = algorithm_of(settings);
     plan.options.range = r.range == "mse" ? RangeRule::mse : RangeRule::minmax;
     plan.options.owner = container_ != nullptr ? container_->encode : nullptr;
@@ -406,8 +419,6 @@ QuantizationRequest read_request(const OrderedJson& config) {
   request.skip_modules = {"lm_head"};
   const OrderedJson* section = find_config(config, "quantization");
   if (section == nullptr) return request;
-  if (const OrderedJson* only = find_config(config, "quantization.weight_only"); only != nullptr && *only == false)
-    contradiction("activations are not quantized here yet, only weights", "leave 'weight_only' out");
   const OrderedJson* scheme = find_config(config, "quantization.scheme");
   read_settings(scheme != nullptr ? *scheme : OrderedJson::object(), *section, request.settings);
   if (const OrderedJson* skip = find_config(config, "quantization.skip_modules"))

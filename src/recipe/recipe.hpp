@@ -19,7 +19,7 @@ namespace bitwright {
 struct QuantizationSettings {
   std::optional<std::string> method{}, algorithm{}, range{}, granularity{}, scale_dtype{}, quant_type{};
   std::optional<int64_t> bits{}, group_size{};
-  std::optional<bool> symmetric{}, nested_scales{};
+  std::optional<bool> symmetric{}, nested_scales{}, weight_only{};
 };
 
 /// Settings for the modules that `pattern` matches.
@@ -55,6 +55,7 @@ inline constexpr std::string_view kNotMatrix = "not a matrix";
 struct TensorPlan {
   std::string name;
   std::optional<Scheme> scheme{};  ///< none: kept as it is
+  QuantizedLinear linear{};        ///< what is done to the layer's activations
   const Algorithm* algorithm = nullptr;
   AlgorithmOptions options{};
   std::string reason{};  ///< why it is kept

@@ -178,8 +178,8 @@ TEST(Config, ValuesAreChecked) {
        {"quantization: int8", "quantization: {method: 8}", "quantization: {method: int8, scheme: {bits: 9}}",
         "quantization: {method: int8, scheme: {bits: '8'}}", "quantization: {method: int8, scheme: {symmetric: 1}}",
         "quantization: {skip_modules: lm_head}", "quantization: {layer_configs: [a]}",
-        "quantization: {layer_configs: {a: 8}}", "quantization: {weight_only: false}",
-        "quantization: {algorithm: magic}", "quantization: {scheme: {group_size: 0}}"}) {
+        "quantization: {layer_configs: {a: 8}}", "quantization: {weight_only: 1}", "quantization: {algorithm: magic}",
+        "quantization: {scheme: {group_size: 0}}"}) {
     EXPECT_EQ(error_of(yaml).code(), "bad-value") << yaml;
     EXPECT_EQ(error_of(yaml).status(), ExitStatus::usage) << yaml;
   }
