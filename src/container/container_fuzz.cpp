@@ -55,6 +55,35 @@ Arrays make_arrays(const std::string& state) {
   return arrays;
 }
 
+/// Arrays of the containers that look for any weight without a scale: only of the one that config.json names.
+void add_named(Arrays& arrays, std::string_view config) {
+  const auto named = [&](std::string_view name) { return config.find(name) != std::string_view::npos; };
+  if (named("\"fp8\"") || named("fbgemm")) {
+    add(arrays, "f.weight", DType::f8_e4m3, {4, 8});
+    add(arrays, "f.weight_scale_inv", DType::f32, {2, 2});
+    add(arrays, "g.weight", DType::f8_e4m3, {4, 8});
+    add(arrays, "g.weight_scale", DType::f32, {});
+    add(arrays, "g.input_scale", DType::f32, {1});
+    add(arrays, "h.weight", DType::f8_e4m3, {4, 8});
+    add(arrays, "h.weight_scale", DType::f32, {4, 1});
+  }
+  if (named("modelopt")) {
+    add(arrays, "f.weight", DType::f8_e4m3, {4, 32});
+    add(arrays, "f.weight_scale", DType::f32, named("CHANNEL") ? Shape{4} : Shape{});
+    add(arrays, "f.input_scale", DType::f32, {});
+    if (named("MIXED")) {
+      add(arrays, "g.weight", DType::u8, {4, 16});
+      add(arrays, "g.weight_scale", DType::f8_e4m3, {4, 2});
+      add(arrays, "g.weight_scale_2", DType::f32, {});
+    }
+    add(arrays, "f.k_scale", DType::f32, {});
+  }
+  if (named("mxfp4")) {
+    add(arrays, "e.experts.down_proj_blocks", DType::u8, {2, 3, 1, 16});
+    add(arrays, "e.experts.down_proj_scales", DType::u8, {2, 3, 1});
+  }
+}
+
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
@@ -65,16 +94,19 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     else
       lines[line] += static_cast<char>(data[i]);
   }
-  const Arrays arrays = make_arrays(lines[2]);
+  Arrays arrays = make_arrays(lines[2]);
+  add_named(arrays, lines[0]);
   std::map<std::string, ArraySpec, std::less<>> specs;
   for (const auto& [name, array] : arrays) specs[name] = array.first;
   try {
     const Json config = parse_json(lines[0], "config"), metadata = parse_json(lines[1], "metadata");
     if (!config.is_object() || !metadata.is_object()) return 0;
+    const std::map<std::string, Json, std::less<>> documents = {{"hf_quant_config.json", metadata}};
     const CheckpointView view = {
         .arrays = specs,
         .config = config,
         .quantization_metadata = metadata,
+        .documents = &documents,
         .bytes = [&](const std::string& name) { return std::span<const std::byte>(arrays.at(name).second); },
         .where = "fuzz"};
     for (const Container* container : all_containers()) {
