@@ -295,7 +295,8 @@ void check_torchao(const GoldenCase& c) {
     const auto group = std::span(input).subspan(g * each, each);
     const Range values = min_max_range({}, group);
     AffineParameters p = choose_affine(values, mapping, range, kSmallestNormal);
-    const float middle = static_cast<float>((range.low + range.high + 1) / 2);
+    const int64_t middle_code = (range.low + range.high + 1) / 2;
+    const auto middle = static_cast<float>(middle_code);
     float zero = static_cast<float>(p.zero);
     if (tinygemm) {  // the range as it is, zero where its middle code lies
       p.scale = std::max((values.high - values.low) / static_cast<float>(range.high - range.low), kTinygemmLeast);
