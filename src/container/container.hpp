@@ -131,6 +131,8 @@ struct Container {
   std::vector<StoredTensor> (*list)(const CheckpointView& checkpoint);
   /// What of a quantized model belongs to none of its weights; null: nothing.
   QuantizedModel (*model)(const CheckpointView& checkpoint) = nullptr;
+  /// Does the owner store this weight this way at all? Others are kept in floats, unasked. Null: every matrix.
+  bool (*takes)(std::string_view name, const Shape& shape) = nullptr;
   /// Can this layout hold `scheme` at `shape`, and why not (shapes that the owner refuses, too)? Asked before a byte is
   /// written.
   Fit (*fit)(const Scheme& scheme, const Shape& shape);

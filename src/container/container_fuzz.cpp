@@ -48,25 +48,6 @@ Arrays make_arrays(const std::string& state) {
   set_table(arrays, "c.nested_quant_map", *find_element("dynamic8"));
   arrays["c.quant_map"] = arrays["b.quant_map"];
   arrays["c.quant_map"].first.name = "c.quant_map";
-  // compressed-tensors: modules w (packed, with zero points), v (fp4), f (fp8) and x (int8) by one configuration.
-  add(arrays, "w.weight_packed", DType::i32, {2, 8});
-  add(arrays, "w.weight_scale", DType::bf16, {2, 2});
-  add(arrays, "w.weight_zero_point", DType::i32, {1, 2});
-  add(arrays, "w.weight_shape", DType::i64, {2});
-  add(arrays, "w.weight_g_idx", DType::i32, {64});
-  arrays["w.weight_shape"].second.assign(16, std::byte{0});
-  arrays["w.weight_shape"].second[0] = std::byte{2};
-  arrays["w.weight_shape"].second[8] = std::byte{64};
-  arrays["w.weight_g_idx"].second.assign(256, std::byte{0});
-  add(arrays, "v.weight_packed", DType::u8, {2, 16});
-  add(arrays, "v.weight_scale", DType::f8_e4m3, {2, 2});
-  add(arrays, "v.weight_global_scale", DType::f32, {1});
-  add(arrays, "f.weight", DType::f8_e4m3, {2, 8});
-  add(arrays, "f.weight_scale", DType::f32, {1});
-  add(arrays, "f.input_scale", DType::f32, {1});
-  add(arrays, "x.weight", DType::i8, {2, 8});
-  add(arrays, "x.weight_scale", DType::f32, {2, 1});
-  add(arrays, "x.k_scale", DType::f32, {1});
   add(arrays, "i.weight", DType::i8, {2, 8});
   add(arrays, "i.SCB", DType::f32, {2});
   const auto bytes = std::as_bytes(std::span(state));
@@ -99,13 +80,72 @@ Arrays make_awq(bool gemv) {
   return arrays;
 }
 
+/// Modules w (packed, with zero points), v (fp4), f (fp8) and x (int8) by one configuration.
+Arrays make_compressed_tensors() {
+  Arrays arrays;
+  add(arrays, "w.weight_packed", DType::i32, {2, 8});
+  add(arrays, "w.weight_scale", DType::bf16, {2, 2});
+  add(arrays, "w.weight_zero_point", DType::i32, {1, 2});
+  add(arrays, "w.weight_shape", DType::i64, {2});
+  add(arrays, "w.weight_g_idx", DType::i32, {64});
+  arrays["w.weight_shape"].second.assign(16, std::byte{0});
+  arrays["w.weight_shape"].second[0] = std::byte{2};
+  arrays["w.weight_shape"].second[8] = std::byte{64};
+  arrays["w.weight_g_idx"].second.assign(256, std::byte{0});
+  add(arrays, "v.weight_packed", DType::u8, {2, 16});
+  add(arrays, "v.weight_scale", DType::f8_e4m3, {2, 2});
+  add(arrays, "v.weight_global_scale", DType::f32, {1});
+  add(arrays, "f.weight", DType::f8_e4m3, {2, 8});
+  add(arrays, "f.weight_scale", DType::f32, {1});
+  add(arrays, "f.input_scale", DType::f32, {1});
+  add(arrays, "x.weight", DType::i8, {2, 8});
+  add(arrays, "x.weight_scale", DType::f32, {2, 1});
+  add(arrays, "x.k_scale", DType::f32, {1});
+  return arrays;
+}
+
+/// By tensor, by row, by block.
+Arrays make_fp8() {
+  Arrays arrays;
+  add(arrays, "f.weight", DType::f8_e4m3, {4, 8});
+  add(arrays, "f.weight_scale_inv", DType::f32, {2, 2});
+  add(arrays, "g.weight", DType::f8_e4m3, {4, 8});
+  add(arrays, "g.weight_scale", DType::f32, {});
+  add(arrays, "g.input_scale", DType::f32, {1});
+  add(arrays, "h.weight", DType::f8_e4m3, {4, 8});
+  add(arrays, "h.weight_scale", DType::f32, {4, 1});
+  return arrays;
+}
+
+Arrays make_modelopt(bool by_row, bool mixed) {
+  Arrays arrays;
+  add(arrays, "f.weight", DType::f8_e4m3, {4, 32});
+  add(arrays, "f.weight_scale", DType::f32, by_row ? Shape{4} : Shape{});
+  add(arrays, "f.input_scale", DType::f32, {});
+  add(arrays, "f.k_scale", DType::f32, {});
+  if (!mixed) return arrays;
+  add(arrays, "g.weight", DType::u8, {4, 16});
+  add(arrays, "g.weight_scale", DType::f8_e4m3, {4, 2});
+  add(arrays, "g.weight_scale_2", DType::f32, {});
+  return arrays;
+}
+
+Arrays make_mxfp4() {
+  Arrays arrays;
+  add(arrays, "e.experts.down_proj_blocks", DType::u8, {2, 3, 1, 16});
+  add(arrays, "e.experts.down_proj_scales", DType::u8, {2, 3, 1});
+  return arrays;
+}
+
 void read_all(const Arrays& arrays, const Json& config, const Json& metadata) {
   std::map<std::string, ArraySpec, std::less<>> specs;
   for (const auto& [name, array] : arrays) specs[name] = array.first;
+  const std::map<std::string, Json, std::less<>> documents = {{"hf_quant_config.json", metadata}};
   const CheckpointView view = {
       .arrays = specs,
       .config = config,
       .quantization_metadata = metadata,
+      .documents = &documents,
       .bytes = [&](const std::string& name) { return std::span<const std::byte>(arrays.at(name).second); },
       .where = "fuzz"};
   for (const Container* container : all_containers()) {
@@ -135,7 +175,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   try {
     const Json config = parse_json(lines[0], "config"), metadata = parse_json(lines[1], "metadata");
     if (!config.is_object() || !metadata.is_object()) return 0;
-    for (const Arrays& arrays : {make_arrays(lines[2]), make_gptq(lines[2]), make_awq(false), make_awq(true)})
+    for (const Arrays& arrays : {make_arrays(lines[2]), make_gptq(lines[2]), make_awq(false), make_awq(true),
+                                 make_compressed_tensors(), make_fp8(), make_modelopt(false, false),
+                                 make_modelopt(true, false), make_modelopt(false, true), make_mxfp4()})
       read_all(arrays, config, metadata);
   } catch (const Error&) {
   }

@@ -16,7 +16,9 @@ int64_t rows_of_groups(const Grouping& grouping, const Shape& shape) {
   const int64_t columns = shape.back();
   switch (grouping.kind) {
     case Grouping::Kind::axis:
-      return grouping.axis == -1 ? 1 : 0;
+      if (grouping.axis == -1) return 1;
+      // Of a stack of matrices, whole ones: their groups are those of one matrix of all their rows.
+      return shape.size() == 3 && grouping.size > 0 && shape[1] % grouping.size == 0 ? shape[1] : 0;
     case Grouping::Kind::flat:
       return grouping.interleaved || grouping.size <= 0 ? 0 : grouping.size / std::gcd(grouping.size, columns);
     case Grouping::Kind::block:

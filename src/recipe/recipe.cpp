@@ -340,6 +340,9 @@ class Resolver {
     if (plan.reason.empty() && rule == nullptr && request_.skip_embeddings && is_embedding(t.name))
       plan.reason = "embedding";
     if (plan.reason.empty() && rule == nullptr && is_router(t)) plan.reason = "router of experts";
+    if (plan.reason.empty() && container_ != nullptr && container_->takes != nullptr &&
+        !container_->takes(t.name, t.shape))
+      plan.reason = fmt::format("{} leaves it in floats", container_->name);
     if (plan.reason.empty() && !asks_for_something(settings, container_)) plan.reason = "method none";
     if (!plan.reason.empty()) return plan;
     const Resolved r = fill_in(settings, container_);

@@ -1,0 +1,41 @@
+#pragma once
+
+#include <memory>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "container/container.hpp"
+
+namespace bitwright {
+
+// What containers of plain arrays beside config.json do alike.
+
+/// A parameter as it is stored.
+std::shared_ptr<QuantizedTensor> numbers(const Scheme& scheme, const Shape& shape, std::span<const std::byte> data);
+
+/// The float type that the model's weights stand for: config.json's `dtype` or `torch_dtype` (its text_config's, too);
+/// bfloat16 where it names none.
+DType model_dtype(const Json& config);
+
+/// The strings of a list that may be there.
+std::vector<std::string> string_list(const Json& object, const char* key);
+
+/// bad_container unless the array is there with this type and shape; [] and [1] are one shape.
+void check_stored(const CheckpointView& checkpoint, const std::string& tensor, const ArraySpec& expected);
+
+/// One float16, bfloat16 or float32 that was calibrated for activations; as stored. Or bad_container.
+std::shared_ptr<const QuantizedTensor> static_scale(const CheckpointView& checkpoint, const std::string& tensor,
+                                                    const std::string& array);
+/// Its array.
+ArraySpec static_scale_array(const std::string& name, const QuantizedTensor& scale);
+
+/// "model.layers.0.mlp." of a layer's "model.layers.0.mlp.weight".
+std::string prefix_of_weight(const std::string& weight);
+
+/// Names of weights of quantized type ("….weight" of these types) that none of `tensors` is: their scales are missing.
+/// bad_container for the first of them.
+void check_no_weight_is_left(const CheckpointView& checkpoint, std::span<const StoredTensor> tensors,
+                             std::span<const DType> dtypes);
+
+}  // namespace bitwright
