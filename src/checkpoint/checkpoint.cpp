@@ -170,6 +170,7 @@ struct Checkpoint::Impl {
   fs::path path, directory, index;
   Json config = Json::object(), metadata = Json::object();
   std::map<std::string, Json, std::less<>> documents;  ///< the containers' own
+  Json beside = Json::object();                        ///< values of all files
   std::vector<fs::path> files;
   std::vector<WeightFile> mapped;
   std::map<std::string, const StoredArray*, std::less<>> arrays;
@@ -258,6 +259,8 @@ struct Checkpoint::Impl {
     for (const fs::path& file : files) mapped.emplace_back(file);
     find_other_parts();
     const auto shard_of = index.empty() ? std::map<std::string, std::string>() : read_weight_map(index);
+    for (const WeightFile& file : mapped)
+      if (file.values() != nullptr) beside.update(*file.values());
     for (size_t f = 0; f < files.size(); ++f)
       for (const StoredArray& array : mapped[f].arrays()) {
         const auto listed = shard_of.find(array.name);
@@ -406,6 +409,7 @@ struct Checkpoint::Impl {
             .quantization_metadata = metadata,
             .documents = &documents,
             .facts = facts(),
+            .values = &beside,
             .bytes = [this](const std::string& name) { return arrays.at(name)->data; },
             .where = path.string()};
   }
