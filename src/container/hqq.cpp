@@ -29,10 +29,10 @@ constexpr double kTernary = 1.58;  ///< bits of three values, packed as 2
 constexpr int64_t kMostNote = 64;  ///< bytes
 
 /// What HQQLinear.state_dict has beside codes, scales, zeros and bias, in the order we write it.
-constexpr auto kNotes = std::to_array<std::string_view>(
-    {"axis", "channel_wise", "compute_dtype", "encoded_state_dict", "group_size", "nbits", "offload_meta", "optimize",
-     "packing", "quant_scale", "quant_zero", "round_zero", "shape", "stores_quant_config", "unpack_view_dtype",
-     "view_as_float"});
+constexpr auto kNotes = std::to_array<std::string_view>({"axis", "channel_wise", "compute_dtype", "encoded_state_dict",
+                                                         "group_size", "nbits", "offload_meta", "optimize", "packing",
+                                                         "quant_scale", "quant_zero", "round_zero", "shape",
+                                                         "stores_quant_config", "unpack_view_dtype", "view_as_float"});
 
 struct Packing {
   std::string_view name;
@@ -392,8 +392,7 @@ std::vector<NamedArray> pack(const StoredTensor& t, const QuantizedTensor& value
   const Grid grid = grid_of(t.scheme, t.shape);
   const std::vector<ArraySpec> parameters = parameter_arrays(t);
   std::vector<NamedArray> arrays = {
-      {codes_array(t),
-       pack_row_parts(packing_of(t.scheme.element->bits).parts, values.codes, grid.rows, grid.columns)},
+      {codes_array(t), pack_row_parts(packing_of(t.scheme.element->bits).parts, values.codes, grid.rows, grid.columns)},
       {parameters[0], values.scale->codes},
       {parameters[1], values.offset->codes}};
   const std::vector<NamedArray> notes = t.notes.empty() ? new_notes(t) : t.notes;
@@ -403,10 +402,9 @@ std::vector<NamedArray> pack(const StoredTensor& t, const QuantizedTensor& value
 
 std::shared_ptr<const QuantizedTensor> unpack_parameter(const StoredTensor& t, const Parameter& parameter,
                                                         std::span<const std::byte> data) {
-  return std::make_shared<const QuantizedTensor>(
-      QuantizedTensor{.scheme = *parameter.scheme,
-                      .shape = parameter_shape(parameter.grouping, t.shape),
-                      .codes = {data.begin(), data.end()}});
+  return std::make_shared<const QuantizedTensor>(QuantizedTensor{.scheme = *parameter.scheme,
+                                                                 .shape = parameter_shape(parameter.grouping, t.shape),
+                                                                 .codes = {data.begin(), data.end()}});
 }
 
 QuantizedTensor unpack(const StoredTensor& t, const CheckpointView& checkpoint) {
@@ -421,14 +419,13 @@ QuantizedTensor unpack(const StoredTensor& t, const CheckpointView& checkpoint) 
 
 // ---- what quantize writes ----
 
-constexpr std::array<SchemeChoice, 7> kChoices = {
-    {{.bits = 4, .group_size = 64},
-     {.bits = 8, .group_size = 64},
-     {.bits = 3, .group_size = 64},
-     {.bits = 2, .group_size = 64},
-     {.bits = 1, .group_size = 64},
-     {.bits = 5, .group_size = 64},
-     {.bits = 6, .group_size = 64}}};
+constexpr std::array<SchemeChoice, 7> kChoices = {{{.bits = 4, .group_size = 64},
+                                                   {.bits = 8, .group_size = 64},
+                                                   {.bits = 3, .group_size = 64},
+                                                   {.bits = 2, .group_size = 64},
+                                                   {.bits = 1, .group_size = 64},
+                                                   {.bits = 5, .group_size = 64},
+                                                   {.bits = 6, .group_size = 64}}};
 
 Scheme scheme_of(const SchemeChoice& choice, DType weight) {
   const bool grouped = choice.granularity == "group" || choice.granularity == "flat";

@@ -85,8 +85,8 @@ Scheme packed_scheme(int bits, const Grouping& grouping, DType scale, DType shif
   return {.element = &integer_element(bits, false),
           .scale = parameter(grouping, plain(scale)),
           .offset_kind = is_float ? OffsetKind::minimum : OffsetKind::zero_point,
-          .offset = parameter(
-              grouping, is_float ? plain(shift) : Scheme{.element = &integer_element(8, shift == DType::i8)})};
+          .offset = parameter(grouping,
+                              is_float ? plain(shift) : Scheme{.element = &integer_element(8, shift == DType::i8)})};
 }
 
 /// What QModuleMixin chooses for a row of so many weights; no group is a group of the whole row.
@@ -186,8 +186,7 @@ StoredTensor Layer::read_bytes() const {
   else if (scale.shape != Shape{rows, 1})
     fail(fmt::format("'{}' has shape {}, expected {}", printable(scale.name), to_string(scale.shape),
                      to_string({rows, 1})));
-  if (!is_scale_type(scale.dtype))
-    fail(fmt::format("'{}' is {}", printable(scale.name), info(scale.dtype).name));
+  if (!is_scale_type(scale.dtype)) fail(fmt::format("'{}' is {}", printable(scale.name), info(scale.dtype).name));
   const ElementType& element = data.dtype == DType::i8 ? integer_element(8, true) : float_element(data.dtype);
   return {.name = name_,
           .shape = data.shape,
@@ -219,8 +218,8 @@ StoredTensor Layer::read_packed() const {
   const int64_t packed_rows = columns ? data.shape[0] : parts.packed_rows(count);
   if (packed_rows != data.shape[0] || (columns && data.shape[1] != count) ||
       !checked_element_count({groups.count, groups.size}))
-    fail(fmt::format("'{}' has shape {}, which does not go with {} groups", printable(data.name),
-                     to_string(data.shape), count));
+    fail(fmt::format("'{}' has shape {}, which does not go with {} groups", printable(data.name), to_string(data.shape),
+                     count));
   const Shape shape = packed_shape(groups, columns);
   const Grouping grouping = columns ? Grouping::along(groups.size, -2) : Grouping::flat(groups.size);
   return {.name = name_,
@@ -270,8 +269,7 @@ void Layer::check_type(const StoredTensor& t) const {
 
 std::optional<ActivationScheme> Layer::activation(const ArraySpec& scale, const std::string& type) const {
   const auto* const known = std::ranges::find(kTypes, type, &Type::name);
-  if (known == kTypes.end() || known->bits != 8)
-    fail(fmt::format("{} says activations {}", kMap, printable(type)));
+  if (known == kTypes.end() || known->bits != 8) fail(fmt::format("{} says activations {}", kMap, printable(type)));
   const ElementType& element = known->dtype == DType::i8 ? integer_element(8, true) : float_element(known->dtype);
   const auto data = checkpoint_.bytes(scale.name);
   return ActivationScheme{.scheme = bytes_scheme(element, Grouping::tensor(), scale.dtype),
@@ -317,8 +315,7 @@ bool detect(const CheckpointView& checkpoint) {
 
 std::vector<StoredTensor> list(const CheckpointView& checkpoint) {
   std::vector<StoredTensor> out;
-  for_each_weight(checkpoint,
-                  [&](std::string weight) { out.push_back(Layer(checkpoint, std::move(weight)).read()); });
+  for_each_weight(checkpoint, [&](std::string weight) { out.push_back(Layer(checkpoint, std::move(weight)).read()); });
   const Json& map = checkpoint.document(kMap);
   for (const auto& [module, entry] : map.items()) {
     const Json type = entry.is_object() ? entry.value("weights", Json()) : Json();
@@ -353,8 +350,8 @@ Fit fit_bytes(const Scheme& scheme) {
   const Grouping& grouping = scheme.scale->grouping;
   const auto dtype = dtype_of(*scheme.element);
   const bool known = dtype == DType::i8 || dtype == DType::f8_e4m3 || dtype == DType::f8_e5m2;
-  const bool whole = grouping.kind == Grouping::Kind::tensor ||
-                     (grouping.kind == Grouping::Kind::axis && grouping.size == 0);
+  const bool whole =
+      grouping.kind == Grouping::Kind::tensor || (grouping.kind == Grouping::Kind::axis && grouping.size == 0);
   if (known && whole && scheme.offset_kind == OffsetKind::none) return {Verdict::exact};
   return {Verdict::impossible, "Quanto holds 8 bits as int8 and float8 with one scale a row and no zero point"};
 }
@@ -379,8 +376,7 @@ Fit fit(const Scheme& scheme, const Shape& shape) {
   if ((!flat && !by_columns(scheme)) || grouping.size <= 0)
     return no("Quanto groups neighbours within a row by their number");
   const int64_t line = shape[flat ? 1 : 0];
-  if (line % grouping.size != 0)
-    return no(fmt::format("the group size {} is no divisor of {}", grouping.size, line));
+  if (line % grouping.size != 0) return no(fmt::format("the group size {} is no divisor of {}", grouping.size, line));
   if (!flat && grouping.size % parts_of(bits).parts != 0)
     return no(fmt::format("groups along columns of {} do not fill bytes", grouping.size));
   return {Verdict::exact};
@@ -484,8 +480,8 @@ std::shared_ptr<const QuantizedTensor> unpack_parameter(const StoredTensor& t, c
   QuantizedTensor p = {.scheme = *parameter.scheme, .shape = parameter_shape(parameter.grouping, t.shape)};
   const int64_t columns = t.shape[1];
   if (is_packed(t.scheme) && by_columns(t.scheme))
-    p.codes = transposed_bytes(data, columns, groups_of(t.scheme, t.shape).count / columns,
-                               p.scheme.element->code_bytes());
+    p.codes =
+        transposed_bytes(data, columns, groups_of(t.scheme, t.shape).count / columns, p.scheme.element->code_bytes());
   else
     p.codes.assign(data.begin(), data.end());
   return std::make_shared<const QuantizedTensor>(std::move(p));
@@ -551,8 +547,7 @@ GroupParameters round_affine(const Scheme& scheme, DType dtype, std::span<const 
   const auto [low, high] = std::minmax_element(values.begin(), values.end());
   GroupParameters p = {.scale = own(own(*high - *low) / highest), .offset = -*low};
   const bool integer_shift = scheme.offset_kind == OffsetKind::zero_point;
-  if (integer_shift)
-    p.offset = static_cast<float>(nearest_within(own(p.offset / p.scale), 0, highest));
+  if (integer_shift) p.offset = static_cast<float>(nearest_within(own(p.offset / p.scale), 0, highest));
   constexpr size_t kStride = 256;
   std::array<float, kStride> scaled;
   for (size_t begin = 0; begin < values.size(); begin += kStride) {
@@ -564,8 +559,7 @@ GroupParameters round_affine(const Scheme& scheme, DType dtype, std::span<const 
     round_all(dtype, part);
     if (integer_shift)
       for (float& value : part) value = own(std::nearbyint(value) + p.offset);
-    for (size_t i = 0; i < count; ++i)
-      codes[begin + i] = static_cast<std::byte>(nearest_within(part[i], 0, highest));
+    for (size_t i = 0; i < count; ++i) codes[begin + i] = static_cast<std::byte>(nearest_within(part[i], 0, highest));
   }
   return p;
 }
@@ -610,8 +604,8 @@ Fit fit_model(std::span<const StoredTensor> tensors) {
     if (!is_packed(t.scheme)) continue;
     const int64_t size = groups_of(t.scheme, t.shape).size, usual = usual_group(t.shape[1]);
     if (by_columns(t.scheme) || size != usual)
-      return {Verdict::impossible, fmt::format("Quanto's loader expects groups of {} in rows of {}, not of {}", usual,
-                                               t.shape[1], size)};
+      return {Verdict::impossible,
+              fmt::format("Quanto's loader expects groups of {} in rows of {}, not of {}", usual, t.shape[1], size)};
   }
   return {Verdict::exact};
 }

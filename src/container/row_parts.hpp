@@ -10,10 +10,10 @@ namespace bitwright {
 /// How a matrix of codes is cut into parts of R neighbouring rows, of which each word takes one code: word (r, c) holds
 /// those of rows r, r + R, r + 2R … of column c. What the last part lacks is 0.
 struct RowParts {
-  int bits;                ///< of a code
-  int parts;               ///< codes a word
-  bool first_high;         ///< is the first part in the highest bits?
-  size_t word_bytes = 1;   ///< 1 or 4
+  int bits;               ///< of a code
+  int parts;              ///< codes a word
+  bool first_high;        ///< is the first part in the highest bits?
+  size_t word_bytes = 1;  ///< 1 or 4
   int shift(int part) const { return bits * (first_high ? parts - 1 - part : part); }
   int64_t packed_rows(int64_t rows) const { return rows / parts + (rows % parts != 0 ? 1 : 0); }
 };
