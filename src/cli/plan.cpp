@@ -76,8 +76,8 @@ void read_directory(const fs::path& path, Model& model) {
     const std::string suffix = entry.path().extension().string();
     if (suffix == ".safetensors" || suffix == ".gguf" || suffix == ".npz")
       model.weight_bytes += static_cast<double>(entry.file_size());
-    const bool says =
-        name.ends_with("config.json") || name == "quant_model_description.json" || name == "quantization_metadata.json";
+    const bool says = name.ends_with("config.json") || name == "quant_model_description.json" ||
+                      name == "quantization_metadata.json" || name == "quanto_qmap.json";
     if (says && entry.file_size() <= kLargest)
       model.documents[name] = parse_json(read_text_file(entry.path()), entry.path().string());
   }

@@ -1,4 +1,5 @@
-// Three lines: config.json, quantization_metadata.json, a bitsandbytes quant_state; against a fixed set of arrays.
+// Four lines: config.json, quantization_metadata.json, a bitsandbytes quant_state, {"values": HQQ's facts of layer h as
+// a pickle has them, "map": quanto_qmap.json}; against a fixed set of arrays.
 #include <cstddef>
 #include <cstdint>
 #include <nlohmann/json.hpp>
@@ -48,6 +49,15 @@ Arrays make_arrays(const std::string& state) {
   arrays["c.quant_map"].first.name = "c.quant_map";
   add(arrays, "i.weight", DType::i8, {2, 8});
   add(arrays, "i.SCB", DType::f32, {2});
+  add(arrays, "h.W_q", DType::u8, {2, 8});
+  add(arrays, "h.scale", DType::f16, {4, 1});
+  add(arrays, "h.zero", DType::f16, {4, 1});
+  add(arrays, "q.weight._data._data", DType::u8, {2, 32});
+  add(arrays, "q.weight._scale", DType::bf16, {4, 1});
+  add(arrays, "q.weight._shift", DType::bf16, {4, 1});
+  add(arrays, "q.input_scale", DType::bf16, {});
+  add(arrays, "r.weight._data", DType::i8, {2, 8});
+  add(arrays, "r.weight._scale", DType::f32, {2, 1});
   const auto bytes = std::as_bytes(std::span(state));
   add(arrays, "c.quant_state.bitsandbytes__nf4", DType::u8, {static_cast<int64_t>(state.size())});
   arrays["c.quant_state.bitsandbytes__nf4"].second.assign(bytes.begin(), bytes.end());
@@ -58,8 +68,8 @@ Arrays make_arrays(const std::string& state) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  std::string lines[3];
-  for (size_t i = 0, line = 0; i < size && line < 3; ++i) {
+  std::string lines[4];
+  for (size_t i = 0, line = 0; i < size && line < 4; ++i) {
     if (data[i] == '\n')
       ++line;
     else
@@ -71,10 +81,19 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   try {
     const Json config = parse_json(lines[0], "config"), metadata = parse_json(lines[1], "metadata");
     if (!config.is_object() || !metadata.is_object()) return 0;
+    const Json more = lines[3].empty() ? Json::object() : parse_json(lines[3], "more");
+    const Json values = more.is_object() ? more.value("values", Json::object()) : Json::object();
+    std::map<std::string, Json, std::less<>> documents;
+    if (more.is_object() && more.contains("map")) documents["quanto_qmap.json"] = more["map"];
+    if (!values.is_object()) return 0;
+    for (const auto& [name, document] : documents)
+      if (!document.is_object()) return 0;
     const CheckpointView view = {
         .arrays = specs,
         .config = config,
         .quantization_metadata = metadata,
+        .documents = &documents,
+        .values = &values,
         .bytes = [&](const std::string& name) { return std::span<const std::byte>(arrays.at(name).second); },
         .where = "fuzz"};
     for (const Container* container : all_containers()) {

@@ -181,9 +181,11 @@ Json Layer::fact(std::string_view name) const {
       std::memcpy(values.data(), data.data(), data.size());
       return values;
     }
-    std::vector<float> values(static_cast<size_t>(count));
+    const bool is_number = spec->dtype == DType::i32 || spec->dtype == DType::u8 || spec->dtype == DType::f32;
+    if (count != 1 || !is_number)
+      fail(fmt::format("'{}' is {} {}, expected a number", name, info(spec->dtype).name, to_string(spec->shape)));
+    std::vector<float> values(1);
     to_f32(spec->dtype, data, values);
-    if (values.size() != 1) fail(fmt::format("'{}' is no number", name));
     return values[0];
   }
   if (checkpoint_.values == nullptr) return nullptr;

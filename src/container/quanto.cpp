@@ -100,15 +100,20 @@ int64_t usual_group(int64_t columns) {
 
 // ---- the shape of a packed weight, which no array has ----
 
+/// Nothing: it is no dimension.
+std::optional<int64_t> dimension(const Json& value) {
+  if (!value.is_number_integer() || value < 1 || value > INT32_MAX) return std::nullopt;
+  return value.get<int64_t>();
+}
+
 /// The width of the model, 0 where the configuration does not say it.
 int64_t model_width(const Json& config) {
   constexpr auto kNames = std::to_array<std::string_view>({"hidden_size", "n_embd", "d_model", "dim"});
   const Json text = config.value("text_config", Json());
   for (const Json* at : {&config, &text})
     for (const std::string_view name : kNames) {
-      const Json width = at->is_object() ? at->value(name, Json()) : Json();
-      if (width.is_number_unsigned() && width.get<uint64_t>() > 0 && width.get<uint64_t>() < INT32_MAX)
-        return width.get<int64_t>();
+      if (at->is_object() && at->contains(name))
+        if (const auto width = dimension((*at)[name])) return *width;
     }
   return 0;
 }
@@ -237,9 +242,10 @@ Shape Layer::packed_shape(const Groups& groups, bool columns) const {
   const auto bias = checkpoint_.arrays.find(member(layer_, "bias"));
   const Json entry = mapped();
   const Json said = entry.is_object() ? entry.value(std::string(kMapShape), Json()) : Json();
-  if (said.is_array() && said.size() == 2 && said[0].is_number_unsigned() && said[1].is_number_unsigned() &&
-      said[0].get<uint64_t>() <= INT32_MAX && said[1].get<uint64_t>() <= INT32_MAX) {
-    shape = {said[0].get<int64_t>(), said[1].get<int64_t>()};
+  if (!said.is_null()) {
+    const bool both = said.is_array() && said.size() == 2 && dimension(said[0]) && dimension(said[1]);
+    if (!both) fail(fmt::format("{} says shape {}", kMap, printable(said.dump())));
+    shape = {*dimension(said[0]), *dimension(said[1])};
   } else if (columns) {
     if (width > 0 && count % width == 0) shape = {count / width, width};
   } else if (bias != checkpoint_.arrays.end() && bias->second.shape.size() == 1 && bias->second.shape[0] > 0 &&
