@@ -88,9 +88,10 @@ std::string member(const std::string& layer, std::string_view name) {
 // ---- what stands beside the codes ----
 
 template <class T>
-NamedArray note(const std::string& layer, std::string_view name, DType dtype, Shape shape, std::span<const T> values) {
+NamedArray note(const std::string& layer, std::string_view name, DType dtype, const Shape& shape,
+                std::span<const T> values) {
   const auto bytes = std::as_bytes(values);
-  return {{.name = member(layer, name), .dtype = dtype, .shape = std::move(shape)}, {bytes.begin(), bytes.end()}};
+  return {{.name = member(layer, name), .dtype = dtype, .shape = shape}, {bytes.begin(), bytes.end()}};
 }
 
 /// Those of a layer that was quantized without optimisation, by HQQ's own defaults otherwise.
