@@ -181,6 +181,7 @@ struct Checkpoint::Impl {
   WeightMap shard_of;  ///< as the index says, until it is checked
   Json config = Json::object(), metadata = Json::object();
   std::map<std::string, Json, std::less<>> documents;  ///< the containers' own
+  Json beside = Json::object();                        ///< values of all files
   std::vector<fs::path> files;
   std::vector<WeightFile> mapped;
   std::unordered_map<std::string_view, const StoredArray*> arrays;  ///< by their own names; so file_of and by_name
@@ -267,6 +268,8 @@ struct Checkpoint::Impl {
   void map_arrays() {
     map_files();
     find_other_parts();
+    for (const WeightFile& file : mapped)
+      if (file.values() != nullptr) beside.update(*file.values());
     for (size_t f = 0; f < files.size(); ++f) {
       const std::string file = files[f].filename().string();
       auto near = specs.begin();  // where the next one most likely belongs: after the last
@@ -428,6 +431,7 @@ struct Checkpoint::Impl {
             .quantization_metadata = metadata,
             .documents = &documents,
             .facts = facts(),
+            .values = &beside,
             .bytes = [this](const std::string& name) { return arrays.at(name)->data; },
             .where = path.string()};
   }

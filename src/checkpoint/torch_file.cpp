@@ -136,6 +136,8 @@ class StateDict {
   Ref innermost();
   void collect(Ref dict, const std::string& prefix, const Storages& storages, int depth = 0);
   void add(const std::string& name, Ref tensor, const Storages& storages);
+  void add_value(const std::string& name, Ref value);
+  Json plain_value(Ref ref) const;
 
   Pickle pickle_;
   const std::string& where_;
@@ -145,6 +147,7 @@ class StateDict {
   using Gathered = std::tuple<const std::byte*, Shape, std::vector<int64_t>, DType>;
   std::map<Gathered, std::span<const std::byte>> gathered_{};  ///< so that tied tensors are copied once
   size_t room_ = 0;                                            ///< bytes that may still be gathered
+  Json values_ = Json::object();
   WeightContents contents_{};
 };
 
@@ -311,9 +314,14 @@ void StateDict::collect(Ref dict, const std::string& prefix, const Storages& sto
   if (!collected_.insert(dict).second) fail(where_, "a dict of tensors in it appears twice", "");
   check_depth(depth);  // here too: has_tensors stops at dicts that it knows
   const std::vector<Ref>& items = at(dict).items;
+  bool beside_tensors = false;
+  for (size_t i = 1; i < items.size(); i += 2) beside_tensors = beside_tensors || is_tensor(items[i]);
   for (size_t i = 0; i < items.size(); i += 2) {
-    if (!has_tensors(items[i + 1])) continue;
     const PickleValue& key = at(items[i]);
+    if (!has_tensors(items[i + 1])) {
+      if (beside_tensors && key.kind == Kind::string) add_value(prefix + std::string(key.text), items[i + 1]);
+      continue;
+    }
     if (key.kind != Kind::string && key.kind != Kind::integer) fail(where_, "a tensor in it has no name");
     const std::string name =
         prefix + (key.kind == Kind::string ? std::string(key.text) : fmt::format("{}", key.integer));
@@ -335,6 +343,34 @@ void StateDict::add(const std::string& name, Ref tensor, const Storages& storage
   contents_.arrays.push_back({.name = name, .dtype = v.dtype, .shape = std::move(v.shape), .data = data});
 }
 
+/// Numbers, short texts, names of number types, short lists of numbers; null for anything else.
+Json StateDict::plain_value(Ref ref) const {
+  constexpr size_t kLongestText = 64;
+  const PickleValue& value = at(ref);
+  if (value.kind == Kind::integer) return value.integer;
+  if (value.kind == Kind::boolean) return value.integer != 0;
+  if (value.kind == Kind::string && value.text.size() <= kLongestText && is_utf8(value.text)) return value.text;
+  if (const Global* type = global(value); type != nullptr && type->kind == Global::Kind::dtype) return type->name;
+  Ref list = ref;
+  if (const Global* made = called(ref); made != nullptr && made->kind == Global::Kind::value) {  // torch.Size((2, 3))
+    const std::vector<Ref>& arguments = at(value.items[1]).items;
+    if (arguments.size() == 1) list = arguments[0];
+  }
+  const PickleValue& items = at(list);
+  if ((items.kind != Kind::tuple && items.kind != Kind::list) || items.items.size() > kMaxRank) return nullptr;
+  Json numbers = Json::array();
+  for (const Ref item : items.items) {
+    if (at(item).kind != Kind::integer) return nullptr;
+    numbers.push_back(at(item).integer);
+  }
+  return numbers;
+}
+
+void StateDict::add_value(const std::string& name, Ref value) {
+  if (name.size() > kLongestName || !is_utf8(name)) return;
+  if (Json plain = plain_value(value); !plain.is_null()) values_[name] = std::move(plain);
+}
+
 WeightContents StateDict::read(const Storages& storages, size_t most_gathered) {
   room_ = most_gathered;
   collect(innermost(), "", storages);
@@ -343,6 +379,7 @@ WeightContents StateDict::read(const Storages& storages, size_t most_gathered) {
   std::ranges::stable_sort(contents_.arrays, {}, [&](const StoredArray& array) {
     return std::pair(owned.contains(array.data.data()), array.data.data());
   });
+  if (!values_.empty()) contents_.values = std::make_shared<const Json>(std::move(values_));
   return std::move(contents_);
 }
 

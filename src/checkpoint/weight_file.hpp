@@ -28,6 +28,8 @@ struct WeightContents {
   std::vector<StoredArray> arrays;            ///< in the order of their data
   std::vector<std::vector<std::byte>> owned;  ///< arrays that the file does not hold in row-major order
   std::shared_ptr<const Json> facts;          ///< what it says of the model beside its tensors; null: nothing
+  /// By name, what stands beside an array in a dict: a number, a short text, a short list of numbers; null: nothing.
+  std::shared_ptr<const Json> values{};
 };
 
 /// One kind of weight file: a row of a table (weight_formats.def, the preferred first).
@@ -55,6 +57,7 @@ class WeightFile {
   const WeightFormat& format() const { return *format_; }
   std::span<const StoredArray> arrays() const { return contents_.arrays; }
   const Json* facts() const { return contents_.facts.get(); }
+  const Json* values() const { return contents_.values.get(); }
   std::span<const std::byte> bytes() const { return file_.bytes(); }
   const MappedFile& file() const { return file_; }
 

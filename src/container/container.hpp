@@ -53,6 +53,8 @@ struct CheckpointView {
   /// Those of the containers' `files` that are there, by name; null: none.
   const std::map<std::string, Json, std::less<>>* documents = nullptr;
   const Json* facts = nullptr;  ///< what the weight file itself says of the model (GGUF); null: nothing
+  /// What lies beside the arrays under names of their kind (torch.save): numbers, texts, lists. Null: nothing.
+  const Json* values = nullptr;
   /// The bytes of an array that is in `arrays`; only small ones are to be read while listing.
   std::function<std::span<const std::byte>(const std::string& name)> bytes;
   std::string where;  ///< for errors
@@ -73,6 +75,8 @@ struct StoredTensor {
   Shape whole{};  ///< of a piece (rows_of): the shape of its tensor
   std::string_view
       variant{};  ///< which of its container's layouts, by a name of the container's own; empty: as it writes
+  /// Small arrays that say how it was made, which mean nothing to its numbers and are written again as they were.
+  std::vector<NamedArray> notes{};
   const Shape& whole_shape() const { return whole.empty() ? shape : whole; }
 };
 
@@ -159,6 +163,8 @@ struct Container {
   /// What is done to the inputs of layers where a choice is not weight_only. Throws Error where that takes data.
   /// Null: it holds weights alone.
   QuantizedLinear (*make_linear)(const SchemeChoice& choice) = nullptr;
+  /// The group size that the owner chooses for a weight of this shape where none is asked for; null: the choice's own.
+  int64_t (*group_size)(const SchemeChoice& choice, const Shape& shape) = nullptr;
   /// How the owner rounds a float weight to a scheme that fits, bit for bit: what rtn with the range minmax writes.
   /// Null: as scheme/ defines it. Throws what scheme/'s encode throws.
   QuantizedTensor (*encode)(const Scheme& scheme, const Shape& shape, WeightView weight) = nullptr;

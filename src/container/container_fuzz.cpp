@@ -1,5 +1,7 @@
-// Three lines: config.json, quantization_metadata.json, a bitsandbytes quant_state or numbers for GPTQ's g_idx; against
-// fixed sets of arrays.
+// Four lines: config.json, quantization_metadata.json (hf_quant_config.json too), a bitsandbytes quant_state or numbers
+// for GPTQ's g_idx, {"values": HQQ's facts of layer h as a pickle has them, "map": quanto_qmap.json}; against fixed
+// sets of arrays.
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -137,15 +139,49 @@ Arrays make_mxfp4() {
   return arrays;
 }
 
-void read_all(const Arrays& arrays, const Json& config, const Json& metadata) {
+Arrays make_hqq_and_quanto() {
+  Arrays arrays;
+  add(arrays, "h.W_q", DType::u8, {2, 8});
+  add(arrays, "h.scale", DType::f16, {4, 1});
+  add(arrays, "h.zero", DType::f16, {4, 1});
+  add(arrays, "q.weight._data._data", DType::u8, {2, 32});
+  add(arrays, "q.weight._scale", DType::bf16, {4, 1});
+  add(arrays, "q.weight._shift", DType::bf16, {4, 1});
+  add(arrays, "q.input_scale", DType::bf16, {});
+  add(arrays, "r.weight._data", DType::i8, {2, 8});
+  add(arrays, "r.weight._scale", DType::f32, {2, 1});
+  return arrays;
+}
+
+/// What is said beside the weights.
+struct Said {
+  Json config, metadata, values = Json::object();
+  std::map<std::string, Json, std::less<>> documents;
+};
+Said parse(const std::string& config, const std::string& metadata, const std::string& more) {
+  Said said = {.config = parse_json(config, "config"), .metadata = parse_json(metadata, "metadata"), .documents = {}};
+  said.documents["hf_quant_config.json"] = said.metadata;
+  if (more.empty()) return said;
+  const Json both = parse_json(more, "more");
+  if (!both.is_object()) return said;
+  if (both.contains("values")) said.values = both["values"];
+  if (both.contains("map")) said.documents["quanto_qmap.json"] = both["map"];
+  return said;
+}
+bool are_objects(const Said& said) {
+  return said.config.is_object() && said.metadata.is_object() && said.values.is_object() &&
+         std::ranges::all_of(said.documents, [](const auto& document) { return document.second.is_object(); });
+}
+
+void read_all(const Arrays& arrays, const Said& said) {
   std::map<std::string, ArraySpec, std::less<>> specs;
   for (const auto& [name, array] : arrays) specs[name] = array.first;
-  const std::map<std::string, Json, std::less<>> documents = {{"hf_quant_config.json", metadata}};
   const CheckpointView view = {
       .arrays = specs,
-      .config = config,
-      .quantization_metadata = metadata,
-      .documents = &documents,
+      .config = said.config,
+      .quantization_metadata = said.metadata,
+      .documents = &said.documents,
+      .values = &said.values,
       .bytes = [&](const std::string& name) { return std::span<const std::byte>(arrays.at(name).second); },
       .where = "fuzz"};
   for (const Container* container : all_containers()) {
@@ -165,20 +201,21 @@ void read_all(const Arrays& arrays, const Json& config, const Json& metadata) {
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  std::string lines[3];
-  for (size_t i = 0, line = 0; i < size && line < 3; ++i) {
+  std::string lines[4];
+  for (size_t i = 0, line = 0; i < size && line < 4; ++i) {
     if (data[i] == '\n')
       ++line;
     else
       lines[line] += static_cast<char>(data[i]);
   }
   try {
-    const Json config = parse_json(lines[0], "config"), metadata = parse_json(lines[1], "metadata");
-    if (!config.is_object() || !metadata.is_object()) return 0;
-    for (const Arrays& arrays : {make_arrays(lines[2]), make_gptq(lines[2]), make_awq(false), make_awq(true),
-                                 make_compressed_tensors(), make_fp8(), make_modelopt(false, false),
-                                 make_modelopt(true, false), make_modelopt(false, true), make_mxfp4()})
-      read_all(arrays, config, metadata);
+    const Said said = parse(lines[0], lines[1], lines[3]);
+    if (!are_objects(said)) return 0;
+    for (const Arrays& arrays :
+         {make_arrays(lines[2]), make_gptq(lines[2]), make_awq(false), make_awq(true), make_compressed_tensors(),
+          make_fp8(), make_modelopt(false, false), make_modelopt(true, false), make_modelopt(false, true), make_mxfp4(),
+          make_hqq_and_quanto()})
+      read_all(arrays, said);
   } catch (const Error&) {
   }
   return 0;

@@ -586,12 +586,28 @@ DetectedQuantization from_modelslim(const Json&, const std::string& file) {
   return {.method = "modelslim", .bits = 0, .group_size = 0, .scheme = "", .evidence = file};
 }
 
+/// A module's name with "weights": "qint4" for each; modules that keep their weights say "none".
+DetectedQuantization from_quanto_map(const Json& map, const std::string& file) {
+  if (!map.is_object()) return {};
+  std::vector<std::string> types;
+  for (const Json& module : map)
+    if (const std::string type = text(member(module, "weights")); type.starts_with('q'))
+      types.push_back(type.substr(1));
+  if (types.empty()) return {};
+  DetectedQuantization found = read_as("quanto", {{"weights", types.front()}}, file);
+  if (std::ranges::any_of(types, [&](const std::string& type) { return type != types.front(); })) {
+    set_bits(found, 0, 0);
+    found.scheme = "mixed";
+  }
+  return found;
+}
+
 /// Where the engines look, in their order.
 struct Place {
   std::string_view file;
   DetectedQuantization (*read)(const Json& document, const std::string& file);
 };
-constexpr std::array<Place, 8> kPlaces = {{
+constexpr std::array<Place, 9> kPlaces = {{
     {"quant_model_description.json", from_modelslim},
     {"config.json", from_config},
     {"hf_quant_config.json", from_modelopt},
@@ -600,6 +616,7 @@ constexpr std::array<Place, 8> kPlaces = {{
     {"quantization_config.json", from_whole},
     {"openvino_config.json", from_config},
     {"mlc-chat-config.json", from_mlc},
+    {"quanto_qmap.json", from_quanto_map},
 }};
 
 /// Hints in names, as people write them; the longer first.

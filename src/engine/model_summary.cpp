@@ -15,13 +15,19 @@ namespace {
 namespace fs = std::filesystem;
 
 /// The files of a directory that say something of quantization.
+bool is_a_containers(std::string_view file) {
+  return std::ranges::any_of(all_containers(), [&](const Container* container) {
+    return std::ranges::find(container->files, file) != container->files.end();
+  });
+}
+
 ModelDocuments read_documents(const fs::path& directory) {
   constexpr uintmax_t kLargest = 64U << 20;  // the longest lists of layers are far below
   ModelDocuments documents;
   for (const auto& entry : fs::directory_iterator(directory)) {
     std::error_code broken_link;
     const std::string name = entry.path().filename().string();
-    if (name.ends_with("config.json") || name == "quant_model_description.json")
+    if (name.ends_with("config.json") || name == "quant_model_description.json" || is_a_containers(name))
       if (entry.is_regular_file(broken_link) && entry.file_size() <= kLargest)
         documents[name] = parse_json(read_text_file(entry.path()), entry.path().string());
   }

@@ -164,7 +164,8 @@ void check_kind(std::string_view quant_type, const Container* container) {
                 "choose another method or --format");
 }
 
-Resolved fill_in(const QuantizationSettings& s, const Container* container) {
+/// shape: of the weight, null where all weights are spoken of.
+Resolved fill_in(const QuantizationSettings& s, const Container* container, const Shape* shape = nullptr) {
   const SchemeChoice* const chosen = choose(s, container);
   const SchemeChoice c = chosen != nullptr ? *chosen : common_choice(s);
   check_kind(c.quant_type, container);
@@ -181,6 +182,9 @@ Resolved fill_in(const QuantizationSettings& s, const Container* container) {
     contradiction(fmt::format("group_size {} and granularity {} exclude each other", *s.group_size, r.granularity),
                   "give one of them");
   r.group_size = is_sized(r.granularity) ? s.group_size.value_or(c.group_size != 0 ? c.group_size : kGroupSize) : 0;
+  if (shape != nullptr && chosen != nullptr && !s.group_size && is_sized(r.granularity) &&
+      container->group_size != nullptr)
+    r.group_size = container->group_size(c, *shape);
   r.scale_dtype = s.scale_dtype.value_or(std::string(c.scale_dtype));
   r.nested_scales = s.nested_scales.value_or(c.nested_scales);
   if (r.nested_scales && s.scale_dtype && *s.scale_dtype != "float32")
@@ -345,7 +349,7 @@ class Resolver {
       plan.reason = fmt::format("{} leaves it in floats", container_->name);
     if (plan.reason.empty() && !asks_for_something(settings, container_)) plan.reason = "method none";
     if (!plan.reason.empty()) return plan;
-    const Resolved r = fill_in(settings, container_);
+    const Resolved r = fill_in(settings, container_, &t.shape);
     plan.scheme = scheme_of(r, container_, t.dtype);
     if (!r.weight_only) plan.linear = container_->make_linear(choice_of(r));
     plan.algorithm = algorithm_of(settings);
