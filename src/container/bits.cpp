@@ -30,7 +30,9 @@ void unpack_block(const std::byte* packed, std::byte* codes) {
 
 template <int bits>
 void pack_blocks(const std::byte* codes, size_t blocks, std::byte* out) {
-  if constexpr (bits == 4) {  // pairs, which the compiler turns into vectors
+  if constexpr (bits == 8) {
+    std::copy_n(codes, blocks * kBlock, out);
+  } else if constexpr (bits == 4) {  // pairs, which the compiler turns into vectors
     for (size_t i = 0; i < blocks * 4; ++i) {
       uint16_t pair = 0;
       std::memcpy(&pair, codes + 2 * i, sizeof pair);
@@ -49,7 +51,9 @@ void pack_blocks(const std::byte* codes, size_t blocks, std::byte* out) {
 
 template <int bits>
 void unpack_blocks(const std::byte* packed, size_t blocks, std::byte* codes) {
-  if constexpr (bits == 4) {
+  if constexpr (bits == 8) {
+    std::copy_n(packed, blocks * kBlock, codes);
+  } else if constexpr (bits == 4) {
     for (size_t i = 0; i < blocks * 4; ++i) {
       const auto byte = std::to_integer<uint16_t>(packed[i]);
       const auto pair = static_cast<uint16_t>((byte | byte << 4) & 0x0f0f);
@@ -95,19 +99,23 @@ std::vector<std::byte> pack_bits(std::span<const std::byte> codes, int bits) {
   return out;
 }
 
+void unpack_bits(std::span<const std::byte> packed, int bits, std::span<std::byte> codes) {
+  BW_ASSERT(bits >= 1 && bits <= 8 && packed.size() >= packed_bytes(codes.size(), bits));
+  const Blocks unpack = kUnpack.at(static_cast<size_t>(bits - 1));
+  const size_t whole = codes.size() / kBlock, rest = codes.size() % kBlock;
+  unpack(packed.data(), whole, codes.data());
+  if (rest == 0) return;
+  std::array<std::byte, kBlock> last = {}, bytes = {};
+  std::copy_n(packed.data() + whole * static_cast<size_t>(bits), packed_bytes(rest, bits), bytes.begin());
+  unpack(bytes.data(), 1, last.data());
+  std::copy_n(last.begin(), rest, codes.begin() + static_cast<std::ptrdiff_t>(codes.size() - rest));
+}
+
 std::vector<std::byte> unpack_bits(std::span<const std::byte> packed, int bits, uint64_t count) {
   BW_ASSERT(bits >= 1 && bits <= 8 && packed.size() >= packed_bytes(count, bits));
-  const Blocks unpack = kUnpack.at(static_cast<size_t>(bits - 1));
   std::vector<std::byte> codes(count);
   parallel_ranges(count, kGrain, [&](size_t begin, size_t end) {
-    const size_t whole = (end - begin) / kBlock, rest = (end - begin) % kBlock;
-    const std::byte* const from = packed.data() + packed_bytes(begin, bits);
-    unpack(from, whole, codes.data() + begin);
-    if (rest == 0) return;
-    std::array<std::byte, kBlock> last = {}, bytes = {};
-    std::copy_n(from + whole * static_cast<size_t>(bits), packed_bytes(rest, bits), bytes.begin());
-    unpack(bytes.data(), 1, last.data());
-    std::copy_n(last.begin(), rest, codes.begin() + static_cast<std::ptrdiff_t>(end - rest));
+    unpack_bits(packed.subspan(packed_bytes(begin, bits)), bits, std::span(codes).subspan(begin, end - begin));
   });
   return codes;
 }

@@ -18,6 +18,9 @@ std::vector<std::byte> pack_bits(std::span<const std::byte> codes, int bits);
 /// The same on this thread alone. out: packed_bytes(codes.size(), bits) bytes.
 void pack_bits(std::span<const std::byte> codes, int bits, std::span<std::byte> out);
 
+/// The inverse on this thread alone: codes.size() codes from at least packed_bytes(codes.size(), bits) bytes.
+void unpack_bits(std::span<const std::byte> packed, int bits, std::span<std::byte> codes);
+
 /// The inverse, in parallel: `count` codes from at least packed_bytes(count, bits) bytes.
 std::vector<std::byte> unpack_bits(std::span<const std::byte> packed, int bits, uint64_t count);
 

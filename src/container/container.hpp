@@ -71,6 +71,8 @@ struct StoredTensor {
   std::vector<std::string> arrays{};  ///< all arrays that store it and its layer's `linear`
   QuantizedLinear linear{};
   Shape whole{};  ///< of a piece (rows_of): the shape of its tensor
+  std::string_view
+      variant{};  ///< which of its container's layouts, by a name of the container's own; empty: as it writes
   const Shape& whole_shape() const { return whole.empty() ? shape : whole; }
 };
 
