@@ -394,7 +394,7 @@ void check_loadable(const WrittenModel& model, const OrderedJson& config) {
                                                       {"lfm2_moe", ".experts.", "stacks the weights of experts"},
                                                       {"minimax", ".experts.", "stacks the weights of experts"},
                                                       {"nemotron_h", ".experts.", "stacks the weights of experts"},
-                                                      {"gpt2", "h.", "transposes the weights of layers"}}};
+                                                      {"gpt2", ".c_", "transposes the weights of layers"}}};
   const auto type = config.find("model_type");
   if (type == config.end() || !type->is_string()) return;
   for (const Rearranged& r : kRearranged)
