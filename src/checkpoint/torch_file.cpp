@@ -453,7 +453,10 @@ WeightContents read_legacy(std::span<const std::byte> file, const std::string& w
   return state.read(storages, file.size());
 }
 
-bool detect(std::span<const std::byte> start) { return starts_with(start, kZip) || starts_with(start, kMagic); }
+bool detect(std::span<const std::byte> start) {
+  const bool numpy = first_zip_name(start).ends_with(".npy");
+  return (starts_with(start, kZip) && !numpy) || starts_with(start, kMagic);
+}
 
 WeightContents parse(std::span<const std::byte> file, const std::string& where) {
   if (starts_with(file, kMagic)) return read_legacy(file, where);

@@ -15,7 +15,7 @@ namespace bitwright {
 
 namespace {
 
-constexpr size_t kStart = 64;
+constexpr size_t kStart = 512;  // an archive is known by the name of its first file
 
 /// By its contents; a damaged one by its name, so that the error says what is wrong with it.
 const WeightFormat& format_of(std::span<const std::byte> file, const std::filesystem::path& path) {

@@ -39,7 +39,7 @@ struct WeightFormat {
   std::vector<std::string_view> other_suffixes{};
   std::string_view usual_name;  ///< of a model's only file: "model.safetensors"; ".index.json" after it names the index
   std::string_view source;      ///< the specification followed
-  /// Does a file that begins with these bytes (at most 64) belong to it?
+  /// Does a file that begins with these bytes (at most 512) belong to it?
   bool (*detect)(std::span<const std::byte> start);
   /// Every length, offset, count and name is checked; data is not read. Throws Error naming `where`, the tensor and the
   /// numbers. Arrays point into `file`.

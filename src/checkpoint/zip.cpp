@@ -1,11 +1,13 @@
 #include "checkpoint/zip.hpp"
 
 #include <fmt/format.h>
+#include <zlib.h>
 
 #include <algorithm>
 #include <concepts>
 #include <cstdint>
 #include <cstring>
+#include <new>
 #include <unordered_set>
 
 #include "base/error.hpp"
@@ -17,8 +19,20 @@ constexpr uint32_t kLocal = 0x04034b50, kCentral = 0x02014b50, kEnd = 0x06054b50
 constexpr uint32_t kEnd64 = 0x06064b50, kLocator64 = 0x07064b50;
 constexpr size_t kLocalBytes = 30, kCentralBytes = 46, kEndBytes = 22, kEnd64Bytes = 56, kLocator64Bytes = 20;
 constexpr size_t kMaxComment = 0xffff;
-constexpr uint16_t kEncrypted = 1, kZip64Field = 1;
-constexpr uint32_t kIn64 = 0xffffffff;  // a 32-bit field whose value stands in a zip64 one
+constexpr uint16_t kEncrypted = 1, kZip64Field = 1, kStored = 0, kDeflated = 8;
+constexpr uint64_t kMostDeflated = 1032;  // times: two bits that stand for 258 bytes
+constexpr uint32_t kIn64 = 0xffffffff;    // a 32-bit field whose value stands in a zip64 one
+
+[[noreturn]] void bad_zip(const std::string& where, const std::string& why) {
+  throw Error({.code = "bad-zip",
+               .what = "cannot read archive",
+               .where = where,
+               .why = why,
+               .fix = "the download is incomplete or damaged, fetch it again"});
+}
+[[noreturn]] void bad_zip(const std::string& where, std::string_view name, const std::string& why) {
+  bad_zip(where, fmt::format("entry '{}' {}", printable(name), why));
+}
 
 /// Where the list of entries lies.
 struct Directory {
@@ -27,7 +41,8 @@ struct Directory {
 
 class ZipReader {
  public:
-  ZipReader(std::span<const std::byte> archive, const std::string& where) : archive_(archive), where_(where) {}
+  ZipReader(std::span<const std::byte> archive, const std::string& where, Compressed compressed)
+      : archive_(archive), where_(where), compressed_(compressed) {}
 
   std::vector<ZipEntry> read() {
     const Directory directory = find_directory();
@@ -48,16 +63,8 @@ class ZipReader {
   }
 
  private:
-  [[noreturn]] void fail(const std::string& why) const {
-    throw Error({.code = "bad-zip",
-                 .what = "cannot read archive",
-                 .where = where_,
-                 .why = why,
-                 .fix = "the download is incomplete or damaged, fetch it again"});
-  }
-  [[noreturn]] void fail(std::string_view name, const std::string& why) const {
-    fail(fmt::format("entry '{}' {}", printable(name), why));
-  }
+  [[noreturn]] void fail(const std::string& why) const { bad_zip(where_, why); }
+  [[noreturn]] void fail(std::string_view name, const std::string& why) const { bad_zip(where_, name, why); }
 
   /// A little-endian number, inside the archive.
   template <std::unsigned_integral T>
@@ -114,11 +121,19 @@ class ZipReader {
   ZipEntry entry(uint64_t at) const {
     const std::string_view name = text(at + kCentralBytes, get<uint16_t>(at + 28));
     if ((get<uint16_t>(at + 8) & kEncrypted) != 0) fail(name, "is encrypted");
-    if (get<uint16_t>(at + 10) != 0) fail(name, "is compressed, those of torch.save are not");
+    const uint16_t method = get<uint16_t>(at + 10);
+    if (method != kStored && compressed_ == Compressed::refuse)
+      fail(name, "is compressed, those of torch.save are not");
+    if (method != kStored && method != kDeflated) fail(name, "is compressed in another way than by deflating");
     uint64_t packed = get<uint32_t>(at + 20), size = get<uint32_t>(at + 24), local = get<uint32_t>(at + 42);
     read_zip64_field(at, name, {&size, &packed, &local});
-    if (packed != size) fail(name, fmt::format("has {} bytes, stored as {}", size, packed));
-    return {.name = name, .data = data(name, local, size)};
+    if (method == kStored ? packed != size : size / kMostDeflated > packed)
+      fail(name, fmt::format("has {} bytes, stored as {}", size, packed));
+    return {.name = name,
+            .data = data(name, local, packed),
+            .deflated = method == kDeflated,
+            .size = size,
+            .checksum = get<uint32_t>(at + 16)};
   }
 
   /// The values that did not fit 32 bits, in the field's order.
@@ -156,12 +171,67 @@ class ZipReader {
 
   std::span<const std::byte> archive_;
   const std::string& where_;
+  Compressed compressed_;
 };
+
+/// zlib counts in 32 bits: the next part of `left` bytes.
+uInt next_part(size_t left) { return static_cast<uInt>(std::min<size_t>(left, size_t{1} << 30)); }
+
+/// Fills `out`; false unless the stream is sound and makes just as many bytes.
+bool inflate_into(std::span<const std::byte> packed, std::span<std::byte> out) {
+  z_stream stream = {};
+  constexpr int kRaw = -MAX_WBITS;
+  if (inflateInit2(&stream, kRaw) != Z_OK) throw std::bad_alloc();
+  std::byte beyond{};  // somewhere to point to where `out` is full or empty
+  size_t taken = 0, made = 0;
+  int state = Z_OK;
+  while (state == Z_OK) {
+    stream.next_in = const_cast<Bytef*>(reinterpret_cast<const Bytef*>(packed.data() + taken));  // which it only reads
+    stream.avail_in = next_part(packed.size() - taken);
+    const bool full = made == out.size();
+    stream.next_out = reinterpret_cast<Bytef*>(full ? &beyond : out.data() + made);
+    stream.avail_out = full ? 1 : next_part(out.size() - made);
+    const uInt in = stream.avail_in, room = stream.avail_out;
+    state = inflate(&stream, Z_NO_FLUSH);
+    taken += in - stream.avail_in;
+    made += full ? 0 : room - stream.avail_out;
+    if (full && stream.avail_out == 0) state = Z_DATA_ERROR;  // it makes more
+  }
+  inflateEnd(&stream);
+  return state == Z_STREAM_END && taken == packed.size() && made == out.size();
+}
+
+uint32_t checksum_of(std::span<const std::byte> data) {
+  uLong sum = crc32(0, nullptr, 0);
+  while (!data.empty()) {
+    const uInt part = next_part(data.size());
+    sum = crc32(sum, reinterpret_cast<const Bytef*>(data.data()), part);
+    data = data.subspan(part);
+  }
+  return static_cast<uint32_t>(sum);
+}
 
 }  // namespace
 
-std::vector<ZipEntry> parse_zip(std::span<const std::byte> archive, const std::string& where) {
-  return ZipReader(archive, where).read();
+std::vector<ZipEntry> parse_zip(std::span<const std::byte> archive, const std::string& where, Compressed compressed) {
+  return ZipReader(archive, where, compressed).read();
+}
+
+std::vector<std::byte> inflate_entry(const ZipEntry& entry, const std::string& where) {
+  std::vector<std::byte> out(entry.size);
+  if (!inflate_into(entry.data, out)) bad_zip(where, entry.name, "does not inflate to the size that is said");
+  if (checksum_of(out) != entry.checksum) bad_zip(where, entry.name, "has another checksum than is said");
+  return out;
+}
+
+std::string_view first_zip_name(std::span<const std::byte> start) {
+  uint32_t magic = 0;
+  uint16_t length = 0;
+  if (start.size() < kLocalBytes) return {};
+  std::memcpy(&magic, start.data(), sizeof magic);
+  std::memcpy(&length, start.data() + 26, sizeof length);
+  if (magic != kLocal || length > start.size() - kLocalBytes) return {};
+  return {reinterpret_cast<const char*>(start.data()) + kLocalBytes, length};
 }
 
 }  // namespace bitwright

@@ -2,15 +2,13 @@
 
 #include <algorithm>
 #include <array>
-#include <bit>
 #include <cmath>
-#include <limits>
 #include <utility>
 #include <vector>
 
 #include "base/error.hpp"
 #include "base/threads.hpp"
-#include "scheme/range.hpp"
+#include "container/weights.hpp"
 
 namespace bitwright {
 namespace {
@@ -82,48 +80,6 @@ void encode_block(std::span<const float> block, float absmax, const Tree& tree, 
     if (std::isnan(block[i] * reciprocal)) codes[i] = std::byte{0};
 }
 
-/// By their bits, which order magnitudes as integers: unlike a maximum of floats, the compiler makes a vector loop of
-/// it.
-float absmax_of(std::span<const float> values) {
-  constexpr int32_t kMagnitude = 0x7fffffff;
-  int32_t most = 0;
-  for (const float value : values) {
-    const int32_t bits = std::bit_cast<int32_t>(value) & kMagnitude;
-    most = bits > most ? bits : most;
-  }
-  return std::bit_cast<float>(most);
-}
-
-void check_finite(std::span<const float> values, size_t first) {
-  if (std::isfinite(absmax_of(values))) return;
-  for (size_t i = 0; i < values.size(); ++i)
-    if (!std::isfinite(values[i])) throw_not_finite(static_cast<int64_t>(first + i), values[i]);
-}
-
-void check_dtype(DType dtype) {
-  if (dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16) return;
-  throw Error(
-      {.code = "bad-tensor",
-       .what = "cannot quantize",
-       .why = std::string("bitsandbytes takes weights of 16 and 32 bits, this is ") + std::string(info(dtype).name),
-       .fix = "convert the model, for example by `bitwright dequantize --dtype float32`"});
-}
-
-/// f32 values of elements [begin, end), all finite.
-std::vector<float> widened(WeightView weight, size_t begin, size_t end) {
-  const size_t bytes = size_bytes(weight.dtype);
-  std::vector<float> values(end - begin);
-  to_f32(weight.dtype, weight.bytes.subspan(begin * bytes, (end - begin) * bytes), values);
-  check_finite(values, begin);
-  return values;
-}
-
-std::shared_ptr<const QuantizedTensor> plain_tensor(std::span<const float> values, const Shape& shape) {
-  const auto bytes = std::as_bytes(values);
-  return std::make_shared<QuantizedTensor>(
-      QuantizedTensor{.scheme = plain(DType::f32), .shape = shape, .codes = {bytes.begin(), bytes.end()}});
-}
-
 /// Double quantization: the mean is taken off, the rest goes through the dynamic map in blocks.
 std::shared_ptr<const QuantizedTensor> nest(const Scheme& scheme, const Shape& shape, std::vector<float> absmax) {
   double sum = 0;
@@ -170,7 +126,7 @@ uint8_t round_to_dynamic8(float value) {
 }
 
 QuantizedTensor encode_bitsandbytes4(const Scheme& scheme, const Shape& shape, WeightView weight) {
-  check_dtype(weight.dtype);
+  check_weight_dtype(weight.dtype, "bitsandbytes");
   const auto block = static_cast<size_t>(scheme.scale->grouping.size);
   const size_t count = weight.count(), blocks = (count + block - 1) / block;
   const Tree& tree = tree_of(*scheme.element);
@@ -178,7 +134,7 @@ QuantizedTensor encode_bitsandbytes4(const Scheme& scheme, const Shape& shape, W
   QuantizedTensor t = {.scheme = scheme, .shape = shape, .codes = std::vector<std::byte>(count)};
   parallel_ranges(blocks, std::max<size_t>(kChunk / block, 1), [&](size_t begin, size_t end) {
     const size_t first = begin * block;
-    const std::vector<float> values = widened(weight, first, std::min(count, end * block));
+    const std::vector<float> values = finite_values(weight, first, std::min(count, end * block));
     for (size_t b = begin; b < end; ++b) {
       const size_t at = b * block - first;
       const auto part = std::span(values).subspan(at, std::min(block, values.size() - at));
@@ -205,13 +161,13 @@ float round_int8_row(std::span<const float> row, float threshold, std::span<int8
 }
 
 QuantizedTensor encode_bitsandbytes8(const Scheme& scheme, const Shape& shape, WeightView weight) {
-  check_dtype(weight.dtype);
+  check_weight_dtype(weight.dtype, "bitsandbytes");
   const auto columns = static_cast<size_t>(shape.back());
   const size_t rows = columns == 0 ? 0 : weight.count() / columns;
   QuantizedTensor t = {.scheme = scheme, .shape = shape, .codes = std::vector<std::byte>(weight.count())};
   std::vector<float> absmax(rows);
   parallel_ranges(rows, std::max<size_t>(kChunk / std::max<size_t>(columns, 1), 1), [&](size_t begin, size_t end) {
-    std::vector<float> values = widened(weight, begin * columns, end * columns);
+    std::vector<float> values = finite_values(weight, begin * columns, end * columns);
     for (float& value : values) value = round_to(DType::f16, value);
     check_finite(values, begin * columns);
     for (size_t r = begin; r < end; ++r)

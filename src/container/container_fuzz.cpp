@@ -37,6 +37,12 @@ Arrays make_arrays(const std::string& state) {
   add(arrays, "m.weight", DType::u32, {2, 8});
   add(arrays, "m.scales", DType::bf16, {2, 2});
   add(arrays, "m.biases", DType::bf16, {2, 2});
+  for (const char* layer : {"x", "y", "z"}) {  // of MLX: mxfp4 and mxfp8, nvfp4, nvfp4 under a global scale
+    const std::string name = layer;
+    add(arrays, name + ".weight", DType::u32, {2, 8});
+    add(arrays, name + ".scales", DType::u8, {2, name == "x" ? 2 : 4});
+  }
+  add(arrays, "z.global_scale", DType::f32, {});
   add(arrays, "b", DType::u8, {64, 1});
   add(arrays, "b.absmax", DType::f32, {2});
   add(arrays, "b.quant_map", DType::f32, {16});

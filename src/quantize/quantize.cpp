@@ -146,6 +146,7 @@ class Pipeline {
       decisions += fmt::format("{} {} {}\n", entry.name, tensor.scheme ? to_json(*tensor.scheme).dump() : "kept",
                                tensor.scheme ? tensor.algorithm->name : "");
     }
+    metadata(OrderedJson::object());  // what cannot be written is refused before there is any work
     const std::string recipe = decisions + recipe_.settings.dump() + std::string(options_.container->name);
     job_.identity = {{"tool", BITWRIGHT_VERSION}, {"command", "quantize"}, {"recipe", sha256(recipe)}};
   }
@@ -320,8 +321,8 @@ class Pipeline {
     return counts.size() == 1 ? most->first : fmt::format("mixed, mostly {}", most->first);
   }
 
-  /// Returns what was written, by name.
-  std::map<std::string, OrderedJson> write_metadata(const OrderedJson& record) const {
+  /// What belongs beside the weights, by name. A container may refuse such a model here.
+  std::map<std::string, OrderedJson> metadata(const OrderedJson& record) const {
     OrderedJson config = read_config(source_);
     std::map<std::string, OrderedJson> files;
     const std::vector<StoredTensor> tensors = quantized_tensors();
@@ -329,6 +330,12 @@ class Pipeline {
     options_.container->write_metadata({.tensors = tensors, .kept = kept, .record = record},
                                        {.config = config, .files = files});
     files["config.json"] = std::move(config);
+    return files;
+  }
+
+  /// Returns what was written, by name.
+  std::map<std::string, OrderedJson> write_metadata(const OrderedJson& record) const {
+    std::map<std::string, OrderedJson> files = metadata(record);
     for (const auto& [name, json] : files) write_text_file(staging_ / name, json.dump(2) + "\n");
     return files;
   }

@@ -138,6 +138,26 @@ TEST_F(Quantize, FailuresLeaveNothing) {
   EXPECT_EQ(code("quantization: {method: int4}"), "not-finite");
 }
 
+TEST_F(Quantize, WhatTheOwnerWouldNotLoadIsRefusedBeforeTheWork) {
+  write_file(model() / "config.json", R"({"model_type": "gpt2"})");
+  SafetensorsWriter writer(model() / "model.safetensors", {{"h.0.attn.c_attn.weight", DType::f32, {2, 64}}});
+  writer.add(std::vector<std::byte>(512));
+  writer.finish();
+  std::filesystem::create_directory(dir / ".out.partial");
+  write_file(dir / ".out.partial/.bitwright-partial", "{}\n");  // of hours of work
+  const auto as_mlx = [](QuantizeOptions& o) {
+    o.container = find_container("mlx");
+    o.output.existing = Existing::resume;
+  };
+  try {
+    run("quantization: {method: int4}", as_mlx);
+    ADD_FAILURE() << "not refused";
+  } catch (const Error& error) {
+    EXPECT_EQ(error.code(), "not-loadable");
+  }
+  EXPECT_EQ(read_file(dir / ".out.partial/.bitwright-partial"), "{}\n");
+}
+
 TEST_F(Quantize, WhatCannotBeJudgedIsSaidBeforeTheWork) {
   write_file(model() / "tokenizer.json", "{damaged");
   std::filesystem::create_directory(dir / ".out.partial");
