@@ -437,6 +437,7 @@ struct Checkpoint::Impl {
   }
 
   void find_container(Foreign foreign) {
+    if (foreign == Foreign::list_all) return;
     for (const Container* candidate : all_containers())
       if (candidate->detect(view())) {
         container = candidate;

@@ -61,8 +61,9 @@ class Checkpoint {
  public:
   /// An output that is not finished is refused, but for whoever is writing it.
   enum class Unfinished { refuse, allow };
-  /// A model quantized by a method that no container here knows is refused, or listed as the arrays it consists of.
-  enum class Foreign { refuse, list };
+  /// A model quantized by a method that no container here knows is refused, or listed as the arrays it consists of;
+  /// `list_all`: so is every other (one that its container cannot list).
+  enum class Foreign { refuse, list, list_all };
   /// A directory (config.json, not needed with GGUF; weights in one file or several, with or without an index; the
   /// links of a Hugging Face cache) or one file of weights of a known kind, with config.json beside it or not.
   /// Throws Error naming the file and what is wrong with it.

@@ -17,44 +17,23 @@
 namespace bitwright {
 namespace {
 
-/// Quantized weights: which methods there are, and what can hold them, the likelier first.
-const Json& weight_facts() { return Facts::standard().get("weights", "quantized"); }
-
-const Json* row_named(const Json& rows, std::string_view name) {
-  const auto row = std::ranges::find_if(rows, [&](const Json& one) { return one["name"] == name; });
-  return row == rows.end() ? nullptr : &*row;
-}
-
-/// How engines' facts call what is quantized so.
-std::string checkpoint_of(const Json& holder) { return holder.value("checkpoint", holder["name"].get<std::string>()); }
-
-/// A method whose weights are not made here yet: its format, and the method that is otherwise like it.
-struct ForeignMethod {
-  std::string scheme, stand_in;
-  double bits;  ///< of a weight with its share of the scales
-};
-std::optional<ForeignMethod> foreign_method(const std::string& name) {
-  const Json* row = row_named(weight_facts()["methods"], name);
-  if (row == nullptr || !row->contains("like")) return std::nullopt;
-  return ForeignMethod{.scheme = (*row)["scheme"], .stand_in = (*row)["like"], .bits = (*row)["bits"]};
-}
-
 /// Does the engine load what is quantized so? Asked of its facts, as for a checkpoint that exists.
-bool loads(const PlanRequest& asked, const Json& holder, const std::string& method) {
+bool loads(const PlanRequest& asked, const Container& container) {
   PlanRequest request{.engine = asked.engine, .version = asked.version, .hardware = asked.hardware};
-  request.checkpoint = checkpoint_of(holder);
-  request.model = asked.model;
-  if (const Json* row = row_named(weight_facts()["methods"], method); row != nullptr && row->contains("model"))
-    request.model.update((*row)["model"]);
+  request.checkpoint = method_of(container);
   return std::ranges::none_of(plan_engine(request).diagnostics, refuses);
 }
 
-/// Those whose checkpoints the engine loads, its own first.
-std::vector<const Json*> loaded_by(const PlanRequest& asked, const std::string& method) {
-  std::vector<const Json*> loaded;
-  const Json& engine = Facts::standard().get("engines", asked.engine)["name"];
-  for (const Json& holder : weight_facts()["containers"])
-    if (loads(asked, holder, method)) loaded.insert(holder["name"] == engine ? loaded.begin() : loaded.end(), &holder);
+/// The containers that the engine loads, its own first, then the likelier.
+std::vector<const Container*> loaded_by(const PlanRequest& asked) {
+  const Facts& facts = Facts::standard();
+  const Json& engine = facts.get("engines", asked.engine)["name"];
+  std::vector<const Container*> loaded;
+  for (const Json& name : facts.get("weights", "quantized")["containers"]) {
+    const Container* container = find_container(name.get_ref<const std::string&>());
+    if (container != nullptr && loads(asked, *container))
+      loaded.insert(name == engine ? loaded.begin() : loaded.end(), container);
+  }
   return loaded;
 }
 
@@ -150,27 +129,36 @@ class Weights {
 
   /// As `quantize` will make them.
   WeightsPlan to_be_quantized(const std::string& format) {
-    const std::optional<ForeignMethod> foreign = foreign_method(method_);
-    if (!model_.checkpoint) return without_weights(foreign, format);
-    const bool made = !foreign;
-    const QuantizationRequest request = read_recipe(made ? method_ : foreign->stand_in);
-    const Container* container = made ? choose(request, format) : nullptr;
-    if (container == nullptr) say_not_written(name_container(format));
-    if (container != nullptr) {
-      plan_.container = container->name;
-      plan_.command = quantize_command(path_, config_, container->name);
+    tensors_ = model_.checkpoint ? facts_of(*model_.checkpoint) : std::vector{kLinear};
+    const QuantizationRequest request = read_recipe();
+    std::optional<Made> made = choose(request, format);
+    if (!made) {
+      say_not_written(name_container(format));
+      made = stand_in(request);
+    } else {
+      plan_.container = made->container->name;
+      if (model_.checkpoint) plan_.command = quantize_command(path_, config_, made->container->name);
     }
-    const OutputLayout layout =
-        lay_out(*model_.checkpoint, request, container != nullptr ? *container : native(), OutputOptions::kUsualShard);
-    plan_.file_bytes = static_cast<double>(layout.shards.bytes());
-    add_tensors(layout, foreign);
-    if (made) add_modules(layout.recipe);
-    warnings_.insert(warnings_.end(), layout.recipe.warnings.begin(), layout.recipe.warnings.end());
+    if (!model_.checkpoint) return without_weights(*made);
+    plan_.file_bytes = static_cast<double>(made->layout.shards.bytes());
+    add_tensors(made->layout);
+    if (plan_.container == made->container->name) add_modules(*made);
+    warnings_.insert(warnings_.end(), made->layout.recipe.warnings.begin(), made->layout.recipe.warnings.end());
     return std::move(plan_);
   }
 
  private:
-  static const Container& native() { return *find_container("native"); }
+  /// What stands for all linear layers where only sizes are known.
+  static constexpr int64_t kColumns = 4096;
+  static inline const TensorFacts kLinear = {.name = "model.layers.0.mlp.up_proj.weight",
+                                             .shape = {kColumns, kColumns}};
+
+  /// A container, and what would be written in it.
+  struct Made {
+    const Container* container;
+    OutputLayout layout;
+    ModelDocuments documents;
+  };
 
   bool is_decoded() const {
     return std::ranges::none_of(model_.checkpoint->tensors(),
@@ -178,55 +166,73 @@ class Weights {
            (model_.checkpoint->container() != nullptr || model_.quantization.method.empty());
   }
 
-  QuantizationRequest read_recipe(const std::string& method) const {
+  QuantizationRequest read_recipe() const {
     OrderedJson config = config_;
-    if (!method.empty()) set_config_value(config, "quantization.method", method);
-    if (config.contains("quantization")) config["quantization"].erase("weight_only");
+    if (!method_.empty()) set_config_value(config, "quantization.method", method_);
     return read_request(config);
   }
 
-  /// The container that is asked for, or the first of those that the engine loads and that can be written; null: none.
-  const Container* choose(const QuantizationRequest& request, const std::string& format) const {
-    if (!format.empty()) return find_container(format);
-    for (const Json* holder : loaded_by(request_, method_)) {
-      const Container* container = find_container((*holder)["name"].get_ref<const std::string&>());
-      if (container != nullptr && container->write_metadata != nullptr && holds_all(request, *container))
-        return container;
+  Made make(const QuantizationRequest& request, const Container& container) const {
+    Made made = {.container = &container,
+                 .layout = lay_out(tensors_, request, container, OutputOptions::kUsualShard),
+                 .documents = {}};
+    for (auto& [name, document] :
+         metadata_of(tensors_, made.layout.recipe, container, OrderedJson(model_.config), OrderedJson::object()))
+      made.documents[name] = Json(document);
+    return made;
+  }
+
+  /// None where the container is not written or does not hold what is asked for.
+  std::optional<Made> try_to_make(const QuantizationRequest& request, const Container& container) const {
+    if (container.write_metadata == nullptr) return std::nullopt;
+    try {
+      Made made = make(request, container);
+      const auto& tensors = made.layout.recipe.tensors;
+      if (std::ranges::any_of(tensors, [](const TensorPlan& plan) { return plan.scheme.has_value(); })) return made;
+    } catch (const Error&) {  // another container may hold it
     }
-    return nullptr;
+    return std::nullopt;
   }
 
-  bool holds_all(const QuantizationRequest& request, const Container& container) const {
-    const Recipe recipe = resolve(request, facts_of(*model_.checkpoint));
-    for (size_t i = 0; i < recipe.tensors.size(); ++i)
-      if (const auto& scheme = recipe.tensors[i].scheme)
-        if (container.fit(*scheme, model_.checkpoint->tensors()[i].shape).verdict == Verdict::impossible) return false;
-    return true;
+  /// In the container that is asked for, or the first of those that the engine loads; none: no such is written.
+  std::optional<Made> choose(const QuantizationRequest& request, const std::string& format) const {
+    if (!format.empty()) return make(request, *find_container(format));
+    const PlanRequest engine{.engine = request_.engine, .version = request_.version, .hardware = request_.hardware};
+    const Container* const own = find_container(request_.intent.backend_method);
+    for (const Container* container : own != nullptr ? std::vector{own} : loaded_by(request_))
+      if (std::optional<Made> made = try_to_make(request, *container); made && answer_of(engine, made->documents).yes)
+        return made;
+    return std::nullopt;
   }
 
-  /// The name of what the engine would load, whoever writes it.
+  /// What is quantized likewise, for sizes. Throws what speaks against it everywhere.
+  Made stand_in(const QuantizationRequest& request) const {
+    for (const Container* container : all_containers())
+      if (std::optional<Made> made = try_to_make(request, *container)) return *std::move(made);
+    return make(request, *all_containers().front());
+  }
+
+  /// The name of what the engine would load, if that is not written.
   std::string name_container(const std::string& format) const {
     if (!format.empty()) return format;
-    const std::string& own = request_.intent.backend_method;
-    if (row_named(weight_facts()["containers"], own) != nullptr) return own;
-    const Json method = method_.empty() ? "none" : method_;
-    for (const Json* holder : loaded_by(request_, method_))
-      if (std::ranges::find((*holder)["methods"], method) != (*holder)["methods"].end()) return (*holder)["name"];
+    if (find_container(request_.intent.backend_method) != nullptr) return request_.intent.backend_method;
+    for (const Container* container : loaded_by(request_))
+      if (container->write_metadata == nullptr) return std::string(container->name);
     return {};
   }
 
   void say_not_written(const std::string& container) {
     if (!container.empty()) plan_.container = container;
+    const std::string what = method_.empty() ? "this" : method_;
     warnings_.push_back(
         {"CONTAINER_NOT_WRITTEN",
          container.empty()
              ? fmt::format("{} loads no checkpoint that holds {}; sizes are those of the codes and scales",
-                           request_.engine, method_.empty() ? "this" : method_)
-             : fmt::format("{} as {} is not written here yet; sizes are those of the codes and scales",
-                           method_.empty() ? "this" : method_, container)});
+                           request_.engine, what)
+             : fmt::format("{} as {} is not written here; sizes are those of the codes and scales", what, container)});
   }
 
-  void add_tensors(const OutputLayout& layout, const std::optional<ForeignMethod>& foreign) {
+  void add_tensors(const OutputLayout& layout) {
     std::map<std::string, size_t> schemes, algorithms;
     std::vector<StoredTensor> loaded = stored_tensors(*model_.checkpoint);
     for (size_t i = 0; i < layout.recipe.tensors.size(); ++i) {
@@ -234,14 +240,9 @@ class Weights {
       const TensorEntry& entry = model_.checkpoint->tensors()[i];
       double bytes = 0;
       for (const ArraySpec& array : layout.arrays[i]) bytes += static_cast<double>(array.bytes());
-      if (foreign && tensor.scheme) {
-        const double other = static_cast<double>(element_count(entry.shape)) * foreign->bits / 8;
-        plan_.file_bytes += other - bytes;
-        bytes = other;
-      }
       OrderedJson row = tensor_row(entry, static_cast<uint64_t>(bytes));
       if (tensor.scheme) {
-        const std::string scheme = foreign ? foreign->scheme : describe(*tensor.scheme);
+        const std::string scheme = describe(*tensor.scheme);
         row["scheme"] = scheme;
         row["algorithm"] = tensor.algorithm->name;
         ++schemes[scheme];
@@ -255,31 +256,23 @@ class Weights {
     plan_.scheme = common(schemes);
     plan_.algorithm = common(algorithms);
     plan_.loaded_bytes =
-        native_ && !foreign ? static_cast<double>(estimated_weight_bytes(model_.config, loaded)) : plan_.file_bytes;
+        native_ ? static_cast<double>(estimated_weight_bytes(model_.config, loaded)) : plan_.file_bytes;
   }
 
   /// What an engine will find: it may refuse layers that each by itself are right.
-  void add_modules(const Recipe& recipe) {
-    if (plan_.container.is_string())
-      if (const Json* holder = row_named(weight_facts()["containers"], plan_.container.get_ref<const std::string&>()))
-        plan_.checkpoint = checkpoint_of(*holder);
-    if (!plan_.checkpoint.empty()) plan_.modules = planned_modules(recipe, facts_of(*model_.checkpoint));
+  void add_modules(const Made& made) {
+    plan_.checkpoint = detect_model_quantization(made.documents).method;
+    if (!plan_.checkpoint.empty()) plan_.modules = planned_modules(made.layout.recipe, tensors_);
   }
 
   /// Only sizes are known: linear weights at the method's bits, embeddings and head at 16.
-  WeightsPlan without_weights(const std::optional<ForeignMethod>& foreign, const std::string& format) {
-    const QuantizationRequest request = read_recipe(foreign ? foreign->stand_in : method_);
-    constexpr int64_t kColumns = 4096;
-    const std::array<TensorFacts, 1> linear = {{{.name = "layers.0.linear.weight", .shape = {kColumns, kColumns}}}};
-    const TensorPlan tensor = resolve(request, linear).tensors.front();
-    if (const std::string name = name_container(format); !name.empty()) plan_.container = name;
+  WeightsPlan without_weights(const Made& made) {
+    const TensorPlan& tensor = made.layout.recipe.tensors.front();
     if (!tensor.scheme) return std::move(plan_);
     double bits = 0;
-    for (const ArraySpec& array :
-         native().layout({.name = tensor.name, .shape = linear[0].shape, .scheme = *tensor.scheme}))
+    for (const ArraySpec& array : made.layout.arrays.front())
       bits += 8.0 * static_cast<double>(array.bytes()) / (kColumns * kColumns);
-    if (foreign) bits = foreign->bits;
-    plan_.scheme = foreign ? foreign->scheme : describe(*tensor.scheme);
+    plan_.scheme = describe(*tensor.scheme);
     plan_.algorithm = tensor.algorithm->name;
     const auto count = [&](const char* name) { return static_cast<double>(model_.facts.value(name, int64_t{0})); };
     const double parameters = parameters_of(model_.facts);
@@ -295,6 +288,7 @@ class Weights {
   const PlanRequest& request_;
   std::vector<Warning>& warnings_;
   std::string method_;
+  std::vector<TensorFacts> tensors_;
   bool native_ = false;
   WeightsPlan plan_;
 };

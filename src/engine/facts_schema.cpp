@@ -325,25 +325,12 @@ Problems check_kinds(const Json& document) {
   return problems;
 }
 
-/// Methods of quantized weights and what holds them. A method that is not made here says what it is `like`.
+/// The containers that quantized weights are written in, the likelier first.
 Problems check_weights(const Json& document) {
   static const std::array kMembers = {Member{"name", kText, true}, Member{"source", kText, true},
-                                      Member{"methods", kList, true}, Member{"containers", kList, true}};
-  static const std::array kMethod = {Member{"name", kText, true}, Member{"model", kObject}, Member{"scheme", kText},
-                                     Member{"like", kText}, Member{"bits", kReal}};
-  static const std::array kContainer = {Member{"name", kText, true}, Member{"checkpoint", kText},
-                                        Member{"methods", kTexts, true}};
+                                      Member{"containers", kTexts, true}};
   Problems problems;
   check_members(document, kMembers, "weights", problems);
-  const Json none = Json::array();
-  for (const Json& row : member_or(document, "methods", none)) {
-    check_members(row, kMethod, "methods", problems);
-    const bool like = row.is_object() && row.contains("like");
-    if (like && (!row.contains("scheme") || !row.contains("bits") || row["bits"] <= 0))
-      problems.push_back("methods: what is 'like' another has a scheme and bits of its own");
-  }
-  for (const Json& row : member_or(document, "containers", none))
-    check_members(row, kContainer, "containers", problems);
   return problems;
 }
 

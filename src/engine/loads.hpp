@@ -13,14 +13,17 @@ namespace bitwright {
 /// only warn.
 bool refuses(const Diagnostic& said);
 
-/// Does an engine load a checkpoint, and why not? By its facts, on unknown hardware.
+/// Does an engine load a checkpoint, and why not? By its facts.
 struct Loads {
   std::string engine;
   bool yes;
   std::string reason{};  ///< what speaks against it; of a yes what must be known (a plugin to install), or nothing
 };
 
-/// Every engine's answer for a checkpoint that these documents describe.
+/// The answer of one engine on one device, as `request` names them, for a checkpoint that these documents describe.
+Loads answer_of(PlanRequest request, const ModelDocuments& documents, const Facts& facts = Facts::standard());
+
+/// Every engine's answer, on unknown hardware.
 std::vector<Loads> engines_that_load(const ModelDocuments& documents, const Facts& facts = Facts::standard());
 
 }  // namespace bitwright

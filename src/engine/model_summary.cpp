@@ -63,11 +63,15 @@ void open_weights(const fs::path& path, ModelSummary& model) {
   }
 }
 
-/// A GGUF file of an architecture that is not run here describes itself all the same.
+/// Arrays that their container cannot make tensors of still have names. A GGUF file of an architecture that is not run
+/// here describes itself all the same.
 void read_header(const fs::path& path, ModelSummary& model) {
-  if (model.checkpoint || fs::is_directory(path)) return;
+  if (model.checkpoint || !model.unread) return;
   try {
-    model.stored = read_stored({path});
+    if (fs::is_directory(path))
+      model.stored = read_stored(open_model(path, Checkpoint::Foreign::list_all).stored_arrays());
+    else
+      model.stored = read_stored({path});
   } catch (const Error&) {
     return;  // what kept the model from being opened says more
   }

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <set>
 
 #include "base/error.hpp"
@@ -30,6 +31,22 @@ void check_fit_together(std::span<const StoredTensor> tensors, const Container& 
                  .fix = "change layer_configs, or choose another --format"});
 }
 
+/// A head that shares the embedding's matrix has no tensor, and yet the owner's loader makes a module of it.
+std::vector<std::string> kept_modules(std::span<const TensorFacts> source, const Recipe& recipe,
+                                      const OrderedJson& config) {
+  constexpr std::string_view kWeight = ".weight";
+  std::vector<std::string> kept;
+  for (size_t i = 0; i < source.size(); ++i) {
+    const std::string& name = source[i].name;
+    if (!recipe.tensors[i].scheme && source[i].shape.size() >= 2 && name.ends_with(kWeight))
+      kept.push_back(name.substr(0, name.size() - kWeight.size()));
+  }
+  const bool tied = config.contains("tie_word_embeddings") && config["tie_word_embeddings"] == true;
+  if (tied && std::ranges::find(source, "lm_head.weight", &TensorFacts::name) == source.end())
+    kept.emplace_back("lm_head");
+  return kept;
+}
+
 [[noreturn]] void name_clash(const std::string& name) {
   throw Error({.code = "name-clash",
                .what = "cannot quantize",
@@ -51,25 +68,24 @@ std::vector<TensorFacts> facts_of(const Checkpoint& source) {
   return facts;
 }
 
-StoredTensor stored_tensor(const TensorEntry& entry, const TensorPlan& plan) {
-  const DType dtype = size_bytes(entry.dtype) < 2 ? DType::f16 : entry.dtype;  // which has every value of 8 bits
+StoredTensor stored_tensor(const TensorFacts& tensor, const TensorPlan& plan) {
+  const DType dtype = size_bytes(tensor.dtype) < 2 ? DType::f16 : tensor.dtype;  // which has every value of 8 bits
   return {
-      .name = entry.name, .shape = entry.shape, .scheme = *plan.scheme, .value_dtype = dtype, .linear = plan.linear};
+      .name = tensor.name, .shape = tensor.shape, .scheme = *plan.scheme, .value_dtype = dtype, .linear = plan.linear};
 }
 
-OutputLayout lay_out(const Checkpoint& source, const QuantizationRequest& request, const Container& container,
-                     uint64_t max_shard_bytes) {
-  OutputLayout layout = {.recipe = resolve(request, facts_of(source), &container), .arrays = {}, .shards = {}};
+OutputLayout lay_out(std::span<const TensorFacts> source, const QuantizationRequest& request,
+                     const Container& container, uint64_t max_shard_bytes) {
+  OutputLayout layout = {.recipe = resolve(request, source, &container), .arrays = {}, .shards = {}};
   std::set<std::string> names;
   std::vector<StoredTensor> quantized;
-  for (size_t i = 0; i < layout.recipe.tensors.size(); ++i) {
-    const TensorEntry& entry = source.tensors()[i];
+  for (size_t i = 0; i < source.size(); ++i) {
     if (const TensorPlan& plan = layout.recipe.tensors[i]; plan.scheme) {
-      quantized.push_back(stored_tensor(entry, plan));
+      quantized.push_back(stored_tensor(source[i], plan));
       check_fits(quantized.back(), container);
       layout.arrays.push_back(container.layout(quantized.back()));
     } else {
-      layout.arrays.push_back({{entry.name, entry.dtype, entry.shape}});
+      layout.arrays.push_back({{source[i].name, source[i].dtype, source[i].shape}});
     }
     for (const ArraySpec& array : layout.arrays.back())
       if (!names.insert(array.name).second) name_clash(array.name);
@@ -77,6 +93,19 @@ OutputLayout lay_out(const Checkpoint& source, const QuantizationRequest& reques
   check_fit_together(quantized, container);
   layout.shards = plan_shards(layout.arrays, max_shard_bytes, container.weights_format);
   return layout;
+}
+
+std::map<std::string, OrderedJson> metadata_of(std::span<const TensorFacts> source, const Recipe& recipe,
+                                               const Container& container, OrderedJson config,
+                                               const OrderedJson& record) {
+  std::vector<StoredTensor> tensors;
+  for (size_t i = 0; i < source.size(); ++i)
+    if (recipe.tensors[i].scheme) tensors.push_back(stored_tensor(source[i], recipe.tensors[i]));
+  const std::vector<std::string> kept = kept_modules(source, recipe, config);
+  std::map<std::string, OrderedJson> files;
+  container.write_metadata({.tensors = tensors, .kept = kept, .record = record}, {.config = config, .files = files});
+  files["config.json"] = std::move(config);
+  return files;
 }
 
 }  // namespace bitwright

@@ -1,5 +1,8 @@
 #pragma once
 
+#include <map>
+#include <nlohmann/json.hpp>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -18,11 +21,17 @@ struct OutputLayout {
   ShardPlan shards;
 };
 /// Throws what resolve does, Error{"does-not-fit"} where the container cannot hold a scheme, and Error{"name-clash"}.
-OutputLayout lay_out(const Checkpoint& source, const QuantizationRequest& request, const Container& container,
-                     uint64_t max_shard_bytes);
+OutputLayout lay_out(std::span<const TensorFacts> source, const QuantizationRequest& request,
+                     const Container& container, uint64_t max_shard_bytes);
 
-/// A tensor of the source as it will be stored.
-StoredTensor stored_tensor(const TensorEntry& entry, const TensorPlan& plan);
+/// What belongs beside the weights, by name: config.json, which `config` becomes, and further JSON files. record: as
+/// WrittenModel has it. Throws Error where the container cannot describe such a model.
+std::map<std::string, OrderedJson> metadata_of(std::span<const TensorFacts> source, const Recipe& recipe,
+                                               const Container& container, OrderedJson config,
+                                               const OrderedJson& record);
+
+/// A tensor of the source as it will be stored. Needs plan.scheme.
+StoredTensor stored_tensor(const TensorFacts& tensor, const TensorPlan& plan);
 
 /// What a recipe needs to know of the tensors.
 std::vector<TensorFacts> facts_of(const Checkpoint& source);

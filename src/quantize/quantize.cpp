@@ -66,8 +66,8 @@ void check_not_quantized(const Checkpoint& source) {
 class Pipeline {
  public:
   Pipeline(const Checkpoint& source, const QuantizationRequest& request, const QuantizeOptions& options)
-      : source_(source), options_(options) {
-    OutputLayout layout = lay_out(source, request, *options.container, options.output.max_shard_bytes);
+      : source_(source), facts_(facts_of(source)), options_(options) {
+    OutputLayout layout = lay_out(facts_, request, *options.container, options.output.max_shard_bytes);
     recipe_ = std::move(layout.recipe);
     job_.arrays = std::move(layout.arrays);
     shards_ = std::move(layout.shards);
@@ -122,14 +122,7 @@ class Pipeline {
   }
 
  private:
-  StoredTensor stored(size_t i) const { return stored_tensor(source_.tensors()[i], recipe_.tensors[i]); }
-
-  std::vector<StoredTensor> quantized_tensors() const {
-    std::vector<StoredTensor> tensors;
-    for (size_t i = 0; i < recipe_.tensors.size(); ++i)
-      if (recipe_.tensors[i].scheme) tensors.push_back(stored(i));
-    return tensors;
-  }
+  StoredTensor stored(size_t i) const { return stored_tensor(facts_[i], recipe_.tensors[i]); }
 
   /// What is done to which part of which tensor, and what comes of it.
   void plan() {
@@ -321,16 +314,8 @@ class Pipeline {
     return counts.size() == 1 ? most->first : fmt::format("mixed, mostly {}", most->first);
   }
 
-  /// What belongs beside the weights, by name. A container may refuse such a model here.
   std::map<std::string, OrderedJson> metadata(const OrderedJson& record) const {
-    OrderedJson config = read_config(source_);
-    std::map<std::string, OrderedJson> files;
-    const std::vector<StoredTensor> tensors = quantized_tensors();
-    const std::vector<std::string> kept = kept_modules(config);
-    options_.container->write_metadata({.tensors = tensors, .kept = kept, .record = record},
-                                       {.config = config, .files = files});
-    files["config.json"] = std::move(config);
-    return files;
+    return metadata_of(facts_, recipe_, *options_.container, read_config(source_), record);
   }
 
   /// Returns what was written, by name.
@@ -350,20 +335,6 @@ class Pipeline {
       if (!answer.reason.empty()) engines.back()["reason"] = answer.reason;
     }
     return engines;
-  }
-
-  /// A head that shares the embedding's matrix has no tensor, and yet the owner's loader makes a module of it.
-  std::vector<std::string> kept_modules(const OrderedJson& config) const {
-    constexpr std::string_view kWeight = ".weight";
-    std::vector<std::string> kept;
-    for (size_t i = 0; i < recipe_.tensors.size(); ++i) {
-      const TensorPlan& plan = recipe_.tensors[i];
-      const bool is_module = source_.tensors()[i].shape.size() >= 2 && plan.name.ends_with(kWeight);
-      if (!plan.scheme && is_module) kept.push_back(plan.name.substr(0, plan.name.size() - kWeight.size()));
-    }
-    const bool tied = config.contains("tie_word_embeddings") && config["tie_word_embeddings"] == true;
-    if (tied && source_.find("lm_head.weight") == nullptr) kept.emplace_back("lm_head");
-    return kept;
   }
 
   OrderedJson verify(std::vector<Warning>& warnings) const {
@@ -418,6 +389,7 @@ class Pipeline {
   }
 
   const Checkpoint& source_;
+  std::vector<TensorFacts> facts_;
   const QuantizeOptions& options_;
   Recipe recipe_;
   Job job_;
