@@ -119,24 +119,31 @@ bool is_sized(std::string_view granularity) {
   return granularity == "group" || granularity == "flat" || granularity == "block";
 }
 
-/// The container's first choice that has all that is asked for; null: none has, or it leaves the choice open.
+/// The container's choice that a request begins from: the first that has all it says, else the first of its kind and
+/// bits, else of its kind (what it says is then laid over it, and `fit` speaks). A request that leaves kind and bits
+/// open is for what the first choice of all is. Null: the container leaves the choice open, or has no such kind.
 const SchemeChoice* choose(const QuantizationSettings& s, const Container* container) {
+  const std::span<const SchemeChoice> choices = choices_of(container);
+  if (choices.empty()) return nullptr;
   const Meaning* const meaning = meaning_of(s);
-  std::optional<std::string> quant_type = s.quant_type;
+  std::optional<std::string> kind = s.quant_type;
   std::optional<int64_t> bits = s.bits;
-  if (meaning != nullptr && !quant_type) quant_type = meaning->quant_type;
+  if (meaning != nullptr && !kind) kind = meaning->quant_type;
   if (meaning != nullptr && !bits) bits = meaning->bits;
-  for (const SchemeChoice& choice : choices_of(container)) {
-    const bool wanted =
-        (!quant_type || *quant_type == choice.quant_type) && (!bits || *bits == choice.bits) &&
-        (!s.symmetric || *s.symmetric == choice.symmetric) &&
-        (!s.weight_only || *s.weight_only == choice.weight_only) &&
-        (!s.granularity || *s.granularity == choice.granularity) &&
-        (!s.group_size || is_sized(s.granularity.value_or(std::string(choice.granularity)))) &&
-        (!s.scale_dtype || choice.scale_dtype == SchemeChoice::kWeightDtype || *s.scale_dtype == choice.scale_dtype);
-    if (wanted) return &choice;
-  }
-  return nullptr;
+  if (!kind && !bits) kind = choices.front().quant_type;
+  const auto is_kind = [&](const SchemeChoice& choice) { return !kind || *kind == choice.quant_type; };
+  const auto has_bits = [&](const SchemeChoice& choice) { return is_kind(choice) && (!bits || *bits == choice.bits); };
+  const auto has_all = [&](const SchemeChoice& choice) {
+    return has_bits(choice) && (!s.symmetric || *s.symmetric == choice.symmetric) &&
+           (!s.weight_only || *s.weight_only == choice.weight_only) &&
+           (!s.granularity || *s.granularity == choice.granularity) &&
+           (!s.group_size || is_sized(s.granularity.value_or(std::string(choice.granularity)))) &&
+           (!s.scale_dtype || choice.scale_dtype == SchemeChoice::kWeightDtype || *s.scale_dtype == choice.scale_dtype);
+  };
+  auto found = std::ranges::find_if(choices, has_all);
+  if (found == choices.end()) found = std::ranges::find_if(choices, has_bits);
+  if (found == choices.end()) found = std::ranges::find_if(choices, is_kind);
+  return found == choices.end() ? nullptr : &*found;
 }
 
 /// What a method means where no container says otherwise.
@@ -171,7 +178,8 @@ Resolved fill_in(const QuantizationSettings& s, const Container* container, cons
   check_kind(c.quant_type, container);
   Resolved r;
   r.quant_type = c.quant_type;
-  r.bits = s.bits.value_or(c.bits);
+  const Meaning* const meaning = meaning_of(s);
+  r.bits = s.bits.value_or(meaning != nullptr && !s.quant_type ? meaning->bits : c.bits);
   if (r.quant_type != "int" && r.bits != bits_of(r.quant_type))
     contradiction(fmt::format("{} has {} bits, not {}", r.quant_type, bits_of(r.quant_type), r.bits), "");
   r.symmetric = s.symmetric.value_or(c.symmetric);
