@@ -293,8 +293,9 @@ class Weights {
   WeightsPlan plan_;
 };
 
-/// Does the request say what weights should be?
-bool asks_for_weights(const OrderedJson& config, const Intent& intent) {
+/// Does the request say what weights should be? A container may have a usual scheme of its own.
+bool asks_for_weights(const OrderedJson& config, const Intent& intent, const std::string& format) {
+  if (!format.empty() && !find_container(format)->choices.empty()) return true;
   if (intent.method != "none" && intent.method != "auto") return true;
   const OrderedJson* rules = find_config(config, "quantization.layer_configs");
   return (rules != nullptr && !rules->empty()) || find_config(config, "quantization.scheme.bits") != nullptr ||
@@ -315,7 +316,7 @@ WeightsPlan plan_weights(const std::string& path, const ModelSummary& model, con
                          std::vector<Warning>& warnings) {
   Weights weights(path, model, config, request, warnings);
   if (!model.quantization.method.empty()) return weights.as_stored("quantized already");
-  if (!asks_for_weights(config, request.intent)) return weights.as_stored("method none");
+  if (!asks_for_weights(config, request.intent, format)) return weights.as_stored("method none");
   if (format.empty() && is_met_at_load(request.intent, plan))
     return weights.as_stored("quantized by the engine while it loads");
   return weights.to_be_quantized(format);

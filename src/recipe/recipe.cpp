@@ -142,7 +142,7 @@ const SchemeChoice* choose(const QuantizationSettings& s, const Container* conta
   };
   auto found = std::ranges::find_if(choices, has_all);
   if (found == choices.end()) found = std::ranges::find_if(choices, has_bits);
-  if (found == choices.end()) found = std::ranges::find_if(choices, is_kind);
+  if (found == choices.end()) found = std::ranges::find(choices, kind.value_or("int"), &SchemeChoice::quant_type);
   return found == choices.end() ? nullptr : &*found;
 }
 
