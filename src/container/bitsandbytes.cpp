@@ -430,6 +430,11 @@ const Container bitsandbytes_container = {
     .name = "bitsandbytes",
     .summary = "nf4 and fp4, blocks of 32 to 4096, with and without double quantization; LLM.int8",
     .source = "bitsandbytes 0.50.2.dev0 (95f9af3), functional.py QuantState, nn/modules.py, csrc/kernels.cu",
+    .only_read = "codes labelled as floats (`bnb_4bit_quant_storage`), absmax quantized in blocks other than 256",
+    .rounding =
+        "as on CUDA, where nearly all users quantize: kernels.cu's thresholds with IEEE arithmetic, a block of zeros "
+        "gets code 0; the CPU back end, which takes exact midpoints, differs in values within an ulp of them and in "
+        "blocks of zeros. LLM.int8 rounds the weight to float16 first",
     .detect = detect,
     .list = list,
     .model = model,
