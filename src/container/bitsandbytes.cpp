@@ -432,9 +432,9 @@ const Container bitsandbytes_container = {
     .source = "bitsandbytes 0.50.2.dev0 (95f9af3), functional.py QuantState, nn/modules.py, csrc/kernels.cu",
     .only_read = "codes labelled as floats (`bnb_4bit_quant_storage`), absmax quantized in blocks other than 256",
     .rounding =
-        "as on CUDA, where nearly all users quantize: kernels.cu's thresholds with IEEE arithmetic, a block of zeros "
-        "gets code 0; the CPU back end, which takes exact midpoints, differs in values within an ulp of them and in "
-        "blocks of zeros. LLM.int8 rounds the weight to float16 first",
+        "as on CUDA, where nearly all users quantize: the thresholds of kernels.cu in IEEE arithmetic, and code 0 for "
+        "blocks of zeros. The CPU back end is another: exact midpoints, the code of 0.0 for blocks of zeros, a "
+        "division in a short last block. LLM.int8 rounds the weight to float16 first",
     .detect = detect,
     .list = list,
     .model = model,

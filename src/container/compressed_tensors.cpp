@@ -744,7 +744,7 @@ const Container compressed_tensors_container = {
         "the KV cache",
     .rounding =
         "as calculate_qparams of a group's extremes and quantize, every step in the weight's own type (float32 where "
-        "scales are asked for in another); it has one way only",
+        "scales are asked for in another)",
     .detect = detect,
     .list = list,
     .model = model,

@@ -499,8 +499,8 @@ const Container gptq_container = {
         "in planes (`gptq_p`)",
     .rounding =
         "as the quantizer of AutoGPTQ and GPTQModel without a Hessian: the range holds 0, codes are chosen with the "
-        "scale in float32, ties to even. Symmetric models are version `gptq`, which every engine reads; others "
-        "`gptq_v2`, since readers of v1 disagree on a zero point of 0; 5, 6 and 7 bits `gptq_p`",
+        "scale in float32, ties to even. Symmetric models are version `gptq`, others `gptq_v2`, since readers of v1 "
+        "disagree on a zero point of 0; 5, 6 and 7 bits `gptq_p`",
     .detect = detect,
     .list = list,
     .model = model,

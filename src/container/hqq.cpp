@@ -517,8 +517,9 @@ const Container hqq_container = {
     .only_read =
         "groups along axis 0, three values a weight (1.58 bits), codes labelled as floats (`view_as_float`), `.pt`",
     .rounding =
-        "as Quantizer.quantize with `optimize=False`, in float32; the zero of 4 bits is rounded. HQQ's own default "
-        "iterates the zero (`optimize=True`), which gives other bits on each device, so it has none to reproduce",
+        "as Quantizer.quantize with `optimize=False`, in float32; the zero of 4 bits is rounded. HQQ's default "
+        "(`optimize=True`) iterates the zero, with a result that depends on the device and the order of sums; it is "
+        "read, not made",
     .detect = detect,
     .list = list,
     .model = model,

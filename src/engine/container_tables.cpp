@@ -93,7 +93,10 @@ Answer ask(const Container& container, std::string_view options, const Weight& w
     Fit fit = container.fit(tensor.scheme, tensor.shape);
     if (fit.verdict != Verdict::impossible && container.fit_model != nullptr)
       fit = container.fit_model(std::span(&tensor, 1));
-    if (fit.verdict == Verdict::impossible) return {.refusal = fit.reason};
+    if (fit.verdict == Verdict::impossible) {
+      const std::string named = facts.name + ": ";
+      return {.refusal = fit.reason.starts_with(named) ? fit.reason.substr(named.size()) : fit.reason};
+    }
     ModelDocuments documents = documents_of(container, tensor, weight);
     return {.tensor = std::move(tensor), .documents = std::move(documents)};
   } catch (const Error& error) {
@@ -130,11 +133,11 @@ std::string fewest_options(const Container& container, const SchemeChoice& c, co
                                            fmt::format("--symmetric {}", truth(c.symmetric)),
                                            fmt::format("--weight-only {}", truth(c.weight_only))};
   answer = ask(container, fmt::format("{} {} {}", kind, bits, fmt::join(rest, " ")), weight);
-  std::vector<std::string> kinds = {""};
+  std::vector<std::string> kinds;
   const auto keys = config_keys();
   for (const std::string& method : std::ranges::find(keys, "quantization.method", &ConfigKey::path)->values)
     if (method != "none" && method != "auto") kinds.push_back("--method " + method);
-  for (const std::string& each : {bits, kind, joined(kind, bits)}) kinds.push_back(each);
+  for (const std::string& each : {bits, kind, joined(kind, bits), std::string()}) kinds.push_back(each);
   std::vector<std::string> candidates;
   for (const std::string& first : kinds)
     for (size_t mask = 0; mask < size_t{1} << rest.size(); ++mask) {
@@ -173,23 +176,30 @@ std::vector<Line> lines_of(const Container& container) {
 
 std::string code(std::string_view text) { return text.empty() ? "`--format` alone" : fmt::format("`{}`", text); }
 
-/// The values of a member of the line's choices but for the first's, under their option.
+/// The values of a member of the line's choices, each once.
 template <class Value>
-void add_others(std::string& text, const Line& line, std::string_view option, const Value& value_of) {
-  std::vector<std::string> others;
-  const std::string first = value_of(*line.choices.front());
-  for (const SchemeChoice* choice : line.choices) {
-    std::string value = value_of(*choice);
-    if (value != first && std::ranges::find(others, value) == others.end()) others.push_back(std::move(value));
-  }
-  if (!others.empty()) text += fmt::format("{}`{}` {}", text.empty() ? "" : "; ", option, fmt::join(others, ", "));
+std::vector<std::string> values_of(const Line& line, const Value& value_of) {
+  std::vector<std::string> values;
+  for (const SchemeChoice* choice : line.choices)
+    if (std::string value = value_of(*choice); std::ranges::find(values, value) == values.end())
+      values.push_back(std::move(value));
+  return values;
 }
 
+/// What the line's other choices are asked for by.
 std::string variants(const Line& line) {
+  const std::array<std::pair<std::string_view, std::vector<std::string>>, 3> options = {
+      {{"--bits", values_of(line, [](const SchemeChoice& c) { return std::to_string(c.bits); })},
+       {"--symmetric", values_of(line, [](const SchemeChoice& c) { return std::string(truth(c.symmetric)); })},
+       {"--scale-dtype", values_of(line, [](const SchemeChoice& c) { return std::string(c.scale_dtype); })}}};
   std::string text;
-  add_others(text, line, "--bits", [](const SchemeChoice& c) { return std::to_string(c.bits); });
-  add_others(text, line, "--symmetric", [](const SchemeChoice& c) { return std::string(truth(c.symmetric)); });
-  add_others(text, line, "--scale-dtype", [](const SchemeChoice& c) { return std::string(c.scale_dtype); });
+  size_t combinations = 1;
+  for (const auto& [option, values] : options) {
+    combinations *= values.size();
+    if (values.size() > 1)
+      text += fmt::format("{}`{}` {}", text.empty() ? "" : "; ", option, fmt::join(std::span(values).subspan(1), ", "));
+  }
+  BW_ASSERT(combinations == line.choices.size());  // each value goes with each other
   return text;
 }
 
@@ -214,12 +224,23 @@ std::string written_table(const Container& container, std::span<const Line> line
   return table + "\n";
 }
 
+/// Of many arrays those of the numbers, not those that say how it was done.
 std::string arrays_text(const Container& container, const StoredTensor& t) {
+  constexpr size_t kMost = 6;
+  constexpr uint64_t kSmall = 100;
+  const std::string prefix = t.name.substr(0, t.name.rfind("mlp.") + 4);
+  const std::vector<ArraySpec> arrays = container.layout(t);
   std::string text;
-  for (const ArraySpec& array : container.layout(t))
-    text += fmt::format("{}`{}` {} {}", text.empty() ? "" : ", ", array.name, info(array.dtype).name,
-                        to_string(array.shape));
-  return fmt::format("`{}` {} becomes {}.", t.name, to_string(t.shape), text);
+  size_t left_out = 0;
+  for (const ArraySpec& array : arrays) {
+    const bool shown = arrays.size() <= kMost || array.bytes() > kSmall;
+    left_out += shown ? 0 : 1;
+    if (!shown) continue;
+    text += fmt::format("{}`{}` {} {}", text.empty() ? "" : ", ", array.name.substr(prefix.size()),
+                        info(array.dtype).name, to_string(array.shape));
+  }
+  if (left_out != 0) text += fmt::format(" and {} small ones that say how it was done", left_out);
+  return fmt::format("`{}` {} becomes {}.", t.name.substr(prefix.size()), to_string(t.shape), text);
 }
 
 // ---- engines ----
@@ -251,10 +272,31 @@ void add_to_group(Groups& groups, const std::string& common, std::string member)
   found->second.push_back(std::move(member));
 }
 
-std::string engines_of_lines(std::span<const Line> lines, const Facts& facts) {
+/// The options by which a line's choice is asked for that differs from its first in one thing; empty: in more.
+std::string one_option(const Line& line, const SchemeChoice& choice) {
+  const SchemeChoice& first = *line.choices.front();
+  std::vector<std::string> options;
+  if (choice.bits != first.bits) options.push_back(fmt::format("--bits {}", choice.bits));
+  if (choice.symmetric != first.symmetric) options.push_back(fmt::format("--symmetric {}", truth(choice.symmetric)));
+  if (choice.scale_dtype != first.scale_dtype) options.push_back(fmt::format("--scale-dtype {}", choice.scale_dtype));
+  return options.size() == 1 ? joined(line.options, options.front()) : "";
+}
+
+/// Who loads the first of each line, and the others of it where that differs.
+std::string engines_of_lines(const Container& container, std::span<const Line> lines, const Facts& facts) {
   Groups groups;
-  for (const Line& line : lines)
-    if (line.first.tensor) add_to_group(groups, engines_text(facts, line.first.documents), code(line.options));
+  for (const Line& line : lines) {
+    if (!line.first.tensor) continue;
+    const std::string engines = engines_text(facts, line.first.documents);
+    add_to_group(groups, engines, code(line.options));
+    for (const SchemeChoice* choice : line.choices) {
+      const std::string options = one_option(line, *choice);
+      const Answer answer = options.empty() ? Answer() : ask(container, options, usual_weight(container));
+      if (!answer.tensor) continue;
+      if (const std::string others = engines_text(facts, answer.documents); others != engines)
+        add_to_group(groups, others, code(options));
+    }
+  }
   if (groups.size() == 1) return fmt::format("Engines: {}.\n\n", groups.front().first);
   std::string text = "Engines:\n\n";
   for (const auto& [engines, options] : groups) text += fmt::format("- {}: {}\n", fmt::join(options, ", "), engines);
@@ -325,6 +367,9 @@ bool names_kind(std::string_view options) {
   return options.starts_with("--method") || options.starts_with("--quant-type") || options.starts_with("--bits");
 }
 
+/// A reason up to ", not 48": what was asked for stands before it, and the rest is often the same.
+std::string without_asked(const std::string& reason) { return reason.substr(0, reason.rfind(", not ")); }
+
 std::string as_list(const Groups& groups, std::string_view title) {
   std::string text = groups.empty() ? "" : fmt::format("{}\n\n", title);
   for (const auto& [reason, members] : groups) text += fmt::format("- {}: {}\n", fmt::join(members, ", "), reason);
@@ -355,7 +400,7 @@ std::string tried(const Container& container, std::span<const Line> lines) {
     const std::string options = names_kind(asked) ? std::string(asked) : joined(base_of(container), asked);
     Answer answer = ask(container, options, usual);
     if (!answer.tensor) {
-      add_to_group(refused, answer.refusal, code(options));
+      add_to_group(refused, without_asked(answer.refusal), code(options));
     } else if (std::ranges::none_of(known, [&](const StoredTensor& t) { return same(t, *answer.tensor); })) {
       add_to_group(taken, scheme_text(*answer.tensor), code(options));
       known.push_back(std::move(*answer.tensor));
@@ -363,13 +408,14 @@ std::string tried(const Container& container, std::span<const Line> lines) {
   }
   for (const Trial& trial : trials())
     if (const Answer answer = ask(container, base_of(container), trial.weight); !answer.tensor)
-      add_to_group(refused, answer.refusal, std::string(trial.what));
-  return as_list(taken, "Further options, and what they give:") +
+      add_to_group(refused, without_asked(answer.refusal), std::string(trial.what));
+  return as_list(taken, lines.empty() ? "What options give:" : "Further options, and what they give:") +
          as_list(refused, "Refused, before anything is written:");
 }
 
 std::string section(const Container& container, const Facts& facts) {
-  std::string text = fmt::format("## {}\n\nRead: {}. By: {}.\n\n", container.name, container.summary, container.source);
+  std::string text =
+      fmt::format("## {}\n\nRead: {}. After: {}.\n\n", container.name, container.summary, container.source);
   if (!container.only_read.empty()) text += fmt::format("Read, not written: {}.\n\n", container.only_read);
   if (container.write_metadata == nullptr)
     return text + fmt::format("Engines: {}.\n\n", engines_text(facts, method_of(container), Json::object()));
@@ -379,7 +425,7 @@ std::string section(const Container& container, const Facts& facts) {
   text += arrays_text(container, *first.tensor) + "\n\n";
   text += fmt::format("Rounding: {}.\n\n", container.rounding);
   text += lines.empty() ? fmt::format("Engines: {}.\n\n", engines_text(facts, first.documents))
-                        : engines_of_lines(lines, facts);
+                        : engines_of_lines(container, lines, facts);
   return text + tried(container, lines);
 }
 
