@@ -740,7 +740,8 @@ const Container compressed_tensors_container = {
         "activations, KV cache",
     .source = "compressed-tensors ac8e2ba, compressors/, quantization/",
     .only_read =
-        "columns in another order (`weight_g_idx`), calibrated activations, activations in NVFP4, outputs, scales of "
+        "columns in another order (`weight_g_idx`), calibrated activations, activations in NVFP4, quantized outputs, "
+        "scales of "
         "the KV cache",
     .rounding =
         "as calculate_qparams of a group's extremes and quantize, every step in the weight's own type (float32 where "

@@ -413,6 +413,14 @@ std::string tried(const Container& container, std::span<const Line> lines) {
          as_list(refused, "Refused, before anything is written:");
 }
 
+/// The container's JSON files beside config.json.
+std::string files_text(const Container& container, const ModelDocuments& written) {
+  std::string text;
+  for (const std::string_view file : container.files)
+    text += fmt::format("{}`{}`{}", text.empty() ? "" : ", ", file, written.contains(file) ? "" : " (read only)");
+  return text.empty() ? "" : fmt::format("Beside config.json: {}.\n\n", text);
+}
+
 std::string section(const Container& container, const Facts& facts) {
   std::string text =
       fmt::format("## {}\n\nRead: {}. After: {}.\n\n", container.name, container.summary, container.source);
@@ -423,6 +431,7 @@ std::string section(const Container& container, const Facts& facts) {
   if (!lines.empty()) text += written_table(container, lines);
   const Answer first = ask(container, base_of(container), usual_weight(container));
   text += arrays_text(container, *first.tensor) + "\n\n";
+  text += files_text(container, first.documents);
   text += fmt::format("Rounding: {}.\n\n", container.rounding);
   text += lines.empty() ? fmt::format("Engines: {}.\n\n", engines_text(facts, first.documents))
                         : engines_of_lines(container, lines, facts);
