@@ -6,7 +6,7 @@ set -euo pipefail
 program=$(realpath "${1:-build/release/bin/bitwright}")
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-for document in docs/precision-*.md; do
+for document in docs/precision-*.md docs/containers.md; do
   copy=$(mktemp)
   while IFS= read -r line; do
     printf '%s\n' "$line"

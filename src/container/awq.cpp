@@ -241,6 +241,11 @@ extern const Container awq_container;
 const Container awq_container = {.name = "awq",
                                  .summary = "4 bits with zero points, groups or rows; versions gemm (written) and gemv",
                                  .source = "AutoAWQ (88e4c76), modules/linear/gemm.py, gemv.py, quantize/quantizer.py",
+                                 .only_read = "version gemv",
+                                 .rounding =
+                                     "as pseudo_quantize_tensor in float16, every step of it, in which AutoAWQ runs "
+                                     "models (not in float32); the range need not hold 0. Version gemm, AutoAWQ's "
+                                     "default",
                                  .detect = detect,
                                  .list = list,
                                  .model = model,

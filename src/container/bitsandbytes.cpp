@@ -430,6 +430,11 @@ const Container bitsandbytes_container = {
     .name = "bitsandbytes",
     .summary = "nf4 and fp4, blocks of 32 to 4096, with and without double quantization; LLM.int8",
     .source = "bitsandbytes 0.50.2.dev0 (95f9af3), functional.py QuantState, nn/modules.py, csrc/kernels.cu",
+    .only_read = "codes labelled as floats (`bnb_4bit_quant_storage`), absmax quantized in blocks other than 256",
+    .rounding =
+        "as on CUDA, where nearly all users quantize: the thresholds of kernels.cu in IEEE arithmetic, and code 0 for "
+        "blocks of zeros. The CPU back end is another: exact midpoints, the code of 0.0 for blocks of zeros, a "
+        "division in a short last block. LLM.int8 rounds the weight to float16 first",
     .detect = detect,
     .list = list,
     .model = model,

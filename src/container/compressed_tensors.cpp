@@ -739,6 +739,13 @@ const Container compressed_tensors_container = {
         "integers of 1 to 8 bits packed or as int8, fp8 per tensor, row, group or block, NVFP4, MXFP4, MXFP8; "
         "activations, KV cache",
     .source = "compressed-tensors ac8e2ba, compressors/, quantization/",
+    .only_read =
+        "columns in another order (`weight_g_idx`), calibrated activations, activations in NVFP4, quantized outputs, "
+        "scales of "
+        "the KV cache",
+    .rounding =
+        "as calculate_qparams of a group's extremes and quantize, every step in the weight's own type (float32 where "
+        "scales are asked for in another)",
     .detect = detect,
     .list = list,
     .model = model,

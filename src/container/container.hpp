@@ -128,6 +128,10 @@ struct Container {
   std::string_view summary;   ///< what of it is supported, for `formats`
   std::string_view source;    ///< the specification followed: document, or repository and commit
   std::string_view method{};  ///< what a model's configuration calls it, and engines' facts; empty: `name`
+  /// What of it is read and never written anew, for docs/containers.md; empty: nothing, or it is not written at all.
+  std::string_view only_read{};
+  /// How new weights are rounded, and which of the owner's ways that is where it has several; empty: it is not written.
+  std::string_view rounding{};
 
   /// Is anything of this checkpoint stored this way?
   bool (*detect)(const CheckpointView& checkpoint);

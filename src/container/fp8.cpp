@@ -357,6 +357,10 @@ const Container fp8_container = {
     .source =
         "transformers integrations/finegrained_fp8.py and quantizer_finegrained_fp8.py; AutoFP8 quantize.py; "
         "vLLM quantization/fp8.py, fbgemm_fp8.py",
+    .only_read = "e5m2, scales of bfloat16 and powers of two (ue8m0), calibrated activations, scales of the KV cache",
+    .rounding =
+        "blocks as transformers (Fp8Quantize), a tensor as AutoFP8 (per_tensor_quantize, in the weight's type), rows "
+        "as FBGEMM (quantize_fp8_per_row); a block of zeros gets the scale 1, where transformers writes NaN",
     .detect = detect,
     .list = list,
     .model = model,

@@ -494,6 +494,13 @@ const Container gptq_container = {
     .summary =
         "2, 3, 4, 8 bits (planar: 5, 6, 7), groups or rows, symmetric or with zero points of v1 and v2, desc_act",
     .source = "GPTQModel (f4c327a), nn_modules/qlinear, utils/planar_packing.py; AutoGPTQ (9f7d370), qlinear_cuda.py",
+    .only_read =
+        "columns in another order (`desc_act`), zero points of v1 (`gptq`) of models that are not symmetric, 3 bits "
+        "in planes (`gptq_p`)",
+    .rounding =
+        "as the quantizer of AutoGPTQ and GPTQModel without a Hessian: the range holds 0, codes are chosen with the "
+        "scale in float32, ties to even. Symmetric models are version `gptq`, others `gptq_v2`, since readers of v1 "
+        "disagree on a zero point of 0; 5, 6 and 7 bits `gptq_p`",
     .detect = detect,
     .list = list,
     .model = model,

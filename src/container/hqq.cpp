@@ -514,6 +514,12 @@ const Container hqq_container = {
     .name = "hqq",
     .summary = "8 to 1 bits (but 7), groups of either axis or none, .safetensors and .pt; written along axis 1",
     .source = "hqq e0b1d00, hqq/core/quantize.py and bitpack.py; transformers 0de4bbd, quantizer_hqq.py",
+    .only_read =
+        "groups along axis 0, three values a weight (1.58 bits), codes labelled as floats (`view_as_float`), `.pt`",
+    .rounding =
+        "as Quantizer.quantize with `optimize=False`, in float32; the zero of 4 bits is rounded. HQQ's default "
+        "(`optimize=True`) iterates the zero, with a result that depends on the device and the order of sums; it is "
+        "read, not made",
     .detect = detect,
     .list = list,
     .model = model,

@@ -442,6 +442,11 @@ const Container mlx_container = {
     .summary = "affine, 2, 3, 4, 5, 6, 8 bits, groups of 32, 64, 128; mxfp4, mxfp8, nvfp4",
     .source =
         "mlx 0.32.2 (846d176), ops.cpp, backend/metal/kernels/quantized.h, fp_quantized.h; mlx-lm (d78bf58), utils.py",
+    .only_read = "nvfp4 with a global scale, `.npz`",
+    .rounding =
+        "as MLX's kernels for Metal, in float32: what `mlx_lm.convert` writes on a Mac (affine: on CUDA, too). MLX's "
+        "CPU rounds ties to even instead of away from zero, begins a group's maximum at its first value instead of at "
+        "0, and works in the weight's type",
     .detect = detect,
     .list = list,
     .model = model,

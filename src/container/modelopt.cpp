@@ -399,6 +399,10 @@ const Container modelopt_container = {
     .summary = "NVFP4, FP8 by tensor, row and block, MXFP8, mixed by layer; calibrated activations, KV cache",
     .source =
         "TensorRT Model Optimizer 0.45, torch/export and torch/quantization/qtensor; vLLM quantization/modelopt.py",
+    .only_read = "MXFP8, calibrated activations (FP8 with a scale a tensor, NVFP4), scales of the KV cache",
+    .rounding =
+        "NVFP4 as NVFP4QTensor, ties to even; e4m3 by the largest magnitude over 448; zeros get the scale 1, where "
+        "ModelOpt writes NaN",
     .detect = detect,
     .list = list,
     .model = model,

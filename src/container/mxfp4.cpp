@@ -198,6 +198,7 @@ const Container mxfp4_container = {
     .name = "mxfp4",
     .summary = "experts of gpt-oss in MXFP4, all of a layer in one tensor",
     .source = "openai/gpt-oss model.safetensors; transformers integrations/mxfp4.py; triton_kernels downcast_to_mxfp",
+    .rounding = "as triton_kernels' downcast_to_mxfp, which transformers calls: scales rounded up, ties to even",
     .detect = detect,
     .list = list,
     .model = model,

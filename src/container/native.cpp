@@ -206,6 +206,9 @@ const Container native_container = {.name = "native",
                                     .summary = "every elementwise scheme; safetensors and quantization_metadata.json",
                                     .source = "docs/native-container.md",
                                     .method = "bitwright",
+                                    .rounding =
+                                        "to the nearest code, of integers with ties to even; ranges by least squared "
+                                        "error below 8 bits, else by extremes (`--range`)",
                                     .detect = detect,
                                     .list = list,
                                     .fit = fit,

@@ -639,6 +639,10 @@ const Container quanto_container = {
     .name = "quanto",
     .summary = "qint8, qfloat8 (e4m3fn, e5m2), qint4 and qint2; scales of activations kept",
     .source = "optimum-quanto e33f820, optimum/quanto/tensor, nn/qmodule.py, models/transformers_models.py",
+    .only_read = "groups along columns (axis -1), integer zero points, quantized activations",
+    .rounding =
+        "as modules do by default: MaxOptimizer for qint4 and qint2, AbsmaxOptimizer for 8 bits, every step in the "
+        "weight's type; a row of zeros as float8, of which Quanto makes NaN, becomes zeros",
     .detect = detect,
     .list = list,
     .model = model,

@@ -24,9 +24,9 @@ std::set<int> capabilities(const Facts& facts) {
 
 /// The gravest of what a plan for such a checkpoint says, but for notes.
 std::optional<Diagnostic> worst_of(std::string_view engine, std::string_view method, const Json& hardware,
-                                   const Facts& facts) {
-  const EnginePlan plan =
-      plan_engine({.engine = std::string(engine), .hardware = hardware, .checkpoint = std::string(method)}, facts);
+                                   const Facts& facts, const Json& model) {
+  const EnginePlan plan = plan_engine(
+      {.engine = std::string(engine), .hardware = hardware, .checkpoint = std::string(method), .model = model}, facts);
   const auto worst = std::ranges::max_element(plan.diagnostics, {}, &Diagnostic::severity);
   if (worst == plan.diagnostics.end() || worst->severity == Severity::note) return std::nullopt;
   return *worst;
@@ -79,14 +79,18 @@ OrderedJson picked(const Json& document, std::initializer_list<const char*> memb
 std::string capability_text(int sm) { return fmt::format("{:.1f}", sm / 10.0); }
 
 Takes takes_checkpoint(std::string_view engine, std::string_view method, const Facts& facts) {
+  return takes_checkpoint(engine, method, facts, Json::object());
+}
+
+Takes takes_checkpoint(std::string_view engine, std::string_view method, const Facts& facts, const Json& model) {
   Takes takes;
-  const auto anywhere = worst_of(engine, method, Json::object(), facts);
+  const auto anywhere = worst_of(engine, method, Json::object(), facts, model);
   if (anywhere) takes.code = anywhere->code;
   if (anywhere && refuses(*anywhere)) return takes;
   takes.taken = true;
   bool all = true;
   for (const int sm : capabilities(facts)) {
-    const auto here = worst_of(engine, method, {{"vendor", "nvidia"}, {"sm", sm}}, facts);
+    const auto here = worst_of(engine, method, {{"vendor", "nvidia"}, {"sm", sm}}, facts, model);
     if (here && here->severity == Severity::error) {
       all = false;
     } else {

@@ -22,6 +22,8 @@ struct Takes {
 };
 /// As a plan answers, for each compute capability among the known devices.
 Takes takes_checkpoint(std::string_view engine, std::string_view method, const Facts& facts = Facts::standard());
+/// model: what else is known of the checkpoint (PlanRequest::model).
+Takes takes_checkpoint(std::string_view engine, std::string_view method, const Facts& facts, const Json& model);
 
 /// "8.9" for 89.
 std::string capability_text(int sm);

@@ -9,6 +9,7 @@
 #include <set>
 
 #include "engine/condition.hpp"
+#include "engine/container_tables.hpp"
 #include "engine/describe.hpp"
 #include "engine/precision.hpp"
 
@@ -189,7 +190,8 @@ std::span<const FactsTable> facts_tables() {
   static constexpr std::array kTables = {
       FactsTable{"fields", fields_table},           FactsTable{"methods", methods_table},
       FactsTable{"checkpoints", checkpoints_table}, FactsTable{"kv-cache", kv_cache_table},
-      FactsTable{"presets", presets_table},         FactsTable{"devices", devices_table}};
+      FactsTable{"presets", presets_table},         FactsTable{"devices", devices_table},
+      FactsTable{"containers", containers_table},   FactsTable{"container-sections", containers_sections}};
   return kTables;
 }
 

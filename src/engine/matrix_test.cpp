@@ -13,7 +13,7 @@ namespace {
 std::map<std::string, std::string, std::less<>> marked(const std::string& kind) {
   const std::string begin = "<!-- " + kind + " ", end = "<!-- /" + kind + " -->", close = " -->\n";
   std::map<std::string, std::string, std::less<>> held;
-  for (const char* path : {"docs/precision-fields.md", "docs/precision-guide.md"}) {
+  for (const char* path : {"docs/precision-fields.md", "docs/precision-guide.md", "docs/containers.md"}) {
     const std::string document = test::read_file(path);
     for (size_t at = 0; (at = document.find(begin, at)) != std::string::npos;) {
       const size_t name = at + begin.size(), text = document.find(close, name), last = document.find(end, name);
