@@ -1,4 +1,5 @@
-// Speed of packing and unpacking on one thread, each container and kind of code of 4 and 8 bits, beside the machine's own.
+// Speed of packing and unpacking on one thread, each container and kind of code of 4 and 8 bits, beside the machine's
+// own.
 //   cmake --build --preset release --target containers_bench && build/release/bin/containers_bench [CONTAINER]
 #include <fmt/format.h>
 #include <malloc.h>
@@ -112,9 +113,12 @@ void run_size(const Shape& shape, std::string_view only) {
   std::vector<std::byte> weight(2 * values.size());
   from_f32(DType::bf16, values, weight);
   reuse_memory(true);
-  const Machine machine = measure_machine(values.size());
-  fmt::print("{}: reading {:.1f} GB/s, memcpy {:.1f} GB/s read and written\n", to_string(shape), machine.read / 1e9,
-             machine.copy / 1e9);
+  const Machine machine = measure_machine(size_t{256} << 20);
+  const Machine near = measure_machine(values.size());
+  fmt::print(
+      "{}: reading memory {:.1f} GB/s, copying it {:.1f} GB/s read and written; as many bytes as there are codes, "
+      "from caches: {:.1f}, {:.1f}\n",
+      to_string(shape), machine.read / 1e9, machine.copy / 1e9, near.read / 1e9, near.copy / 1e9);
   fmt::print("{:<78}{:^33}|{:^33}|\n", "GB/s of codes, of all read and written, both in % of reading; codes fresh",
              "pack", "unpack");
   for (const Container* container : all_containers()) {

@@ -10,6 +10,7 @@
 #include "container/container.hpp"
 #include "container/gptq_rounding.hpp"
 #include "container/qlinear.hpp"
+#include "container/stored_arrays.hpp"
 #include "container/words.hpp"
 
 namespace bitwright {
@@ -342,10 +343,10 @@ std::vector<NamedArray> pack(const StoredTensor& t, const QuantizedTensor& value
     words = pack_transposed(*how.packing, bits, values.codes, rows, columns);
     zeros = transposed_bytes(values.offset->codes, rows, groups, 1);
   }
-  std::vector<NamedArray> arrays = {
-      {specs[0], std::move(words)},
-      {specs[1], pack_zeros(how, bits, std::move(zeros))},
-      {specs[2], transposed_bytes(values.scale->codes, rows, groups, size_bytes(specs[2].dtype))}};
+  std::vector<NamedArray> arrays =
+      moved({{specs[0], std::move(words)},
+             {specs[1], pack_zeros(how, bits, std::move(zeros))},
+             {specs[2], transposed_bytes(values.scale->codes, rows, groups, size_bytes(specs[2].dtype))}});
   if (specs.size() > 3) arrays.push_back({specs[3], group_indices(t.scheme, values)});
   return arrays;
 }

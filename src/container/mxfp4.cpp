@@ -71,7 +71,7 @@ std::vector<NamedArray> pack(const StoredTensor& t, const QuantizedTensor& value
       blocks[stored * kBytes + j] = codes[first + 2 * j * outputs] | codes[first + (2 * j + 1) * outputs] << 4;
     scales[stored] = values.scale->codes[scale];
   });
-  return {{std::move(specs[0]), std::move(blocks)}, {std::move(specs[1]), std::move(scales)}};
+  return moved({{std::move(specs[0]), std::move(blocks)}, {std::move(specs[1]), std::move(scales)}});
 }
 
 QuantizedTensor unpack(const StoredTensor& t, const CheckpointView& checkpoint) {
