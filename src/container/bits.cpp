@@ -42,10 +42,11 @@ void pack_block(const std::byte* codes, std::byte* out) {
   std::memcpy(out, &word, bits);
 }
 
-template <int bits>
+/// size: bytes of `packed` that may be read: sizeof(uint64_t), and one load does, or `bits`.
+template <int bits, size_t size>
 void unpack_block(const std::byte* packed, std::byte* codes) {
   uint64_t word = 0;
-  std::memcpy(&word, packed, bits);
+  std::memcpy(&word, packed, size);
   word = part<bits, 8>(part<2 * bits, 16>(part<4 * bits, 32>(word)));
   std::memcpy(codes, &word, kBlock);
 }
@@ -88,7 +89,26 @@ void unpack_blocks(const std::byte* packed, size_t blocks, std::byte* codes) {
       std::memcpy(codes + 4 * i, &four, sizeof four);
     }
   } else {
-    for (size_t i = 0; i < blocks; ++i) unpack_block<bits>(packed + i * bits, codes + i * kBlock);
+    size_t i = 0;
+    for (; (blocks - i) * bits >= sizeof(uint64_t); ++i)
+      unpack_block<bits, sizeof(uint64_t)>(packed + i * bits, codes + i * kBlock);
+    for (; i < blocks; ++i) unpack_block<bits, bits>(packed + i * bits, codes + i * kBlock);
+  }
+}
+
+void pack_pairs(const std::byte* codes, size_t pairs, std::byte* out) {
+  for (size_t i = 0; i < pairs; ++i) {
+    uint16_t pair = 0;
+    std::memcpy(&pair, codes + 2 * i, sizeof pair);
+    out[i] = static_cast<std::byte>((pair << 4 | pair >> 8) & 0xff);
+  }
+}
+
+void unpack_pairs(const std::byte* packed, size_t pairs, std::byte* codes) {
+  for (size_t i = 0; i < pairs; ++i) {
+    const auto byte = std::to_integer<uint16_t>(packed[i]);
+    const auto pair = static_cast<uint16_t>((byte >> 4 | byte << 8) & 0x0f0f);
+    std::memcpy(codes + 2 * i, &pair, sizeof pair);
   }
 }
 
@@ -143,11 +163,7 @@ std::vector<std::byte> unpack_bits(std::span<const std::byte> packed, int bits, 
 std::vector<std::byte> pack_high_first(std::span<const std::byte> codes, std::byte filler) {
   return parallel_bytes((codes.size() + 1) / 2, kGrain / 2, [&](size_t begin, size_t end, std::byte* all) {
     const size_t pairs = std::min(end, codes.size() / 2);
-    for (size_t i = begin; i < pairs; ++i) {
-      uint16_t pair = 0;
-      std::memcpy(&pair, &codes[2 * i], sizeof pair);
-      all[i] = static_cast<std::byte>((pair << 4 | pair >> 8) & 0xff);
-    }
+    pack_pairs(codes.data() + 2 * begin, pairs - begin, all + begin);
     if (pairs < end) all[pairs] = codes.back() << 4 | filler;
   });
 }
@@ -155,11 +171,7 @@ std::vector<std::byte> pack_high_first(std::span<const std::byte> codes, std::by
 std::vector<std::byte> unpack_high_first(std::span<const std::byte> packed, uint64_t count) {
   BW_ASSERT(packed.size() >= (count + 1) / 2);
   return parallel_bytes(count, kGrain, [&](size_t begin, size_t end, std::byte* all) {
-    for (size_t i = begin / 2; i < end / 2; ++i) {
-      const auto byte = std::to_integer<uint16_t>(packed[i]);
-      const auto pair = static_cast<uint16_t>((byte >> 4 | byte << 8) & 0x0f0f);
-      std::memcpy(all + 2 * i, &pair, sizeof pair);
-    }
+    unpack_pairs(packed.data() + begin / 2, (end - begin) / 2, all + begin);
     if (end % 2 != 0) all[end - 1] = packed[end / 2] >> 4;
   });
 }

@@ -14,6 +14,7 @@ namespace {
 constexpr size_t kWord = 4, kStretch = 32;  ///< bytes of a word; codes that fill whole words at any width
 constexpr size_t kTileRows = 64;            ///< neighbours in what is written: four lines of cache
 constexpr size_t kTileCodes = 512;          ///< of a row
+constexpr size_t kBesides = 16;  ///< words between rows of a tile, which at powers of two share few cache lines
 
 /// to[c * to_stride + r] = from[r * from_stride + c]; strides in elements.
 template <class T>
@@ -45,27 +46,20 @@ void transpose_words(const std::byte* from, size_t rows, size_t columns, size_t 
   const auto square = [&](size_t r, size_t c) {
     transpose_square(from + (r * from_stride + c) * kWord, from_stride, to + (c * to_stride + r) * kWord, to_stride);
   };
-  // Along the rows that lie far apart: of such, at powers of two, the cache holds few at a time.
-  if (from_stride > to_stride) {
+  // Eight columns at a time: at powers of two the cache holds few rows of what is written, but those fill up.
+  for (size_t begin = 0; begin < whole_columns; begin += 8)
     for (size_t r = 0; r < whole_rows; r += 4)
-      for (size_t c = 0; c < whole_columns; c += 4) square(r, c);
-  } else {
-    for (size_t c = 0; c < whole_columns; c += 4)
-      for (size_t r = 0; r < whole_rows; r += 4) square(r, c);
-  }
+      for (size_t c = begin; c < std::min(begin + 8, whole_columns); c += 4) square(r, c);
   transpose_simply<uint32_t>(from + whole_columns * kWord, whole_rows, columns - whole_columns, from_stride,
                              to + whole_columns * to_stride * kWord, to_stride);
   transpose_simply<uint32_t>(from + whole_rows * from_stride * kWord, rows - whole_rows, columns, from_stride,
                              to + whole_rows * kWord, to_stride);
 }
 
-/// visit(first row, rows, first column, columns) for each tile, in parallel over rows.
+/// visit(first, count) for the tiles of [0, total).
 template <class Visit>
-void for_each_tile(size_t rows, size_t columns, size_t tile_rows, size_t tile_columns, const Visit& visit) {
-  parallel_ranges(rows, tile_rows, [&](size_t begin, size_t end) {
-    for (size_t k = 0; k < columns; k += tile_columns)
-      visit(begin, end - begin, k, std::min(tile_columns, columns - k));
-  });
+void for_each_tile(size_t total, size_t tile, const Visit& visit) {
+  for (size_t begin = 0; begin < total; begin += tile) visit(begin, std::min(tile, total - begin));
 }
 
 // ---- planar ----
@@ -117,7 +111,7 @@ void unpack_planar(std::span<const std::byte> words, int bits, std::span<std::by
 
 constexpr std::array<size_t, 8> kAwqOrder = {0, 2, 4, 6, 1, 3, 5, 7};
 constexpr size_t kPack = kAwqOrder.size();
-constexpr size_t kTileWords = 16, kTileColumns = 64;
+constexpr size_t kTileWords = 32, kTileColumns = 256;
 
 /// Two rows to one byte a column, so that half as much is widened.
 void join(const std::byte* low, const std::byte* high, size_t columns, std::byte* bytes) {
@@ -157,62 +151,93 @@ const WordPacking kDensePacking = {.pack = [](std::span<const std::byte> codes, 
                                                 std::span<std::byte> codes) { unpack_bits(words, bits, codes); }};
 const WordPacking kPlanarPacking = {.pack = pack_planar, .unpack = unpack_planar};
 
+namespace {
+
+/// A row of a tile in which each code is `turned`, packed: what turns the packed rows.
+std::array<std::byte, kTileCodes> turned_row(const WordPacking& packing, int bits, std::byte turned) {
+  std::array<std::byte, kTileCodes> codes, row = {};
+  codes.fill(turned);
+  packing.pack(codes, bits, std::span(row).first(kTileCodes / 8 * static_cast<size_t>(bits)));
+  return row;
+}
+
+void turn(const std::byte* by, size_t count, std::byte* bytes) {
+  for (size_t i = 0; i < count; ++i) bytes[i] ^= by[i];
+}
+
+}  // namespace
+
 std::vector<std::byte> pack_transposed(const WordPacking& packing, int bits, std::span<const std::byte> codes,
-                                       size_t rows, size_t columns) {
+                                       size_t rows, size_t columns, std::byte turned) {
   BW_ASSERT(columns % kStretch == 0 && codes.size() == rows * columns);
   const auto width = static_cast<size_t>(bits);
-  std::vector<std::byte> words(codes.size() / kStretch * width * kWord);
-  for_each_tile(rows, columns, kTileRows, kTileCodes, [&](size_t row, size_t count, size_t k, size_t length) {
-    std::array<std::byte, kTileRows * kTileCodes> tile;
-    const size_t in_row = length / kStretch * width;
-    for (size_t r = 0; r < count; ++r)
-      packing.pack(codes.subspan((row + r) * columns + k, length), bits,
-                   std::span(tile).subspan(r * in_row * kWord, in_row * kWord));
-    transpose_words(tile.data(), count, in_row, in_row, &words[(k / kStretch * width * rows + row) * kWord], rows);
-  });
-  return words;
+  const auto by = turned_row(packing, bits, turned);
+  const size_t line = std::max<size_t>(rows * kWord, 1), grain = kTileCodes / kStretch * width * line;
+  return parallel_bytes(
+      columns / kStretch * width * line * (rows != 0), grain, [&](size_t from, size_t to, std::byte* all) {
+        std::array<std::byte, kTileRows*(kTileCodes + kBesides * kWord)> tile;
+        const size_t in_row = (to - from) / line, stride = in_row + kBesides;
+        const size_t k = from / line / width * kStretch, length = in_row / width * kStretch;
+        for_each_tile(rows, kTileRows, [&](size_t row, size_t count) {
+          for (size_t r = 0; r < count; ++r) {
+            std::byte* const packed = &tile.at(r * stride * kWord);
+            packing.pack(codes.subspan((row + r) * columns + k, length), bits, {packed, in_row * kWord});
+            if (turned != std::byte{0}) turn(by.data(), in_row * kWord, packed);
+          }
+          transpose_words(tile.data(), count, in_row, stride, all + from + row * kWord, rows);
+        });
+      });
 }
 
 std::vector<std::byte> unpack_transposed(const WordPacking& packing, int bits, std::span<const std::byte> words,
-                                         size_t rows, size_t columns) {
+                                         size_t rows, size_t columns, std::byte turned) {
   const auto width = static_cast<size_t>(bits);
   BW_ASSERT(columns % kStretch == 0 && words.size() == rows * columns / kStretch * width * kWord);
-  std::vector<std::byte> codes(rows * columns);
-  for_each_tile(rows, columns, kTileRows, kTileCodes, [&](size_t row, size_t count, size_t k, size_t length) {
-    std::array<std::byte, kTileRows * kTileCodes> tile;
-    const size_t in_row = length / kStretch * width;
-    transpose_words(&words[(k / kStretch * width * rows + row) * kWord], in_row, count, rows, tile.data(), in_row);
-    for (size_t r = 0; r < count; ++r)
-      packing.unpack(std::span(tile).subspan(r * in_row * kWord, in_row * kWord), bits,
-                     std::span(codes).subspan((row + r) * columns + k, length));
-  });
-  return codes;
+  const auto by = turned_row(packing, bits, turned);
+  return parallel_bytes(rows * columns, kTileRows * std::max<size_t>(columns, 1),
+                        [&](size_t from, size_t to, std::byte* all) {
+                          std::array<std::byte, kTileRows*(kTileCodes + kBesides * kWord)> tile;
+                          const size_t row = from / columns, count = (to - from) / columns;
+                          for_each_tile(columns, kTileCodes, [&](size_t k, size_t length) {
+                            const size_t in_row = length / kStretch * width, stride = in_row + kBesides;
+                            transpose_words(&words[(k / kStretch * width * rows + row) * kWord], in_row, count, rows,
+                                            tile.data(), stride);
+                            for (size_t r = 0; r < count; ++r) {
+                              std::byte* const packed = &tile.at(r * stride * kWord);
+                              if (turned != std::byte{0}) turn(by.data(), in_row * kWord, packed);
+                              packing.unpack({packed, in_row * kWord}, bits, {all + from + r * columns + k, length});
+                            }
+                          });
+                        });
 }
 
 std::vector<std::byte> pack_interleaved(std::span<const std::byte> codes, size_t rows, size_t columns) {
   BW_ASSERT(rows % kPack == 0 && codes.size() == rows * columns);
-  const size_t width = rows / kPack;
-  std::vector<std::byte> words(width * columns * kWord);
-  for_each_tile(width, columns, kTileWords, kTileColumns, [&](size_t c, size_t count, size_t k, size_t length) {
-    std::array<std::byte, kTileWords * kTileColumns * kWord> tile;
-    for (size_t i = 0; i < count; ++i)
-      interleave(&codes[(c + i) * kPack * columns + k], columns, length, &tile.at(i * length * kWord));
-    transpose_words(tile.data(), count, length, length, &words[(k * width + c) * kWord], width);
+  const size_t width = rows / kPack, line = std::max<size_t>(width * kWord, 1);
+  return parallel_bytes(columns * width * kWord, kTileColumns * line, [&](size_t from, size_t to, std::byte* all) {
+    std::array<std::byte, kTileWords*(kTileColumns + kBesides) * kWord> tile;
+    const size_t k = from / line, length = (to - from) / line, stride = length + kBesides;
+    for_each_tile(width, kTileWords, [&](size_t c, size_t count) {
+      for (size_t i = 0; i < count; ++i)
+        interleave(&codes[(c + i) * kPack * columns + k], columns, length, &tile.at(i * stride * kWord));
+      transpose_words(tile.data(), count, length, stride, all + from + c * kWord, width);
+    });
   });
-  return words;
 }
 
 std::vector<std::byte> unpack_interleaved(std::span<const std::byte> words, size_t rows, size_t columns) {
   BW_ASSERT(rows % kPack == 0 && words.size() == rows / kPack * columns * kWord);
-  const size_t width = rows / kPack;
-  std::vector<std::byte> codes(rows * columns);
-  for_each_tile(width, columns, kTileWords, kTileColumns, [&](size_t c, size_t count, size_t k, size_t length) {
-    std::array<std::byte, kTileWords * kTileColumns * kWord> tile;
-    transpose_words(&words[(k * width + c) * kWord], length, count, width, tile.data(), length);
-    for (size_t i = 0; i < count; ++i)
-      separate(&tile.at(i * length * kWord), length, &codes[(c + i) * kPack * columns + k], columns);
+  const size_t width = rows / kPack, line = std::max<size_t>(kPack * columns, 1);
+  return parallel_bytes(rows * columns, kTileWords * line, [&](size_t from, size_t to, std::byte* all) {
+    std::array<std::byte, kTileWords*(kTileColumns + kBesides) * kWord> tile;
+    const size_t c = from / line, count = (to - from) / line;
+    for_each_tile(columns, kTileColumns, [&](size_t k, size_t length) {
+      const size_t stride = length + kBesides;
+      transpose_words(&words[(k * width + c) * kWord], length, count, width, tile.data(), stride);
+      for (size_t i = 0; i < count; ++i)
+        separate(&tile.at(i * stride * kWord), length, all + from + i * line + k, columns);
+    });
   });
-  return codes;
 }
 
 std::vector<std::byte> transposed_bytes(std::span<const std::byte> from, size_t rows, size_t columns, size_t element) {

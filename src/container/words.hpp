@@ -22,11 +22,12 @@ extern const WordPacking kDensePacking;
 extern const WordPacking kPlanarPacking;
 
 /// codes [rows, columns], columns a multiple of 32 -> words [columns / 32 * bits, rows]. In parallel.
+/// turned: the bits that are stored the other way round in each code.
 std::vector<std::byte> pack_transposed(const WordPacking& packing, int bits, std::span<const std::byte> codes,
-                                       size_t rows, size_t columns);
+                                       size_t rows, size_t columns, std::byte turned = {});
 /// The inverse.
 std::vector<std::byte> unpack_transposed(const WordPacking& packing, int bits, std::span<const std::byte> words,
-                                         size_t rows, size_t columns);
+                                         size_t rows, size_t columns, std::byte turned = {});
 
 /// codes [rows, columns] of 4 bits, rows a multiple of 8 -> words [columns, rows / 8]: word [k, c] holds the codes of
 /// rows 8c + kAwqOrder[i] at bits 4i.
