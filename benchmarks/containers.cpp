@@ -1,6 +1,7 @@
 // Speed of packing and unpacking on one thread, each container and kind of code of 4 and 8 bits, beside the machine's
 // own.
-//   cmake --build --preset release --target containers_bench && build/release/bin/containers_bench [CONTAINER]
+//   cmake --build --preset release --target containers_bench && build/release/bin/containers_bench
+//     [CONTAINER [ROWS COLUMNS]]
 #include <fmt/format.h>
 #include <malloc.h>
 
@@ -105,10 +106,12 @@ Scheme scheme_of(const Container& container, const SchemeChoice& choice, DType d
 constexpr std::array kCommon = {SchemeChoice{.bits = 4, .group_size = 64},
                                 SchemeChoice{.bits = 8, .symmetric = true, .granularity = "channel"}};
 
-void run_size(const Shape& shape, std::string_view only) {
+/// As a matrix, and for those that hold only stacks of them as four.
+void run_size(const Shape& matrix, std::string_view only) {
+  const Shape experts = {4, matrix[0] / 2, matrix[1] / 2};
   std::mt19937 random(1);
   std::normal_distribution<float> normal(0, 0.02f);
-  std::vector<float> values(static_cast<size_t>(element_count(shape)));
+  std::vector<float> values(static_cast<size_t>(element_count(matrix)));
   for (float& v : values) v = normal(random);
   std::vector<std::byte> weight(2 * values.size());
   from_f32(DType::bf16, values, weight);
@@ -118,7 +121,7 @@ void run_size(const Shape& shape, std::string_view only) {
   fmt::print(
       "{}: reading memory {:.1f} GB/s, copying it {:.1f} GB/s read and written; as many bytes as there are codes, "
       "from caches: {:.1f}, {:.1f}\n",
-      to_string(shape), machine.read / 1e9, machine.copy / 1e9, near.read / 1e9, near.copy / 1e9);
+      to_string(matrix), machine.read / 1e9, machine.copy / 1e9, near.read / 1e9, near.copy / 1e9);
   fmt::print("{:<78}{:^33}|{:^33}|\n", "GB/s of codes, of all read and written, both in % of reading; codes fresh",
              "pack", "unpack");
   for (const Container* container : all_containers()) {
@@ -131,12 +134,13 @@ void run_size(const Shape& shape, std::string_view only) {
                                            choice.granularity, choice.nested_scales);
       if (!seen.insert(kind).second) continue;
       const Scheme scheme = scheme_of(*container, choice, DType::bf16);
-      if (container->fit(scheme, shape).verdict == Verdict::impossible) continue;
+      const Shape own_shape = container->fit(scheme, matrix).verdict == Verdict::impossible ? experts : matrix;
+      if (container->fit(scheme, own_shape).verdict == Verdict::impossible) continue;
       Work work = {.container = *container,
-                   .tensor = {.name = "w.weight", .shape = shape, .scheme = scheme, .value_dtype = DType::bf16},
+                   .tensor = {.name = "w.weight", .shape = own_shape, .scheme = scheme, .value_dtype = DType::bf16},
                    .values = container->encode != nullptr
-                                 ? container->encode(scheme, shape, {DType::bf16, weight})
-                                 : encode(scheme, shape, {DType::bf16, weight}, RangeRule::minmax)};
+                                 ? container->encode(scheme, own_shape, {DType::bf16, weight})
+                                 : encode(scheme, own_shape, {DType::bf16, weight}, RangeRule::minmax)};
       if (!choice.weight_only && container->make_linear != nullptr) work.tensor.linear = container->make_linear(choice);
       report(work, machine);
     }
@@ -148,5 +152,7 @@ void run_size(const Shape& shape, std::string_view only) {
 
 int main(int argc, char** argv) {
   bitwright::set_thread_count(1);
-  for (const int64_t rows : {256, 4096}) bitwright::run_size({rows, 4096}, argc > 1 ? argv[1] : "");
+  const std::string only = argc > 1 ? argv[1] : "";
+  if (argc > 3) return bitwright::run_size({std::stol(argv[2]), std::stol(argv[3])}, only), 0;
+  for (const int64_t rows : {256, 4096}) bitwright::run_size({rows, 4096}, only);
 }

@@ -53,8 +53,8 @@ void run(size_t rows, size_t columns) {
         [&] { return unpack_transposed(kDensePacking, bits, words, rows, columns); });
     if (bits == 4)
       both(
-          "awq", count / 2, [&] { return pack_interleaved(narrow, rows, columns); },
-          [&] { return unpack_interleaved(words, rows, columns); });
+          "awq", count / 2, [&] { return pack_interleaved(kAwqOrder, narrow, 1, rows, columns); },
+          [&] { return unpack_interleaved(kAwqOrder, words, 1, rows, columns); });
   }
 }
 

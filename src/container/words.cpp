@@ -62,6 +62,12 @@ void for_each_tile(size_t total, size_t tile, const Visit& visit) {
   for (size_t begin = 0; begin < total; begin += tile) visit(begin, std::min(tile, total - begin));
 }
 
+/// What lies far apart is asked for before its turn: rows at powers of two are beyond what the processor foresees.
+void prefetch(const std::byte* from, size_t bytes) {
+  constexpr size_t kLine = 64;
+  for (size_t i = 0; i < bytes; i += kLine) __builtin_prefetch(from + i);
+}
+
 // ---- planar ----
 
 uint32_t load_word(const std::byte* at) {
@@ -107,10 +113,9 @@ void unpack_planar(std::span<const std::byte> words, int bits, std::span<std::by
     });
 }
 
-// ---- AWQ ----
+// ---- eight rows a word ----
 
-constexpr std::array<size_t, 8> kAwqOrder = {0, 2, 4, 6, 1, 3, 5, 7};
-constexpr size_t kPack = kAwqOrder.size();
+constexpr size_t kPack = std::tuple_size_v<RowOrder>;
 constexpr size_t kTileWords = 32, kTileColumns = 256;
 
 /// Two rows to one byte a column, so that half as much is widened.
@@ -119,10 +124,10 @@ void join(const std::byte* low, const std::byte* high, size_t columns, std::byte
 }
 
 /// Eight rows, `stride` apart, to one word a column; at most kTileColumns of them.
-void interleave(const std::byte* codes, size_t stride, size_t columns, std::byte* words) {
+void interleave(const RowOrder& order, const std::byte* codes, size_t stride, size_t columns, std::byte* words) {
   std::array<std::array<std::byte, kTileColumns>, kPack / 2> bytes;
   for (size_t j = 0; j < bytes.size(); ++j)
-    join(codes + kAwqOrder.at(2 * j) * stride, codes + kAwqOrder.at(2 * j + 1) * stride, columns, bytes.at(j).data());
+    join(codes + order.at(2 * j) * stride, codes + order.at(2 * j + 1) * stride, columns, bytes.at(j).data());
   const auto& [a, b, c, d] = bytes;
   for (size_t k = 0; k < columns; ++k) {
     const uint32_t word = std::to_integer<uint32_t>(a[k]) | std::to_integer<uint32_t>(b[k]) << 8 |
@@ -131,11 +136,11 @@ void interleave(const std::byte* codes, size_t stride, size_t columns, std::byte
   }
 }
 
-void separate(const std::byte* words, size_t columns, std::byte* codes, size_t stride) {
+void separate(const RowOrder& order, const std::byte* words, size_t columns, std::byte* codes, size_t stride) {
   std::array<std::byte, kTileColumns> bytes;
   for (size_t j = 0; j < kPack / 2; ++j) {
-    std::byte* const low = codes + kAwqOrder.at(2 * j) * stride;
-    std::byte* const high = codes + kAwqOrder.at(2 * j + 1) * stride;
+    std::byte* const low = codes + order.at(2 * j) * stride;
+    std::byte* const high = codes + order.at(2 * j + 1) * stride;
     for (size_t k = 0; k < columns; ++k)
       bytes[k] = static_cast<std::byte>(load_word(words + k * kWord) >> (8 * j) & 255);
     for (size_t k = 0; k < columns; ++k) low[k] = bytes[k] & std::byte{15};
@@ -173,20 +178,20 @@ std::vector<std::byte> pack_transposed(const WordPacking& packing, int bits, std
   const auto width = static_cast<size_t>(bits);
   const auto by = turned_row(packing, bits, turned);
   const size_t line = std::max<size_t>(rows * kWord, 1), grain = kTileCodes / kStretch * width * line;
-  return parallel_bytes(
-      columns / kStretch * width * line * (rows != 0), grain, [&](size_t from, size_t to, std::byte* all) {
-        std::array<std::byte, kTileRows*(kTileCodes + kBesides * kWord)> tile;
-        const size_t in_row = (to - from) / line, stride = in_row + kBesides;
-        const size_t k = from / line / width * kStretch, length = in_row / width * kStretch;
-        for_each_tile(rows, kTileRows, [&](size_t row, size_t count) {
-          for (size_t r = 0; r < count; ++r) {
-            std::byte* const packed = &tile.at(r * stride * kWord);
-            packing.pack(codes.subspan((row + r) * columns + k, length), bits, {packed, in_row * kWord});
-            if (turned != std::byte{0}) turn(by.data(), in_row * kWord, packed);
-          }
-          transpose_words(tile.data(), count, in_row, stride, all + from + row * kWord, rows);
-        });
-      });
+  return parallel_bytes(codes.size() / kStretch * width * kWord, grain, [&](size_t from, size_t to, std::byte* all) {
+    std::array<std::byte, kTileRows*(kTileCodes + kBesides * kWord)> tile;
+    const size_t in_row = (to - from) / line, stride = in_row + kBesides;
+    const size_t k = from / line / width * kStretch, length = in_row / width * kStretch;
+    for_each_tile(rows, kTileRows, [&](size_t row, size_t count) {
+      for (size_t r = 0; r < count; ++r) {
+        std::byte* const packed = &tile.at(r * stride * kWord);
+        if (row + r + kTileRows < rows) prefetch(&codes[(row + r + kTileRows) * columns + k], length);
+        packing.pack(codes.subspan((row + r) * columns + k, length), bits, {packed, in_row * kWord});
+        if (turned != std::byte{0}) turn(by.data(), in_row * kWord, packed);
+      }
+      transpose_words(tile.data(), count, in_row, stride, all + from + row * kWord, rows);
+    });
+  });
 }
 
 std::vector<std::byte> unpack_transposed(const WordPacking& packing, int bits, std::span<const std::byte> words,
@@ -202,6 +207,10 @@ std::vector<std::byte> unpack_transposed(const WordPacking& packing, int bits, s
                             const size_t in_row = length / kStretch * width, stride = in_row + kBesides;
                             transpose_words(&words[(k / kStretch * width * rows + row) * kWord], in_row, count, rows,
                                             tile.data(), stride);
+                            const size_t next = (k + length) / kStretch * width,
+                                         end = std::min(next + in_row, columns / kStretch * width);
+                            for (size_t i = next; i < end; ++i)
+                              prefetch(&words[(i * rows + row) * kWord], count * kWord);
                             for (size_t r = 0; r < count; ++r) {
                               std::byte* const packed = &tile.at(r * stride * kWord);
                               if (turned != std::byte{0}) turn(by.data(), in_row * kWord, packed);
@@ -211,32 +220,43 @@ std::vector<std::byte> unpack_transposed(const WordPacking& packing, int bits, s
                         });
 }
 
-std::vector<std::byte> pack_interleaved(std::span<const std::byte> codes, size_t rows, size_t columns) {
-  BW_ASSERT(rows % kPack == 0 && codes.size() == rows * columns);
+std::vector<std::byte> pack_interleaved(const RowOrder& order, std::span<const std::byte> codes, size_t matrices,
+                                        size_t rows, size_t columns) {
+  BW_ASSERT(rows % kPack == 0 && codes.size() == matrices * rows * columns);
   const size_t width = rows / kPack, line = std::max<size_t>(width * kWord, 1);
-  return parallel_bytes(columns * width * kWord, kTileColumns * line, [&](size_t from, size_t to, std::byte* all) {
+  return parallel_bytes(codes.size() / 2, kTileColumns * line, [&](size_t from, size_t to, std::byte* all) {
     std::array<std::byte, kTileWords*(kTileColumns + kBesides) * kWord> tile;
-    const size_t k = from / line, length = (to - from) / line, stride = length + kBesides;
-    for_each_tile(width, kTileWords, [&](size_t c, size_t count) {
-      for (size_t i = 0; i < count; ++i)
-        interleave(&codes[(c + i) * kPack * columns + k], columns, length, &tile.at(i * stride * kWord));
-      transpose_words(tile.data(), count, length, stride, all + from + c * kWord, width);
-    });
+    for (size_t at = from / line, length = 0; at < to / line; at += length) {
+      const size_t matrix = at / columns, k = at % columns;
+      length = std::min(to / line - at, columns - k);
+      const size_t stride = length + kBesides;
+      for_each_tile(width, kTileWords, [&](size_t c, size_t count) {
+        for (size_t i = 0; i < count; ++i)
+          interleave(order, &codes[(matrix * rows + (c + i) * kPack) * columns + k], columns, length,
+                     &tile.at(i * stride * kWord));
+        transpose_words(tile.data(), count, length, stride, all + at * line + c * kWord, width);
+      });
+    }
   });
 }
 
-std::vector<std::byte> unpack_interleaved(std::span<const std::byte> words, size_t rows, size_t columns) {
-  BW_ASSERT(rows % kPack == 0 && words.size() == rows / kPack * columns * kWord);
+std::vector<std::byte> unpack_interleaved(const RowOrder& order, std::span<const std::byte> words, size_t matrices,
+                                          size_t rows, size_t columns) {
+  BW_ASSERT(rows % kPack == 0 && words.size() == matrices * rows / kPack * columns * kWord);
   const size_t width = rows / kPack, line = std::max<size_t>(kPack * columns, 1);
-  return parallel_bytes(rows * columns, kTileWords * line, [&](size_t from, size_t to, std::byte* all) {
+  return parallel_bytes(words.size() * 2, kTileWords * line, [&](size_t from, size_t to, std::byte* all) {
     std::array<std::byte, kTileWords*(kTileColumns + kBesides) * kWord> tile;
-    const size_t c = from / line, count = (to - from) / line;
-    for_each_tile(columns, kTileColumns, [&](size_t k, size_t length) {
-      const size_t stride = length + kBesides;
-      transpose_words(&words[(k * width + c) * kWord], length, count, width, tile.data(), stride);
-      for (size_t i = 0; i < count; ++i)
-        separate(&tile.at(i * stride * kWord), length, all + from + i * line + k, columns);
-    });
+    for (size_t at = from / line, count = 0; at < to / line; at += count) {
+      const size_t matrix = at / width, c = at % width;
+      count = std::min(to / line - at, width - c);
+      for_each_tile(columns, kTileColumns, [&](size_t k, size_t length) {
+        const size_t stride = length + kBesides;
+        transpose_words(&words[((matrix * columns + k) * width + c) * kWord], length, count, width, tile.data(),
+                        stride);
+        for (size_t i = 0; i < count; ++i)
+          separate(order, &tile.at(i * stride * kWord), length, all + (at + i) * line + k, columns);
+      });
+    }
   });
 }
 
