@@ -116,36 +116,69 @@ void unpack_planar(std::span<const std::byte> words, int bits, std::span<std::by
 // ---- eight rows a word ----
 
 constexpr size_t kPack = std::tuple_size_v<RowOrder>;
-constexpr size_t kTileWords = 32, kTileColumns = 256;
+constexpr size_t kTileWords = 16, kTileColumns = 256;
 
-/// Two rows to one byte a column, so that half as much is widened.
-void join(const std::byte* low, const std::byte* high, size_t columns, std::byte* bytes) {
-  for (size_t k = 0; k < columns; ++k) bytes[k] = low[k] | high[k] << 4;
+using Bytes16 = uint8_t __attribute__((vector_size(16)));
+
+Bytes16 load16(const std::byte* from) {
+  Bytes16 bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  return bytes;
+}
+void store16(Bytes16 bytes, std::byte* to) { std::memcpy(to, &bytes, sizeof bytes); }
+
+/// Of two vectors: their first halves by turns, their last halves; every second byte, from the first and from the next.
+Bytes16 zip_first(Bytes16 a, Bytes16 b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+Bytes16 zip_last(Bytes16 a, Bytes16 b) {
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+Bytes16 even(Bytes16 a, Bytes16 b) {
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+}
+Bytes16 odd(Bytes16 a, Bytes16 b) {
+  return __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-/// Eight rows, `stride` apart, to one word a column; at most kTileColumns of them.
+/// Eight rows of codes, `stride` apart, to one word a column.
 void interleave(const RowOrder& order, const std::byte* codes, size_t stride, size_t columns, std::byte* words) {
-  std::array<std::array<std::byte, kTileColumns>, kPack / 2> bytes;
-  for (size_t j = 0; j < bytes.size(); ++j)
-    join(codes + order.at(2 * j) * stride, codes + order.at(2 * j + 1) * stride, columns, bytes.at(j).data());
-  const auto& [a, b, c, d] = bytes;
-  for (size_t k = 0; k < columns; ++k) {
-    const uint32_t word = std::to_integer<uint32_t>(a[k]) | std::to_integer<uint32_t>(b[k]) << 8 |
-                          std::to_integer<uint32_t>(c[k]) << 16 | std::to_integer<uint32_t>(d[k]) << 24;
+  size_t k = 0;
+  for (; k + sizeof(Bytes16) <= columns; k += sizeof(Bytes16)) {
+    const auto pair = [&](size_t i) {
+      return load16(codes + order[i] * stride + k) | load16(codes + order[i + 1] * stride + k) << 4;
+    };
+    const Bytes16 a = pair(0), b = pair(2), c = pair(4), d = pair(6);
+    std::byte* const out = words + k * kWord;
+    store16(zip_first(zip_first(a, c), zip_first(b, d)), out);
+    store16(zip_last(zip_first(a, c), zip_first(b, d)), out + 16);
+    store16(zip_first(zip_last(a, c), zip_last(b, d)), out + 32);
+    store16(zip_last(zip_last(a, c), zip_last(b, d)), out + 48);
+  }
+  for (; k < columns; ++k) {
+    uint32_t word = 0;
+    for (size_t i = 0; i < kPack; ++i) word |= std::to_integer<uint32_t>(codes[order.at(i) * stride + k]) << (4 * i);
     std::memcpy(words + k * kWord, &word, sizeof word);
   }
 }
 
 void separate(const RowOrder& order, const std::byte* words, size_t columns, std::byte* codes, size_t stride) {
-  std::array<std::byte, kTileColumns> bytes;
-  for (size_t j = 0; j < kPack / 2; ++j) {
-    std::byte* const low = codes + order.at(2 * j) * stride;
-    std::byte* const high = codes + order.at(2 * j + 1) * stride;
-    for (size_t k = 0; k < columns; ++k)
-      bytes[k] = static_cast<std::byte>(load_word(words + k * kWord) >> (8 * j) & 255);
-    for (size_t k = 0; k < columns; ++k) low[k] = bytes[k] & std::byte{15};
-    for (size_t k = 0; k < columns; ++k) high[k] = bytes[k] >> 4;
+  size_t k = 0;
+  for (; k + sizeof(Bytes16) <= columns; k += sizeof(Bytes16)) {
+    const std::byte* const in = words + k * kWord;
+    const Bytes16 w0 = load16(in), w1 = load16(in + 16), w2 = load16(in + 32), w3 = load16(in + 48);
+    const auto pair = [&](size_t i, Bytes16 both) {
+      store16(both & 15, codes + order[i] * stride + k);
+      store16(both >> 4, codes + order[i + 1] * stride + k);
+    };
+    pair(0, even(even(w0, w1), even(w2, w3)));
+    pair(2, even(odd(w0, w1), odd(w2, w3)));
+    pair(4, odd(even(w0, w1), even(w2, w3)));
+    pair(6, odd(odd(w0, w1), odd(w2, w3)));
   }
+  for (; k < columns; ++k)
+    for (size_t i = 0; i < kPack; ++i)
+      codes[order.at(i) * stride + k] = static_cast<std::byte>(load_word(words + k * kWord) >> (4 * i) & 15);
 }
 
 }  // namespace
