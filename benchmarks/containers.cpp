@@ -2,6 +2,9 @@
 // own.
 //   cmake --build --preset release --target containers_bench && build/release/bin/containers_bench
 //     [CONTAINER [ROWS COLUMNS]]
+// Codes are bytes, one each: `pack` reads them and `unpack` writes them. "all" are the bytes read and written: codes,
+// scales and offsets on the one side, the arrays of the file on the other. Reading is that of memory, 256 MiB summed
+// up. "fresh": each buffer comes from the system, page by page; else from memory used before, as quantize's pieces do.
 #include <fmt/format.h>
 #include <malloc.h>
 
@@ -122,8 +125,8 @@ void run_size(const Shape& matrix, std::string_view only) {
       "{}: reading memory {:.1f} GB/s, copying it {:.1f} GB/s read and written; as many bytes as there are codes, "
       "from caches: {:.1f}, {:.1f}\n",
       to_string(matrix), machine.read / 1e9, machine.copy / 1e9, near.read / 1e9, near.copy / 1e9);
-  fmt::print("{:<78}{:^33}|{:^33}|\n", "GB/s of codes, of all read and written, both in % of reading; codes fresh",
-             "pack", "unpack");
+  fmt::print("{:<78}{:^33}|{:^33}|\n", "GB/s of codes, of all, each in % of reading; of codes, fresh", "pack",
+             "unpack");
   for (const Container* container : all_containers()) {
     if (container->pack == nullptr || (!only.empty() && container->name != only)) continue;
     std::set<std::string> seen;

@@ -232,23 +232,23 @@ std::vector<std::byte> unpack_transposed(const WordPacking& packing, int bits, s
   const auto width = static_cast<size_t>(bits);
   BW_ASSERT(columns % kStretch == 0 && words.size() == rows * columns / kStretch * width * kWord);
   const auto by = turned_row(packing, bits, turned);
+  const size_t all_in_row = columns / kStretch * width;
+  const auto unpack_tile = [&](size_t row, size_t count, size_t k, size_t length, std::byte* to) {
+    std::array<std::byte, kTileRows*(kTileCodes + kBesides * kWord)> tile;
+    const size_t first = k / kStretch * width, in_row = length / kStretch * width, stride = in_row + kBesides;
+    transpose_words(&words[(first * rows + row) * kWord], in_row, count, rows, tile.data(), stride);
+    for (size_t i = first + in_row; i < std::min(first + 2 * in_row, all_in_row); ++i)
+      prefetch(&words[(i * rows + row) * kWord], count * kWord);
+    for (size_t r = 0; r < count; ++r) {
+      std::byte* const packed = &tile.at(r * stride * kWord);
+      if (turned != std::byte{0}) turn(by.data(), in_row * kWord, packed);
+      packing.unpack({packed, in_row * kWord}, bits, {to + r * columns, length});
+    }
+  };
   return parallel_bytes(rows * columns, kTileRows * std::max<size_t>(columns, 1),
                         [&](size_t from, size_t to, std::byte* all) {
-                          std::array<std::byte, kTileRows*(kTileCodes + kBesides * kWord)> tile;
-                          const size_t row = from / columns, count = (to - from) / columns;
                           for_each_tile(columns, kTileCodes, [&](size_t k, size_t length) {
-                            const size_t in_row = length / kStretch * width, stride = in_row + kBesides;
-                            transpose_words(&words[(k / kStretch * width * rows + row) * kWord], in_row, count, rows,
-                                            tile.data(), stride);
-                            const size_t next = (k + length) / kStretch * width,
-                                         end = std::min(next + in_row, columns / kStretch * width);
-                            for (size_t i = next; i < end; ++i)
-                              prefetch(&words[(i * rows + row) * kWord], count * kWord);
-                            for (size_t r = 0; r < count; ++r) {
-                              std::byte* const packed = &tile.at(r * stride * kWord);
-                              if (turned != std::byte{0}) turn(by.data(), in_row * kWord, packed);
-                              packing.unpack({packed, in_row * kWord}, bits, {all + from + r * columns + k, length});
-                            }
+                            unpack_tile(from / columns, (to - from) / columns, k, length, all + from + k);
                           });
                         });
 }
