@@ -9,10 +9,10 @@ stage() {
   "${@:2}"
   echo "== $1: passed in $((SECONDS - start)) s"
 }
-sources() { find include src tests -name '*.cpp' "$@"; }
+sources() { find include src tests benchmarks -name '*.cpp' "$@"; }
 check_format() { sources -o -name '*.hpp' | xargs clang-format --dry-run --Werror; }
 # Tests are compiled with the same warnings; reading them by clang-tidy too would take as long again.
-check_tidy() { find src -name '*.cpp' ! -name '*_test.cpp' | sort | xargs -P "$(nproc)" -n 1 clang-tidy -p build/release --quiet 2>/dev/null; }
+check_tidy() { find src benchmarks -name '*.cpp' ! -name '*_test.cpp' | sort | xargs -P "$(nproc)" -n 1 clang-tidy -p build/release --quiet 2>/dev/null; }
 
 stage packages scripts/setup.sh --packages-only
 stage layers tests/layers_test.sh

@@ -153,6 +153,21 @@ TEST(Threads, ManyShortCallsLoseNothing) {
   EXPECT_EQ(std::accumulate(values.begin(), values.end(), size_t{0}), 2000u * 63 * 64 / 2);
 }
 
+TEST(Threads, EveryPieceOfBytesIsWritten) {
+  const size_t before = thread_count();
+  for (const size_t threads : {1u, 3u}) {
+    set_thread_count(threads);
+    for (const size_t total : {0u, 1u, 99u, 100u, 1001u}) {
+      const auto bytes = parallel_bytes(total, 100, [](size_t begin, size_t end, std::byte* all) {
+        for (size_t i = begin; i < end; ++i) all[i] = static_cast<std::byte>(all[i] == std::byte{0} ? i % 251 : 255);
+      });
+      ASSERT_EQ(bytes.size(), total);
+      for (size_t i = 0; i < total; ++i) ASSERT_EQ(std::to_integer<size_t>(bytes[i]), i % 251);
+    }
+  }
+  set_thread_count(before);
+}
+
 TEST(Threads, WeightsStayWithinTheBudget) {
   constexpr uint64_t kBudget = 10;
   const auto weight = [](size_t i) { return i % 50 == 7 ? uint64_t{25} : i % 4; };  // some are too heavy for it

@@ -94,6 +94,9 @@ Pool& pool() {
   return instance;
 }
 
+/// Would parallel_for use this thread alone?
+bool runs_alone() { return t_inside_parallel || thread_count() == 1; }
+
 extern "C" void on_signal(int) { g_interrupted = 1; }
 
 }  // namespace
@@ -110,13 +113,30 @@ size_t thread_count() {
 }
 
 void parallel_for(size_t count, const std::function<void(size_t)>& body) {
-  if (count <= 1 || t_inside_parallel || thread_count() == 1) {
+  if (count <= 1 || runs_alone()) {
     for (size_t i = 0; i < count; ++i) body(i);
     return;
   }
   static std::mutex one_caller;  // the pool serves one parallel_for at a time
   const std::lock_guard lock(one_caller);
   pool().run(count, body);
+}
+
+std::vector<std::byte> parallel_bytes(size_t total, size_t grain,
+                                      const std::function<void(size_t begin, size_t end, std::byte* all)>& fill) {
+  BW_ASSERT(grain > 0);
+  std::vector<std::byte> bytes;
+  if (!runs_alone()) {
+    bytes.resize(total);
+    parallel_ranges(total, grain, [&](size_t begin, size_t end) { fill(begin, end, bytes.data()); });
+    return bytes;
+  }
+  bytes.reserve(total);
+  for (size_t begin = 0; begin < total; begin = bytes.size()) {
+    bytes.resize(begin + std::min(grain, total - begin));
+    fill(begin, bytes.size(), bytes.data());
+  }
+  return bytes;
 }
 
 void parallel_ranges(size_t total, size_t grain, const std::function<void(size_t, size_t)>& body) {

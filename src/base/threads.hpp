@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <vector>
 
 namespace bitwright {
 
@@ -18,6 +19,11 @@ void parallel_for(size_t count, const std::function<void(size_t)>& body);
 /// Splits [0, total) into pieces of `grain` (the last may be shorter) and calls body(begin, end) for each.
 /// The pieces do not depend on the number of threads.
 void parallel_ranges(size_t total, size_t grain, const std::function<void(size_t, size_t)>& body);
+
+/// `total` bytes that fill(begin, end, all) writes for each piece, all being the first byte of all. A vector clears its
+/// bytes; on one thread that is done piece by piece, while the cache holds them. A piece may touch no byte of others.
+std::vector<std::byte> parallel_bytes(size_t total, size_t grain,
+                                      const std::function<void(size_t begin, size_t end, std::byte* all)>& fill);
 
 /// parallel_for for work that takes memory: indices start in order, and one waits until its weight and those in work
 /// fit `budget` (one alone always runs). The first exception ends it and is rethrown.

@@ -11,6 +11,7 @@
 #include "container/bits.hpp"
 #include "container/container.hpp"
 #include "container/qlinear.hpp"
+#include "container/stored_arrays.hpp"
 #include "container/words.hpp"
 
 namespace bitwright {
@@ -166,9 +167,9 @@ QuantizedTensor unpack(const StoredTensor& t, const CheckpointView& checkpoint) 
     out.offset =
         numbers(*t.scheme.offset, with_row_length(unpack_bits(zeros, kBits, rows * padded), rows, padded, groups));
   } else {
-    out.codes = unpack_interleaved(codes, rows, columns);
+    out.codes = unpack_interleaved(kAwqOrder, codes, 1, rows, columns);
     out.scale = numbers(*t.scheme.scale, transposed_bytes(scales, groups, rows, kScale));
-    out.offset = numbers(*t.scheme.offset, unpack_interleaved(zeros, rows, groups));
+    out.offset = numbers(*t.scheme.offset, unpack_interleaved(kAwqOrder, zeros, 1, rows, groups));
   }
   return out;
 }
@@ -196,13 +197,13 @@ std::vector<NamedArray> pack(const StoredTensor& t, const QuantizedTensor& value
   constexpr size_t kScale = 2;
   if (is_gemv(t)) {
     const auto padded = static_cast<size_t>(specs[2].shape[1]);
-    return {{specs[0], pack_bits(values.codes, kBits)},
-            {specs[1], pack_bits(with_row_length(values.offset->codes, rows, groups, padded), kBits)},
-            {specs[2], with_row_length(values.scale->codes, rows, groups * kScale, padded * kScale)}};
+    return moved({{specs[0], pack_bits(values.codes, kBits)},
+                  {specs[1], pack_bits(with_row_length(values.offset->codes, rows, groups, padded), kBits)},
+                  {specs[2], with_row_length(values.scale->codes, rows, groups * kScale, padded * kScale)}});
   }
-  return {{specs[0], pack_interleaved(values.codes, rows, columns)},
-          {specs[1], pack_interleaved(values.offset->codes, rows, groups)},
-          {specs[2], transposed_bytes(values.scale->codes, rows, groups, kScale)}};
+  return moved({{specs[0], pack_interleaved(kAwqOrder, values.codes, 1, rows, columns)},
+                {specs[1], pack_interleaved(kAwqOrder, values.offset->codes, 1, rows, groups)},
+                {specs[2], transposed_bytes(values.scale->codes, rows, groups, kScale)}});
 }
 
 /// AutoAWQ and all who read its models have one group size for all layers.

@@ -11,21 +11,44 @@ namespace bitwright {
 namespace {
 
 constexpr size_t kBlock = 8;                ///< codes that fill whole bytes, whatever their width
-constexpr size_t kGrain = size_t{1} << 18;  ///< codes of one task, a multiple of kBlock
+constexpr size_t kGrain = size_t{1} << 15;  ///< codes of one task, a multiple of kBlock
+
+/// The low `bits` bits of each lane of a word.
+template <int bits, int lane>
+constexpr uint64_t low_bits() {
+  uint64_t mask = 0;
+  for (int at = 0; at < 64; at += lane) mask |= ((uint64_t{1} << bits) - 1) << at;
+  return mask;
+}
+
+/// Neighbouring lanes with `bits` bits each: put together at the bottom of both, and taken apart again.
+template <int bits, int lane>
+uint64_t join(uint64_t word) {
+  constexpr uint64_t kMask = low_bits<bits, 2 * lane>();
+  return (word & kMask) | (word >> lane & kMask) << bits;
+}
+template <int bits, int lane>
+uint64_t part(uint64_t word) {
+  constexpr uint64_t kMask = low_bits<bits, 2 * lane>();
+  return (word & kMask) | (word >> bits & kMask) << lane;
+}
 
 /// Eight codes to `bits` bytes, through one word.
 template <int bits>
 void pack_block(const std::byte* codes, std::byte* out) {
   uint64_t word = 0;
-  for (size_t i = 0; i < kBlock; ++i) word |= std::to_integer<uint64_t>(codes[i]) << (i * bits);
+  std::memcpy(&word, codes, kBlock);
+  word = join<4 * bits, 32>(join<2 * bits, 16>(join<bits, 8>(word)));
   std::memcpy(out, &word, bits);
 }
 
-template <int bits>
+/// size: bytes of `packed` that may be read: sizeof(uint64_t), and one load does, or `bits`.
+template <int bits, size_t size>
 void unpack_block(const std::byte* packed, std::byte* codes) {
   uint64_t word = 0;
-  std::memcpy(&word, packed, bits);
-  for (size_t i = 0; i < kBlock; ++i) codes[i] = static_cast<std::byte>(word >> (i * bits) & ((1u << bits) - 1));
+  std::memcpy(&word, packed, size);
+  word = part<bits, 8>(part<2 * bits, 16>(part<4 * bits, 32>(word)));
+  std::memcpy(codes, &word, kBlock);
 }
 
 template <int bits>
@@ -66,7 +89,26 @@ void unpack_blocks(const std::byte* packed, size_t blocks, std::byte* codes) {
       std::memcpy(codes + 4 * i, &four, sizeof four);
     }
   } else {
-    for (size_t i = 0; i < blocks; ++i) unpack_block<bits>(packed + i * bits, codes + i * kBlock);
+    size_t i = 0;
+    for (; (blocks - i) * bits >= sizeof(uint64_t); ++i)
+      unpack_block<bits, sizeof(uint64_t)>(packed + i * bits, codes + i * kBlock);
+    for (; i < blocks; ++i) unpack_block<bits, bits>(packed + i * bits, codes + i * kBlock);
+  }
+}
+
+void pack_pairs(const std::byte* codes, size_t pairs, std::byte* out) {
+  for (size_t i = 0; i < pairs; ++i) {
+    uint16_t pair = 0;
+    std::memcpy(&pair, codes + 2 * i, sizeof pair);
+    out[i] = static_cast<std::byte>((pair << 4 | pair >> 8) & 0xff);
+  }
+}
+
+void unpack_pairs(const std::byte* packed, size_t pairs, std::byte* codes) {
+  for (size_t i = 0; i < pairs; ++i) {
+    const auto byte = std::to_integer<uint16_t>(packed[i]);
+    const auto pair = static_cast<uint16_t>((byte >> 4 | byte << 8) & 0x0f0f);
+    std::memcpy(codes + 2 * i, &pair, sizeof pair);
   }
 }
 
@@ -91,12 +133,12 @@ void pack_bits(std::span<const std::byte> codes, int bits, std::span<std::byte> 
 }
 
 std::vector<std::byte> pack_bits(std::span<const std::byte> codes, int bits) {
-  std::vector<std::byte> out(packed_bytes(codes.size(), bits));
-  parallel_ranges(codes.size(), kGrain, [&](size_t begin, size_t end) {
-    pack_bits(codes.subspan(begin, end - begin), bits,
-              std::span(out).subspan(packed_bytes(begin, bits), packed_bytes(end - begin, bits)));
-  });
-  return out;
+  const auto width = static_cast<size_t>(bits);
+  return parallel_bytes(
+      packed_bytes(codes.size(), bits), kGrain / kBlock * width, [&](size_t begin, size_t end, std::byte* all) {
+        const size_t first = begin / width * kBlock;
+        pack_bits(codes.subspan(first, std::min(kGrain, codes.size() - first)), bits, {all + begin, end - begin});
+      });
 }
 
 void unpack_bits(std::span<const std::byte> packed, int bits, std::span<std::byte> codes) {
@@ -113,11 +155,25 @@ void unpack_bits(std::span<const std::byte> packed, int bits, std::span<std::byt
 
 std::vector<std::byte> unpack_bits(std::span<const std::byte> packed, int bits, uint64_t count) {
   BW_ASSERT(bits >= 1 && bits <= 8 && packed.size() >= packed_bytes(count, bits));
-  std::vector<std::byte> codes(count);
-  parallel_ranges(count, kGrain, [&](size_t begin, size_t end) {
-    unpack_bits(packed.subspan(packed_bytes(begin, bits)), bits, std::span(codes).subspan(begin, end - begin));
+  return parallel_bytes(count, kGrain, [&](size_t begin, size_t end, std::byte* all) {
+    unpack_bits(packed.subspan(packed_bytes(begin, bits)), bits, {all + begin, end - begin});
   });
-  return codes;
+}
+
+std::vector<std::byte> pack_high_first(std::span<const std::byte> codes, std::byte filler) {
+  return parallel_bytes((codes.size() + 1) / 2, kGrain / 2, [&](size_t begin, size_t end, std::byte* all) {
+    const size_t pairs = std::min(end, codes.size() / 2);
+    pack_pairs(codes.data() + 2 * begin, pairs - begin, all + begin);
+    if (pairs < end) all[pairs] = codes.back() << 4 | filler;
+  });
+}
+
+std::vector<std::byte> unpack_high_first(std::span<const std::byte> packed, uint64_t count) {
+  BW_ASSERT(packed.size() >= (count + 1) / 2);
+  return parallel_bytes(count, kGrain, [&](size_t begin, size_t end, std::byte* all) {
+    unpack_pairs(packed.data() + begin / 2, (end - begin) / 2, all + begin);
+    if (end % 2 != 0) all[end - 1] = packed[end / 2] >> 4;
+  });
 }
 
 }  // namespace bitwright

@@ -24,4 +24,10 @@ void unpack_bits(std::span<const std::byte> packed, int bits, std::span<std::byt
 /// The inverse, in parallel: `count` codes from at least packed_bytes(count, bits) bytes.
 std::vector<std::byte> unpack_bits(std::span<const std::byte> packed, int bits, uint64_t count);
 
+/// 4-bit codes, two a byte, the first in the high half (bitsandbytes). In parallel. An odd last one has `filler` beside
+/// it.
+std::vector<std::byte> pack_high_first(std::span<const std::byte> codes, std::byte filler);
+/// The inverse: `count` codes from at least (count + 1) / 2 bytes.
+std::vector<std::byte> unpack_high_first(std::span<const std::byte> packed, uint64_t count);
+
 }  // namespace bitwright

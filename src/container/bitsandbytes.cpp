@@ -8,8 +8,10 @@
 #include <optional>
 
 #include "base/error.hpp"
+#include "container/bits.hpp"
 #include "container/bitsandbytes_rounding.hpp"
 #include "container/container.hpp"
+#include "container/stored_arrays.hpp"
 
 namespace bitwright {
 namespace {
@@ -301,19 +303,13 @@ std::vector<ArraySpec> layout(const StoredTensor& tensor) {
 }
 
 std::vector<std::byte> pack_codes(const StoredTensor& tensor, const QuantizedTensor& values) {
-  std::vector<std::byte> out((values.codes.size() + 1) / 2);
-  for (size_t i = 0; i < values.codes.size(); i += 2) {
-    const bool last = i + 1 == values.codes.size();
-    const auto low =
-        last ? static_cast<std::byte>(tensor.scheme.element->nearest(*tensor.scheme.element, 0)) : values.codes[i + 1];
-    out[i / 2] = values.codes[i] << 4 | low;
-  }
-  return out;
+  const ElementType& element = *tensor.scheme.element;
+  return pack_high_first(values.codes, static_cast<std::byte>(element.nearest(element, 0)));
 }
 
 std::vector<NamedArray> pack_int8(const StoredTensor& tensor, const QuantizedTensor& values) {
   std::vector<ArraySpec> specs = int8_layout(tensor);
-  std::vector<NamedArray> arrays = {{specs[0], values.codes}, {specs[1], values.scale->codes}};
+  std::vector<NamedArray> arrays = moved({{specs[0], values.codes}, {specs[1], values.scale->codes}});
   if (specs.size() > 2) arrays.push_back({specs[2], {std::byte{0}}});
   return arrays;
 }
@@ -323,8 +319,10 @@ std::vector<NamedArray> pack(const StoredTensor& tensor, const QuantizedTensor& 
   const bool nested = is_nested(tensor.scheme);
   const std::string state = quant_state(tensor, nested ? nested_offset(values) : 0);
   const auto blob = std::as_bytes(std::span(state));
-  std::vector<std::vector<std::byte>> data = {pack_codes(tensor, values), values.scale->codes,
-                                              table_bytes(*tensor.scheme.element)};
+  std::vector<std::vector<std::byte>> data;
+  data.push_back(pack_codes(tensor, values));
+  data.push_back(values.scale->codes);
+  data.push_back(table_bytes(*tensor.scheme.element));
   if (nested) {
     data.push_back(values.scale->scale->codes);
     data.push_back(table_bytes(*values.scale->scheme.element));
@@ -334,11 +332,6 @@ std::vector<NamedArray> pack(const StoredTensor& tensor, const QuantizedTensor& 
   for (const ArraySpec& spec : layout_with_state(tensor, static_cast<int64_t>(blob.size())))
     arrays.push_back({spec, std::move(data[arrays.size()])});
   return arrays;
-}
-
-std::shared_ptr<QuantizedTensor> numbers(const Scheme& scheme, const Shape& shape, std::span<const std::byte> data) {
-  return std::make_shared<QuantizedTensor>(
-      QuantizedTensor{.scheme = scheme, .shape = shape, .codes = {data.begin(), data.end()}});
 }
 
 std::shared_ptr<QuantizedTensor> unpack_absmax(const StoredTensor& tensor, const CheckpointView& checkpoint) {
@@ -364,9 +357,7 @@ QuantizedTensor unpack(const StoredTensor& tensor, const CheckpointView& checkpo
                       checkpoint.bytes(tensor.arrays.at(1)));
     return t;
   }
-  t.codes.resize(static_cast<size_t>(element_count(tensor.shape)));
-  for (size_t i = 0; i < t.codes.size(); ++i)
-    t.codes[i] = i % 2 == 0 ? packed[i / 2] >> 4 : packed[i / 2] & std::byte{15};
+  t.codes = unpack_high_first(packed, static_cast<uint64_t>(element_count(tensor.shape)));
   t.scale = unpack_absmax(tensor, checkpoint);
   return t;
 }

@@ -152,14 +152,6 @@ void flip_signs(std::span<std::byte> packed, size_t count, int bits) {
 }
 bool flips(const Scheme& scheme) { return is_integer(scheme) && !is_asymmetric(scheme); }
 
-/// body(first row, end): rows that make whole words where rows are one stream, about as many as fit a cache.
-template <class Body>
-void for_each_stretch(int64_t rows, int64_t columns, Body body) {
-  constexpr int64_t kElements = int64_t{1} << 15;
-  const int64_t grain = std::max<int64_t>(kElements / std::max<int64_t>(columns, 1) / kWord, 1) * kWord;
-  parallel_ranges(static_cast<size_t>(rows), static_cast<size_t>(grain), body);
-}
-
 /// Rows of codes, each padded to a multiple of `pad` bytes.
 struct RowStreams {
   int64_t rows, columns;
@@ -174,27 +166,36 @@ struct RowStreams {
   size_t bytes() const { return static_cast<size_t>(rows) * row_bytes(); }
 };
 
+/// `bytes` for each row, written by body(first row, end, first byte of all): rows that make whole words where rows are
+/// one stream, about as many as fit a cache.
+template <class Body>
+std::vector<std::byte> row_stretches(const RowStreams& s, size_t bytes, const Body& body) {
+  constexpr int64_t kElements = int64_t{1} << 15;
+  if (s.rows == 0 || bytes == 0) return {};
+  const auto grain =
+      static_cast<size_t>(std::max<int64_t>(kElements / std::max<int64_t>(s.columns, 1) / kWord, 1) * kWord);
+  return parallel_bytes(static_cast<size_t>(s.rows) * bytes, grain * bytes,
+                        [&](size_t begin, size_t end, std::byte* all) { body(begin / bytes, end / bytes, all); });
+}
+
 /// signs: are they turned?
 std::vector<std::byte> pack_rows(std::span<const std::byte> codes, const RowStreams& s, bool signs) {
-  std::vector<std::byte> out(s.bytes());
   const auto columns = static_cast<size_t>(s.columns);
-  for_each_stretch(s.rows, s.columns, [&](size_t begin, size_t end) {
+  return row_stretches(s, s.row_bytes(), [&](size_t begin, size_t end, std::byte* all) {
     const auto from = codes.subspan(begin * columns, (end - begin) * columns);
-    const auto to = std::span(out).subspan(begin * s.row_bytes(), (end - begin) * s.row_bytes());
+    const std::span to(all + begin * s.row_bytes(), (end - begin) * s.row_bytes());
     const size_t line = s.dense() ? from.size() : columns, bytes = s.dense() ? to.size() : s.row_bytes();
     for (size_t done = 0, at = 0; done < from.size(); done += line, at += bytes) {
       pack_bits(from.subspan(done, line), s.bits, to.subspan(at, packed_bytes(line, s.bits)));
       if (signs) flip_signs(to.subspan(at, bytes), line, s.bits);
     }
   });
-  return out;
 }
 
 std::vector<std::byte> unpack_rows(std::span<const std::byte> packed, const RowStreams& s, bool signs) {
   const auto columns = static_cast<size_t>(s.columns);
-  std::vector<std::byte> codes(static_cast<size_t>(s.rows) * columns);
-  for_each_stretch(s.rows, s.columns, [&](size_t begin, size_t end) {
-    const auto to = std::span(codes).subspan(begin * columns, (end - begin) * columns);
+  return row_stretches(s, columns, [&](size_t begin, size_t end, std::byte* all) {
+    const std::span to(all + begin * columns, (end - begin) * columns);
     const auto from = packed.subspan(begin * s.row_bytes(), (end - begin) * s.row_bytes());
     const size_t line = s.dense() ? to.size() : columns, bytes = s.dense() ? from.size() : s.row_bytes();
     std::vector<std::byte> turned;
@@ -208,7 +209,6 @@ std::vector<std::byte> unpack_rows(std::span<const std::byte> packed, const RowS
       unpack_bits(stored, s.bits, to.subspan(done, line));
     }
   });
-  return codes;
 }
 
 RowStreams streams_of(const StoredTensor& t) {

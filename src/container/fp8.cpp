@@ -77,7 +77,7 @@ std::vector<ArraySpec> layout(const StoredTensor& t) {
 
 std::vector<NamedArray> pack(const StoredTensor& t, const QuantizedTensor& values) {
   std::vector<ArraySpec> specs = layout(t);
-  std::vector<NamedArray> arrays = {{specs[0], values.codes}, {specs[1], values.scale->codes}};
+  std::vector<NamedArray> arrays = moved({{specs[0], values.codes}, {specs[1], values.scale->codes}});
   if (specs.size() > 2) arrays.push_back({specs[2], t.linear.input->scale->codes});
   for (const NamedArray& array : arrays) BW_ASSERT(array.data.size() == array.spec.bytes());
   return arrays;

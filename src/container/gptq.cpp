@@ -10,6 +10,7 @@
 #include "container/container.hpp"
 #include "container/gptq_rounding.hpp"
 #include "container/qlinear.hpp"
+#include "container/stored_arrays.hpp"
 #include "container/words.hpp"
 
 namespace bitwright {
@@ -321,10 +322,7 @@ std::vector<std::byte> group_indices(const Scheme& scheme, const QuantizedTensor
 }
 
 /// Signed codes are stored with 2^(bits - 1) added: the highest bit turns.
-void turn_sign(std::span<std::byte> codes, int bits) {
-  const auto sign = static_cast<std::byte>(1u << (bits - 1));
-  for (std::byte& code : codes) code ^= sign;
-}
+std::byte sign_of(int bits) { return static_cast<std::byte>(1u << (bits - 1)); }
 
 std::vector<NamedArray> pack(const StoredTensor& t, const QuantizedTensor& values) {
   const std::vector<ArraySpec> specs = bitwright::layout(t);
@@ -334,18 +332,16 @@ std::vector<NamedArray> pack(const StoredTensor& t, const QuantizedTensor& value
   const auto groups = static_cast<size_t>(specs[1].shape[0]);
   std::vector<std::byte> words, zeros;
   if (is_symmetric(t.scheme)) {
-    std::vector<std::byte> codes = values.codes;
-    turn_sign(codes, bits);
-    words = pack_transposed(*how.packing, bits, codes, rows, columns);
-    zeros.assign(rows * groups, static_cast<std::byte>(1u << (bits - 1)));
+    words = pack_transposed(*how.packing, bits, values.codes, rows, columns, sign_of(bits));
+    zeros.assign(rows * groups, sign_of(bits));
   } else {
     words = pack_transposed(*how.packing, bits, values.codes, rows, columns);
     zeros = transposed_bytes(values.offset->codes, rows, groups, 1);
   }
-  std::vector<NamedArray> arrays = {
-      {specs[0], std::move(words)},
-      {specs[1], pack_zeros(how, bits, std::move(zeros))},
-      {specs[2], transposed_bytes(values.scale->codes, rows, groups, size_bytes(specs[2].dtype))}};
+  std::vector<NamedArray> arrays =
+      moved({{specs[0], std::move(words)},
+             {specs[1], pack_zeros(how, bits, std::move(zeros))},
+             {specs[2], transposed_bytes(values.scale->codes, rows, groups, size_bytes(specs[2].dtype))}});
   if (specs.size() > 3) arrays.push_back({specs[3], group_indices(t.scheme, values)});
   return arrays;
 }
@@ -361,16 +357,14 @@ QuantizedTensor unpack(const StoredTensor& t, const CheckpointView& checkpoint) 
   const Parameter& scale = *t.scheme.scale;
   const auto rows = static_cast<size_t>(t.shape[0]), columns = static_cast<size_t>(t.shape[1]);
   const auto groups = static_cast<size_t>(parameter_shape(scale.grouping, t.shape).back());
-  QuantizedTensor out = {
-      .scheme = t.scheme,
-      .shape = t.shape,
-      .codes = unpack_transposed(*how.packing, bits, checkpoint.bytes(t.arrays.at(0)), rows, columns),
-      .scale = numbers(scale, t.shape,
-                       transposed_bytes(checkpoint.bytes(t.arrays.at(2)), groups, rows,
-                                        size_bytes(*dtype_of(*scale.scheme->element))))};
-  if (is_symmetric(t.scheme)) {
-    turn_sign(out.codes, bits);
-  } else {
+  QuantizedTensor out = {.scheme = t.scheme,
+                         .shape = t.shape,
+                         .codes = unpack_transposed(*how.packing, bits, checkpoint.bytes(t.arrays.at(0)), rows, columns,
+                                                    is_symmetric(t.scheme) ? sign_of(bits) : std::byte{0}),
+                         .scale = numbers(scale, t.shape,
+                                          transposed_bytes(checkpoint.bytes(t.arrays.at(2)), groups, rows,
+                                                           size_bytes(*dtype_of(*scale.scheme->element))))};
+  if (!is_symmetric(t.scheme)) {
     const std::vector<std::byte> zeros = unpack_zeros(how, bits, checkpoint.bytes(t.arrays.at(1)));
     out.offset = numbers(*t.scheme.offset, t.shape, transposed_bytes(zeros, groups, rows, 1));
   }

@@ -12,6 +12,7 @@
 #include "container/container.hpp"
 #include "container/group_rounding.hpp"
 #include "container/row_parts.hpp"
+#include "container/stored_arrays.hpp"
 
 namespace bitwright {
 namespace {
@@ -394,10 +395,10 @@ std::vector<ArraySpec> layout(const StoredTensor& t) {
 std::vector<NamedArray> pack(const StoredTensor& t, const QuantizedTensor& values) {
   const Grid grid = grid_of(t.scheme, t.shape);
   const std::vector<ArraySpec> parameters = parameter_arrays(t);
-  std::vector<NamedArray> arrays = {
-      {codes_array(t), pack_row_parts(packing_of(t.scheme.element->bits).parts, values.codes, grid.rows, grid.columns)},
-      {parameters[0], values.scale->codes},
-      {parameters[1], values.offset->codes}};
+  std::vector<NamedArray> arrays = moved({{codes_array(t), pack_row_parts(packing_of(t.scheme.element->bits).parts,
+                                                                          values.codes, grid.rows, grid.columns)},
+                                          {parameters[0], values.scale->codes},
+                                          {parameters[1], values.offset->codes}});
   const std::vector<NamedArray> notes = t.notes.empty() ? new_notes(t) : t.notes;
   arrays.insert(arrays.end(), notes.begin(), notes.end());
   return arrays;

@@ -9,6 +9,7 @@
 #include "container/bits.hpp"
 #include "container/container.hpp"
 #include "container/mlx_rounding.hpp"
+#include "container/stored_arrays.hpp"
 
 namespace bitwright {
 namespace {
@@ -282,11 +283,6 @@ QuantizedModel model(const CheckpointView& checkpoint) {
   return found;
 }
 
-std::shared_ptr<QuantizedTensor> numbers(const Scheme& scheme, const Shape& shape, std::span<const std::byte> data) {
-  return std::make_shared<QuantizedTensor>(
-      QuantizedTensor{.scheme = scheme, .shape = shape, .codes = {data.begin(), data.end()}});
-}
-
 QuantizedTensor unpack(const StoredTensor& tensor, const CheckpointView& checkpoint) {
   const Scheme& scheme = tensor.scheme;
   const auto parameter_of = [&](const Parameter& p, size_t array) {
@@ -338,8 +334,8 @@ std::vector<ArraySpec> layout(const StoredTensor& tensor) {
 
 std::vector<NamedArray> pack(const StoredTensor& tensor, const QuantizedTensor& values) {
   std::vector<ArraySpec> specs = layout(tensor);
-  std::vector<NamedArray> arrays = {{specs[0], pack_bits(values.codes, tensor.scheme.element->bits)},
-                                    {specs[1], values.scale->codes}};
+  std::vector<NamedArray> arrays =
+      moved({{specs[0], pack_bits(values.codes, tensor.scheme.element->bits)}, {specs[1], values.scale->codes}});
   if (values.offset != nullptr) arrays.push_back({specs[2], values.offset->codes});
   if (is_global(tensor.scheme)) arrays.push_back({specs[2], values.scale->scale->codes});
   return arrays;

@@ -107,8 +107,12 @@ std::vector<ArraySpec> layout(const StoredTensor& t) {
 }
 
 std::vector<NamedArray> pack(const StoredTensor& t, const QuantizedTensor& values) {
-  std::vector<std::vector<std::byte>> data = {is_fp4(t.scheme) ? pack_bits(values.codes, 4) : values.codes,
-                                              values.scale->codes};
+  std::vector<std::vector<std::byte>> data;
+  if (is_fp4(t.scheme))
+    data.push_back(pack_bits(values.codes, 4));
+  else
+    data.push_back(values.codes);
+  data.push_back(values.scale->codes);
   if (is_fp4(t.scheme)) data.push_back(values.scale->scale->codes);
   if (t.linear.input && t.linear.input->scale != nullptr) data.push_back(t.linear.input->scale->codes);
   std::vector<NamedArray> arrays;

@@ -11,6 +11,7 @@
 #include "container/float_rounding.hpp"
 #include "container/rows.hpp"
 #include "container/stored_arrays.hpp"
+#include "container/words.hpp"
 
 namespace bitwright {
 namespace {
@@ -46,53 +47,35 @@ std::vector<ArraySpec> layout(const StoredTensor& t) {
           {t.name + std::string(kScales), DType::u8, {s.experts, s.outputs, s.groups()}}};
 }
 
-/// body(first of 32 rows of codes, their column, where the group's bytes lie, where its scale lies in memory and file):
-/// each group.
-template <class Body>
-void for_each_group(const Sizes& s, Body body) {
-  const auto groups = static_cast<size_t>(s.groups()), outputs = static_cast<size_t>(s.outputs);
-  parallel_ranges(static_cast<size_t>(s.experts) * groups, 1, [&](size_t begin, size_t end) {
-    for (size_t i = begin; i < end; ++i)
-      for (size_t n = 0; n < outputs; ++n) {
-        const size_t stored = (i / groups * outputs + n) * groups + i % groups;
-        body(i * kGroup * outputs + n, i * outputs + n, stored);
-      }
-  });
+/// Each expert's [rows, columns] of bytes -> [columns, rows].
+std::vector<std::byte> turned(std::span<const std::byte> scales, int64_t experts, int64_t rows, int64_t columns) {
+  std::vector<std::byte> out;
+  const auto size = static_cast<size_t>(rows * columns);
+  for (size_t e = 0; e < static_cast<size_t>(experts); ++e) {
+    const auto one =
+        transposed_bytes(scales.subspan(e * size, size), static_cast<size_t>(rows), static_cast<size_t>(columns), 1);
+    out.insert(out.end(), one.begin(), one.end());
+  }
+  return out;
 }
 
 std::vector<NamedArray> pack(const StoredTensor& t, const QuantizedTensor& values) {
   const Sizes s(t);
-  std::vector<ArraySpec> specs = layout(t);
-  std::vector<std::byte> blocks(specs[0].bytes()), scales(specs[1].bytes());
-  const auto outputs = static_cast<size_t>(s.outputs);
-  const std::byte* const codes = values.codes.data();
-  for_each_group(s, [&](size_t first, size_t scale, size_t stored) {
-    for (size_t j = 0; j < kBytes; ++j)
-      blocks[stored * kBytes + j] = codes[first + 2 * j * outputs] | codes[first + (2 * j + 1) * outputs] << 4;
-    scales[stored] = values.scale->codes[scale];
-  });
-  return {{std::move(specs[0]), std::move(blocks)}, {std::move(specs[1]), std::move(scales)}};
+  const std::vector<ArraySpec> specs = layout(t);
+  return moved({{specs[0], pack_interleaved(kPlainOrder, values.codes, static_cast<size_t>(s.experts),
+                                            static_cast<size_t>(s.inputs), static_cast<size_t>(s.outputs))},
+                {specs[1], turned(values.scale->codes, s.experts, s.groups(), s.outputs)}});
 }
 
 QuantizedTensor unpack(const StoredTensor& t, const CheckpointView& checkpoint) {
   const Sizes s(t);
-  const std::span<const std::byte> blocks = checkpoint.bytes(t.name + std::string(kBlocks));
-  const std::span<const std::byte> scales = checkpoint.bytes(t.name + std::string(kScales));
-  QuantizedTensor values = {.scheme = t.scheme, .shape = t.shape};
-  values.codes.resize(static_cast<size_t>(element_count(t.shape)));
-  const auto scale = numbers(*t.scheme.scale->scheme, parameter_shape(t.scheme.scale->grouping, t.shape), {});
-  scale->codes.resize(scales.size());
-  const auto outputs = static_cast<size_t>(s.outputs);
-  for_each_group(s, [&](size_t first, size_t at, size_t stored) {
-    for (size_t j = 0; j < kBytes; ++j) {
-      const std::byte both = blocks[stored * kBytes + j];
-      values.codes[first + 2 * j * outputs] = both & std::byte{15};
-      values.codes[first + (2 * j + 1) * outputs] = both >> 4;
-    }
-    scale->codes[at] = scales[stored];
-  });
-  values.scale = scale;
-  return values;
+  const auto scales = turned(checkpoint.bytes(t.name + std::string(kScales)), s.experts, s.outputs, s.groups());
+  return {.scheme = t.scheme,
+          .shape = t.shape,
+          .codes = unpack_interleaved(kPlainOrder, checkpoint.bytes(t.name + std::string(kBlocks)),
+                                      static_cast<size_t>(s.experts), static_cast<size_t>(s.inputs),
+                                      static_cast<size_t>(s.outputs)),
+          .scale = numbers(*t.scheme.scale->scheme, parameter_shape(t.scheme.scale->grouping, t.shape), scales)};
 }
 
 // ---- reading ----

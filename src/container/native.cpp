@@ -110,13 +110,13 @@ std::shared_ptr<QuantizedTensor> unpack_part(const std::string& name, const Sche
 }
 
 QuantizedTensor unpack(const StoredTensor& tensor, const CheckpointView& checkpoint) {
-  const auto t = unpack_part(tensor.name, tensor.scheme, tensor.shape, checkpoint);
+  const std::shared_ptr<QuantizedTensor> t = unpack_part(tensor.name, tensor.scheme, tensor.shape, checkpoint);
   if (is_indexed(tensor.scheme)) {
     const std::span<const std::byte> data = checkpoint.bytes(index_array(tensor.name, tensor.shape).name);
     t->group_index.resize(data.size() / sizeof(int32_t));
     std::copy(data.begin(), data.end(), std::as_writable_bytes(std::span(t->group_index)).begin());
   }
-  return *t;
+  return std::move(*t);
 }
 
 bool detect(const CheckpointView& checkpoint) { return !checkpoint.quantization_metadata.empty(); }

@@ -11,6 +11,7 @@
 #include "container/container.hpp"
 #include "container/group_rounding.hpp"
 #include "container/row_parts.hpp"
+#include "container/stored_arrays.hpp"
 
 namespace bitwright {
 namespace {
@@ -475,7 +476,8 @@ std::vector<std::byte> pack_parameter(const StoredTensor& t, const QuantizedTens
 
 std::vector<NamedArray> pack(const StoredTensor& t, const QuantizedTensor& values) {
   std::vector<ArraySpec> specs = layout(t);
-  std::vector<NamedArray> arrays = {{specs[0], pack_codes(t, values)}, {specs[1], pack_parameter(t, *values.scale)}};
+  std::vector<NamedArray> arrays =
+      moved({{specs[0], pack_codes(t, values)}, {specs[1], pack_parameter(t, *values.scale)}});
   if (values.offset) arrays.push_back({specs[2], pack_parameter(t, *values.offset)});
   for (NamedArray& note : notes_of(t)) arrays.push_back(std::move(note));
   return arrays;

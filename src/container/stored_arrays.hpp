@@ -1,5 +1,6 @@
 #pragma once
 
+#include <iterator>
 #include <memory>
 #include <span>
 #include <string>
@@ -10,6 +11,12 @@
 namespace bitwright {
 
 // What containers of plain arrays beside config.json do alike.
+
+/// A list of arrays without a copy of their bytes, as a list in braces would be.
+template <size_t count>
+std::vector<NamedArray> moved(NamedArray (&&arrays)[count]) {
+  return {std::make_move_iterator(std::begin(arrays)), std::make_move_iterator(std::end(arrays))};
+}
 
 /// A parameter as it is stored.
 std::shared_ptr<QuantizedTensor> numbers(const Scheme& scheme, const Shape& shape, std::span<const std::byte> data);

@@ -1,38 +1,18 @@
 // Speed of packing and unpacking GPTQ's and AWQ's layouts on one thread, beside reading memory.
 //   cmake --build --preset release --target words_bench && build/release/bin/words_bench [ROWS COLUMNS]
+#include "container/words.hpp"
+
 #include <fmt/format.h>
 
-#include <algorithm>
 #include <cstring>
-#include <ctime>
-#include <functional>
 #include <random>
 #include <string>
 
 #include "base/threads.hpp"
-#include "container/words.hpp"
+#include "benchmarks/measure.hpp"
 
 namespace bitwright {
 namespace {
-
-/// Processor time of this process: other work on the machine counts little.
-double seconds() {
-  timespec now = {};
-  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
-  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
-}
-
-/// The best of nine runs, after one that warms up: other work on the machine only ever adds.
-double measure(const std::function<void()>& work) {
-  work();
-  double best = 1e9;
-  for (int i = 0; i < 9; ++i) {
-    const double from = seconds();
-    work();
-    best = std::min(best, seconds() - from);
-  }
-  return best;
-}
 
 /// Bytes read; where codes are written, or read, there is one byte a weight beside them.
 void report(const std::string& what, size_t weights, size_t packed_bytes, double time, double read_rate) {
@@ -48,7 +28,7 @@ void run(size_t rows, size_t columns) {
   std::mt19937 random(1);
   for (std::byte& code : codes) code = static_cast<std::byte>(random());
   uint64_t sum = 0;
-  const double reading = measure([&] {
+  const double reading = best_seconds([&] {
     uint64_t word = 0;
     for (size_t i = 0; i + sizeof word <= count; i += sizeof word) {
       std::memcpy(&word, &codes[i], sizeof word);
@@ -58,11 +38,11 @@ void run(size_t rows, size_t columns) {
   const double rate = static_cast<double>(count) / reading / 1e9;
   fmt::print("reading {:.2f} GB/s (sum {:x})\n", rate, sum);
   std::vector<std::byte> copy(count);
-  const double copying = measure([&] { std::memcpy(copy.data(), codes.data(), count); });
+  const double copying = best_seconds([&] { std::memcpy(copy.data(), codes.data(), count); });
   report("memcpy of the codes", count, count, copying, rate);
   const auto both = [&](const std::string& name, size_t bytes, const auto& pack, const auto& unpack) {
-    report("pack " + name, count, bytes, measure([&] { words = pack(); }), rate);
-    report("unpack " + name, count, bytes, measure([&] { copy = unpack(); }), rate);
+    report("pack " + name, count, bytes, best_seconds([&] { words = pack(); }), rate);
+    report("unpack " + name, count, bytes, best_seconds([&] { copy = unpack(); }), rate);
   };
   for (const int bits : {8, 4, 3, 2}) {
     std::vector<std::byte> narrow = codes;
@@ -73,8 +53,8 @@ void run(size_t rows, size_t columns) {
         [&] { return unpack_transposed(kDensePacking, bits, words, rows, columns); });
     if (bits == 4)
       both(
-          "awq", count / 2, [&] { return pack_interleaved(narrow, rows, columns); },
-          [&] { return unpack_interleaved(words, rows, columns); });
+          "awq", count / 2, [&] { return pack_interleaved(kAwqOrder, narrow, 1, rows, columns); },
+          [&] { return unpack_interleaved(kAwqOrder, words, 1, rows, columns); });
   }
 }
 

@@ -2,40 +2,19 @@
 //   cmake --build --preset release --target compressed_tensors_bench && build/release/bin/compressed_tensors_bench
 #include <fmt/format.h>
 
-#include <algorithm>
 #include <cstring>
-#include <ctime>
-#include <functional>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <random>
 
 #include "base/threads.hpp"
+#include "benchmarks/measure.hpp"
 #include "container/container.hpp"
 
 namespace bitwright {
 namespace {
 
 constexpr int64_t kRows = 4096, kColumns = 4096;
-
-double processor_seconds() {
-  timespec now = {};
-  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
-  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
-}
-
-/// The median of five runs, after one that warms up. Processor time: other work on the machine counts little.
-double measure(const std::function<void()>& work) {
-  work();
-  std::vector<double> seconds;
-  for (int i = 0; i < 5; ++i) {
-    const double from = processor_seconds();
-    work();
-    seconds.push_back(processor_seconds() - from);
-  }
-  std::ranges::sort(seconds);
-  return seconds[2];
-}
 
 void report(std::string_view what, std::string_view step, size_t bytes, double seconds) {
   fmt::print("{:<34} {:<9} {:7.2f} GB/s {:8.1f} ms\n", what, step, static_cast<double>(bytes) / seconds / 1e9,
@@ -49,9 +28,9 @@ void run(const Container& container, const SchemeChoice& choice, WeightView weig
                     .value_dtype = weight.dtype,
                     .linear = linear};
   const std::string what = describe(t.scheme);
-  report(what, "quantize", weight.bytes.size(), measure([&] { container.encode(t.scheme, t.shape, weight); }));
+  report(what, "quantize", weight.bytes.size(), best_seconds([&] { container.encode(t.scheme, t.shape, weight); }));
   const QuantizedTensor values = container.encode(t.scheme, t.shape, weight);
-  report(what, "pack", values.codes.size(), measure([&] { container.pack(t, values); }));
+  report(what, "pack", values.codes.size(), best_seconds([&] { container.pack(t, values); }));
   std::map<std::string, std::vector<std::byte>, std::less<>> data;
   for (NamedArray& array : container.pack(t, values)) {
     t.arrays.push_back(array.spec.name);
@@ -65,7 +44,7 @@ void run(const Container& container, const SchemeChoice& choice, WeightView weig
       .quantization_metadata = nothing,
       .bytes = [&](const std::string& name) { return std::span<const std::byte>(data.at(name)); },
       .where = "memory"};
-  report(what, "unpack", values.codes.size(), measure([&] { container.unpack(t, view); }));
+  report(what, "unpack", values.codes.size(), best_seconds([&] { container.unpack(t, view); }));
 }
 
 void run_all() {
@@ -75,7 +54,7 @@ void run_all() {
   for (float& value : values) value = normal(random);
   std::vector<std::byte> weight(values.size() * 2), copy(weight.size());
   from_f32(DType::bf16, values, weight);
-  report("copy", "", weight.size(), measure([&] { std::memcpy(copy.data(), weight.data(), weight.size()); }));
+  report("copy", "", weight.size(), best_seconds([&] { std::memcpy(copy.data(), weight.data(), weight.size()); }));
   const Container& container = *find_container("compressed-tensors");
   for (const SchemeChoice& choice : container.choices) {
     const bool weighty = choice.bits == 4 || choice.bits == 8 || choice.bits == 3;

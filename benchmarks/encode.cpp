@@ -1,28 +1,22 @@
 // Speed of quantizing and reading back, a thread and a level at a time, beside a copy of the same bytes.
 //   cmake --build --preset release --target encode_bench && build/release/bin/encode_bench [ROWS COLUMNS [THREADS]]
+#include "kernels/encode.hpp"
+
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <chrono>
 #include <cstring>
-#include <ctime>
 #include <functional>
 #include <random>
 
 #include "base/threads.hpp"
+#include "benchmarks/measure.hpp"
 #include "container/bits.hpp"
 #include "kernels/decode.hpp"
-#include "kernels/encode.hpp"
 
 namespace bitwright {
 namespace {
-
-/// Processor time of this process, all threads: other work on the machine counts little.
-double processor_seconds() {
-  timespec now = {};
-  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
-  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
-}
 
 double wall_seconds() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();

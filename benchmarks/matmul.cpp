@@ -1,6 +1,7 @@
-// Speed of the matrix products beside the limits of the machine, measured in the same run. Not part of the build:
-//   g++ -std=c++20 -O3 -DNDEBUG -ffp-contract=off -Isrc src/kernels/matmul_bench.cpp build/release/libbitwright_core.a
-//       -lhwy -lfmt -lpthread -o matmul_bench && ./matmul_bench [ROWS COLUMNS [THREADS]]
+// Speed of the matrix products beside the limits of the machine, measured in the same run.
+//   cmake --build --preset release --target matmul_bench && build/release/bin/matmul_bench [ROWS COLUMNS [THREADS]]
+#include "kernels/matmul.hpp"
+
 #include <fmt/format.h>
 #include <immintrin.h>
 
@@ -10,7 +11,6 @@
 #include <random>
 
 #include "base/threads.hpp"
-#include "kernels/matmul.hpp"
 
 namespace bitwright {
 namespace {

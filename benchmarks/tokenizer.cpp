@@ -1,3 +1,5 @@
+#include "tokenizer/tokenizer.hpp"
+
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -6,7 +8,6 @@
 
 #include "base/error.hpp"
 #include "base/mapped_file.hpp"
-#include "tokenizer/tokenizer.hpp"
 
 /// tokenizer_bench TEXT TOKENIZER...   the text's ids, one thread: seconds to load, MB/s to encode and decode (best of
 /// 3)
