@@ -260,7 +260,8 @@ class Parser {
     sub->allow_extras();
     // A missing MODEL may come from the configuration; whoever needs it says so.
     if (command.takes_model)
-      sub->add_option("MODEL", model_, "directory, or a file of weights (.safetensors, .gguf, .pt, .npz)")->type_name("");
+      sub->add_option("MODEL", model_, "directory, or a file of weights (.safetensors, .gguf, .pt, .npz)")
+          ->type_name("");
     if (!command.takes_name.empty()) sub->add_option("NAME", name_, std::string(command.takes_name))->type_name("");
     add_options(command.name, options_of(command), *sub);
     subcommands_.emplace_back(&command, sub);
