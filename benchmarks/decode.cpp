@@ -84,11 +84,11 @@ std::vector<Job> jobs() {
                          {"fp8 e5m2 row", scaled("float8_e5m2", channel, plain(DType::f32))},
                          {"fp8 128x128", scaled("float8_e4m3", blocks, plain(DType::f32))},
                          {"mxfp8", scaled("float8_e4m3", g32, plain(DType::f8_e8m0))},
-                         {"mxfp4", scaled("e2m1", g32, plain(DType::f8_e8m0))},
-                         {"mxfp4 of gpt-oss", scaled("e2m1", columns32, plain(DType::f8_e8m0))},
-                         {"nvfp4, MLX", scaled("e2m1", g16, plain(DType::f8_e4m3))},
-                         {"nvfp4, ModelOpt", scaled("e2m1", g16, e4m3_under_f32)},
-                         {"nvfp4, compressed-tensors", scaled("e2m1", g16, divided)}});
+                         {"mxfp4", scaled("float4_e2m1", g32, plain(DType::f8_e8m0))},
+                         {"mxfp4 of gpt-oss", scaled("float4_e2m1", columns32, plain(DType::f8_e8m0))},
+                         {"nvfp4, MLX", scaled("float4_e2m1", g16, plain(DType::f8_e4m3))},
+                         {"nvfp4, ModelOpt", scaled("float4_e2m1", g16, e4m3_under_f32)},
+                         {"nvfp4, compressed-tensors", scaled("float4_e2m1", g16, divided)}});
   return all;
 }
 
@@ -124,17 +124,17 @@ void run(int64_t rows, int64_t columns, const KernelLevel& level) {
   const Shape shape = {rows, columns};
   std::vector<float> out(static_cast<size_t>(rows * columns));
   const size_t bytes = out.size() * sizeof(float);
-  const double limit = measure_memory(bytes).write;
+  const double limit = measure_memory(kLimitBytes).write;
   fmt::print("f32 written, best of several runs, {} kernels; the goal is {:.0f} % of the writing\n", level.name,
              100 * kGoal);
   std::mt19937 random(1);
   for (const Job& job : jobs()) {
     const QuantizedTensor t = example(job.scheme, shape, random);
-    const double warm = best_seconds([&] { RangeDecoder(t, level).decode(0, out); }, 5);
+    const double warm = best_seconds([&] { decode(t, out, level); }, 5);
     const double fresh = best_seconds(
         [&] {
           std::vector<float> all(out.size());
-          RangeDecoder(t, level).decode(0, all);
+          decode(t, all, level);
         },
         2);
     const double rate = gigabytes_a_second(bytes, warm);

@@ -152,7 +152,8 @@ std::shared_ptr<const QuantizedTensor> nest(const Scheme& scheme, const Shape& s
 uint8_t round_to_dynamic8(float value) {
   static const std::array<float, 255> thresholds = dynamic8_thresholds();
   size_t passed = 0;
-  for (size_t step = 128; step > 0; step /= 2) passed += step * static_cast<size_t>(value > thresholds[passed + step - 1]);
+  for (size_t step = 128; step > 0; step /= 2)
+    passed += step * static_cast<size_t>(value > thresholds[passed + step - 1]);
   return static_cast<uint8_t>(passed);
 }
 

@@ -9,45 +9,106 @@
 HWY_BEFORE_NAMESPACE();
 namespace bitwright::HWY_NAMESPACE {
 
-/// value(words) gives what kLanes codes stand for.
-template <class Value>
+template <GroupDecoding::Form form>
+struct Affinity {
+  V factor;
+  HWY_INLINE V operator()(V e, V s, V z) const {
+    using Form = GroupDecoding::Form;
+    if constexpr (form == Form::subtract_scale) e = hn::Sub(e, z);
+    const V scaled = hn::Mul(form == Form::divide ? hn::Div(e, s) : hn::Mul(e, s), factor);
+    if constexpr (form == Form::scale_add) return hn::Add(scaled, z);
+    if constexpr (form == Form::scale_subtract) return hn::Sub(scaled, z);
+    return scaled;
+  }
+};
+
+/// What kLanes codes stand for, before scale and offset.
+template <GroupDecoding::Element element>
+struct ElementValues {
+  V low, high;
+  const float* values;
+  hn::Vec<decltype(kI32)> sign;
+  explicit ElementValues(const GroupDecoding& d)
+      : low(hn::LoadU(kF32, d.values.data())),
+        high(hn::LoadU(kF32, d.values.data() + kPanel - kLanes)),
+        values(d.values.data()),
+        sign(hn::Set(kI32, 1 << (d.bits - 1))) {}
+
+  HWY_INLINE V operator()(const uint8_t* codes) const {
+    using Element = GroupDecoding::Element;
+    const Words code = hn::PromoteTo(kU32, hn::LoadU(hn::Rebind<uint8_t, F32>(), codes));
+    if constexpr (element == Element::table16) return Nibble::look_up(code, low, high);
+    const auto number = hn::BitCast(kI32, code);
+    if constexpr (element == Element::table256) return hn::GatherIndex(kF32, values, number);
+    if constexpr (element == Element::is_unsigned) return hn::ConvertTo(kF32, number);
+    return hn::ConvertTo(kF32, hn::Sub(hn::Xor(number, sign), sign));
+  }
+};
+
+/// Calls use(i) for each kLanes of `count` codes, at last with fewer.
+template <class Value, class Parameters>
+HWY_INLINE void decode_run(const uint8_t* codes, size_t count, float* out, const Value& value,
+                           const Parameters& parameters) {
+  size_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) hn::StoreU(parameters(value(codes + i), i), kF32, out + i);
+  if (i == count) return;
+  uint8_t few[kLanes] = {};
+  for (size_t lane = 0; i + lane < count; ++lane) few[lane] = codes[i + lane];
+  hn::BlendedStore(parameters(value(few), i), hn::FirstN(kF32, count - i), kF32, out + i);
+}
+
+/// Decoding with element and form chosen.
+template <GroupDecoding::Element element, GroupDecoding::Form form>
 HWY_INLINE void decode_groups_of(const GroupDecoding& d, const uint8_t* codes, size_t size, size_t groups,
-                                 const float* scales, const float* zeros, float* out, Value value) {
-  const hn::Rebind<uint8_t, F32> bytes;
-  const V factor = hn::Set(kF32, d.factor);
+                                 const float* scales, const float* offsets, float* out) {
+  const ElementValues<element> value(d);
+  const Affinity<form> affine = {hn::Set(kF32, d.factor)};
+  if (size == 1) {
+    const V offset = hn::Set(kF32, d.offset);
+    const size_t whole = groups / kLanes * kLanes;
+    decode_run(codes, whole, out, value, [&](V e, size_t i) HWY_ATTR {
+      return affine(e, hn::LoadU(kF32, scales + i), offsets == nullptr ? offset : hn::LoadU(kF32, offsets + i));
+    });
+    codes += whole, out += whole, scales += whole, groups -= whole;
+    if (offsets != nullptr) offsets += whole;
+  }
   for (size_t g = 0; g < groups; ++g, codes += size, out += size) {
-    const V scale = hn::Set(kF32, scales[g]), zero = hn::Set(kF32, zeros == nullptr ? 0 : zeros[g]);
-    const auto decode = [&](const uint8_t* from) HWY_ATTR {
-      const V e = value(hn::PromoteTo(kU32, hn::LoadU(bytes, from)));
-      return hn::Mul(hn::Mul(d.subtracts ? hn::Sub(e, zero) : e, scale), factor);
-    };
-    size_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) hn::StoreU(decode(codes + i), kF32, out + i);
-    if (i == size) continue;
-    uint8_t few[kLanes] = {};
-    for (size_t lane = 0; i + lane < size; ++lane) few[lane] = codes[i + lane];
-    hn::BlendedStore(decode(few), hn::FirstN(kF32, size - i), kF32, out + i);
+    const V scale = hn::Set(kF32, scales[g]), offset = hn::Set(kF32, offsets == nullptr ? d.offset : offsets[g]);
+    decode_run(codes, size, out, value, [&](V e, size_t) HWY_ATTR { return affine(e, scale, offset); });
+  }
+}
+
+template <GroupDecoding::Element element>
+HWY_INLINE void decode_groups_of(const GroupDecoding& d, const uint8_t* codes, size_t size, size_t groups,
+                                 const float* scales, const float* offsets, float* out) {
+  using Form = GroupDecoding::Form;
+  switch (d.form) {
+    case Form::scale:
+      return decode_groups_of<element, Form::scale>(d, codes, size, groups, scales, offsets, out);
+    case Form::divide:
+      return decode_groups_of<element, Form::divide>(d, codes, size, groups, scales, offsets, out);
+    case Form::subtract_scale:
+      return decode_groups_of<element, Form::subtract_scale>(d, codes, size, groups, scales, offsets, out);
+    case Form::scale_add:
+      return decode_groups_of<element, Form::scale_add>(d, codes, size, groups, scales, offsets, out);
+    case Form::scale_subtract:
+      return decode_groups_of<element, Form::scale_subtract>(d, codes, size, groups, scales, offsets, out);
   }
 }
 
 void decode_groups(const GroupDecoding& d, const std::byte* codes, size_t size, size_t groups, const float* scales,
-                   const float* zeros, float* out) {
+                   const float* offsets, float* out) {
   using Element = GroupDecoding::Element;
   const auto* const from = reinterpret_cast<const uint8_t*>(codes);
-  const auto run = [&](auto value) HWY_ATTR { decode_groups_of(d, from, size, groups, scales, zeros, out, value); };
-  const float* const values = d.values.data();
-  const auto sign = hn::Set(kI32, 1 << (d.bits - 1));
-  const V low = hn::LoadU(kF32, values), high = hn::LoadU(kF32, values + kPanel - kLanes);
   switch (d.element) {
     case Element::is_signed:
-      return run([=](Words code)
-                     HWY_ATTR { return hn::ConvertTo(kF32, hn::Sub(hn::Xor(hn::BitCast(kI32, code), sign), sign)); });
+      return decode_groups_of<Element::is_signed>(d, from, size, groups, scales, offsets, out);
     case Element::is_unsigned:
-      return run([=](Words code) HWY_ATTR { return hn::ConvertTo(kF32, hn::BitCast(kI32, code)); });
+      return decode_groups_of<Element::is_unsigned>(d, from, size, groups, scales, offsets, out);
     case Element::table16:
-      return run([=](Words code) HWY_ATTR { return Nibble::look_up(code, low, high); });
+      return decode_groups_of<Element::table16>(d, from, size, groups, scales, offsets, out);
     case Element::table256:
-      return run([=](Words code) HWY_ATTR { return hn::GatherIndex(kF32, values, hn::BitCast(kI32, code)); });
+      return decode_groups_of<Element::table256>(d, from, size, groups, scales, offsets, out);
   }
 }
 

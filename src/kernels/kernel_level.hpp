@@ -59,9 +59,9 @@ struct KernelLevel {
   /// The same for tables of 16 values and full blocks.
   void (*encode_table)(const GroupEncoding& e, DType dtype, const std::byte* values, size_t size, size_t groups,
                        const float* scales, std::byte* codes);
-  /// out[i] = value of codes[i]; zeros: null where there are none.
+  /// out[i] = value of codes[i]; offsets: null where none is stored.
   void (*decode_groups)(const GroupDecoding& d, const std::byte* codes, size_t size, size_t groups, const float* scales,
-                        const float* zeros, float* out);
+                        const float* offsets, float* out);
   /// Adds (w - decoded)^2 and w^2 of element i, fused, to partial sum i % kPanel.
   void (*add_squares)(DType dtype, const std::byte* original, const float* decoded, size_t count,
                       double (&difference)[kPanel], double (&norm)[kPanel]);
