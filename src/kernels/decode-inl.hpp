@@ -9,8 +9,9 @@
 HWY_BEFORE_NAMESPACE();
 namespace bitwright::HWY_NAMESPACE {
 
+/// Elements to values, one group or one element a lane.
 template <GroupDecoding::Form form>
-struct Affinity {
+struct ToValues {
   V factor;
   HWY_INLINE V operator()(V e, V s, V z) const {
     using Form = GroupDecoding::Form;
@@ -45,7 +46,7 @@ struct ElementValues {
   }
 };
 
-/// Calls use(i) for each kLanes of `count` codes, at last with fewer.
+/// out[i] = parameters(value of codes[i], i), kLanes at a time, at last fewer: then i is that of the first.
 template <class Value, class Parameters>
 HWY_INLINE void decode_run(const uint8_t* codes, size_t count, float* out, const Value& value,
                            const Parameters& parameters) {
@@ -57,58 +58,70 @@ HWY_INLINE void decode_run(const uint8_t* codes, size_t count, float* out, const
   hn::BlendedStore(parameters(value(few), i), hn::FirstN(kF32, count - i), kF32, out + i);
 }
 
-/// Decoding with element and form chosen.
-template <GroupDecoding::Element element, GroupDecoding::Form form>
-HWY_INLINE void decode_groups_of(const GroupDecoding& d, const uint8_t* codes, size_t size, size_t groups,
-                                 const float* scales, const float* offsets, float* out) {
-  const ElementValues<element> value(d);
-  const Affinity<form> affine = {hn::Set(kF32, d.factor)};
-  if (size == 1) {
-    const V offset = hn::Set(kF32, d.offset);
-    const size_t whole = groups / kLanes * kLanes;
-    decode_run(codes, whole, out, value, [&](V e, size_t i) HWY_ATTR {
-      return affine(e, hn::LoadU(kF32, scales + i), offsets == nullptr ? offset : hn::LoadU(kF32, offsets + i));
+/// Groups of one element, `count` of them, a multiple of kLanes: a vector of scales.
+template <class Value, class Affine>
+HWY_INLINE void decode_elements(const GroupNumbers& numbers, const uint8_t* codes, size_t count, V no_offset,
+                                float* out, const Value& value, const Affine& affine) {
+  if (numbers.index == nullptr)
+    return decode_run(codes, count, out, value, [&](V e, size_t i) HWY_ATTR {
+      return affine(e, hn::LoadU(kF32, numbers.scales + i),
+                    numbers.offsets == nullptr ? no_offset : hn::LoadU(kF32, numbers.offsets + i));
     });
-    codes += whole, out += whole, scales += whole, groups -= whole;
-    if (offsets != nullptr) offsets += whole;
-  }
-  for (size_t g = 0; g < groups; ++g, codes += size, out += size) {
-    const V scale = hn::Set(kF32, scales[g]), offset = hn::Set(kF32, offsets == nullptr ? d.offset : offsets[g]);
-    decode_run(codes, size, out, value, [&](V e, size_t) HWY_ATTR { return affine(e, scale, offset); });
+  decode_run(codes, count, out, value, [&](V e, size_t i) HWY_ATTR {
+    const auto index = hn::LoadU(kI32, numbers.index + i);
+    return affine(e, hn::GatherIndex(kF32, numbers.scales, index),
+                  numbers.offsets == nullptr ? no_offset : hn::GatherIndex(kF32, numbers.offsets, index));
+  });
+}
+
+template <GroupDecoding::Element element, GroupDecoding::Form form>
+HWY_INLINE void decode_groups_as(const GroupDecoding& d, const GroupNumbers& numbers, const uint8_t* codes, size_t size,
+                                 size_t groups, float* out) {
+  const ElementValues<element> value(d);
+  const ToValues<form> affine = {hn::Set(kF32, d.factor)};
+  const V no_offset = hn::Set(kF32, d.offset);
+  const size_t elements = size == 1 ? groups / kLanes * kLanes : 0;
+  decode_elements(numbers, codes, elements, no_offset, out, value, affine);
+  for (size_t g = elements; g < groups; ++g) {
+    const size_t number = numbers.index == nullptr ? g : static_cast<size_t>(numbers.index[g]);
+    const V scale = hn::Set(kF32, numbers.scales[number]);
+    const V offset = numbers.offsets == nullptr ? no_offset : hn::Set(kF32, numbers.offsets[number]);
+    decode_run(codes + g * size, size, out + g * size, value,
+               [&](V e, size_t) HWY_ATTR { return affine(e, scale, offset); });
   }
 }
 
 template <GroupDecoding::Element element>
-HWY_INLINE void decode_groups_of(const GroupDecoding& d, const uint8_t* codes, size_t size, size_t groups,
-                                 const float* scales, const float* offsets, float* out) {
+HWY_INLINE void decode_groups_of(const GroupDecoding& d, const GroupNumbers& numbers, const uint8_t* codes, size_t size,
+                                 size_t groups, float* out) {
   using Form = GroupDecoding::Form;
   switch (d.form) {
     case Form::scale:
-      return decode_groups_of<element, Form::scale>(d, codes, size, groups, scales, offsets, out);
+      return decode_groups_as<element, Form::scale>(d, numbers, codes, size, groups, out);
     case Form::divide:
-      return decode_groups_of<element, Form::divide>(d, codes, size, groups, scales, offsets, out);
+      return decode_groups_as<element, Form::divide>(d, numbers, codes, size, groups, out);
     case Form::subtract_scale:
-      return decode_groups_of<element, Form::subtract_scale>(d, codes, size, groups, scales, offsets, out);
+      return decode_groups_as<element, Form::subtract_scale>(d, numbers, codes, size, groups, out);
     case Form::scale_add:
-      return decode_groups_of<element, Form::scale_add>(d, codes, size, groups, scales, offsets, out);
+      return decode_groups_as<element, Form::scale_add>(d, numbers, codes, size, groups, out);
     case Form::scale_subtract:
-      return decode_groups_of<element, Form::scale_subtract>(d, codes, size, groups, scales, offsets, out);
+      return decode_groups_as<element, Form::scale_subtract>(d, numbers, codes, size, groups, out);
   }
 }
 
-void decode_groups(const GroupDecoding& d, const std::byte* codes, size_t size, size_t groups, const float* scales,
-                   const float* offsets, float* out) {
+void decode_groups(const GroupDecoding& d, const GroupNumbers& numbers, const std::byte* codes, size_t size,
+                   size_t groups, float* out) {
   using Element = GroupDecoding::Element;
   const auto* const from = reinterpret_cast<const uint8_t*>(codes);
   switch (d.element) {
     case Element::is_signed:
-      return decode_groups_of<Element::is_signed>(d, from, size, groups, scales, offsets, out);
+      return decode_groups_of<Element::is_signed>(d, numbers, from, size, groups, out);
     case Element::is_unsigned:
-      return decode_groups_of<Element::is_unsigned>(d, from, size, groups, scales, offsets, out);
+      return decode_groups_of<Element::is_unsigned>(d, numbers, from, size, groups, out);
     case Element::table16:
-      return decode_groups_of<Element::table16>(d, from, size, groups, scales, offsets, out);
+      return decode_groups_of<Element::table16>(d, numbers, from, size, groups, out);
     case Element::table256:
-      return decode_groups_of<Element::table256>(d, from, size, groups, scales, offsets, out);
+      return decode_groups_of<Element::table256>(d, numbers, from, size, groups, out);
   }
 }
 

@@ -5,7 +5,6 @@
 
 #include "base/error.hpp"
 #include "base/threads.hpp"
-#include "base/vectorized.hpp"
 
 namespace bitwright {
 namespace {
@@ -17,11 +16,6 @@ double merge(double (&lanes)[kPanel]) {
   for (size_t half = kPanel / 2; half > 0; half /= 2)
     for (size_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   return lanes[0];
-}
-
-BITWRIGHT_VECTORIZED
-void gather(const float* values, std::span<const int32_t> index, float* out) {
-  for (size_t i = 0; i < index.size(); ++i) out[i] = values[index[i]];
 }
 
 using Form = GroupDecoding::Form;
@@ -127,36 +121,24 @@ void RangeDecoder::decode(int64_t begin, std::span<float> out) const {
   for (size_t i = 0; i < out.size();) {
     const int64_t at = begin + static_cast<int64_t>(i), in_line = at % lines_.line;
     const auto part = out.subspan(i, std::min(out.size() - i, static_cast<size_t>(lines_.line - in_line)));
-    const bool indexed = !tensor_.group_index.empty();
-    const auto decode_part = indexed ? &RangeDecoder::decode_indexed : &RangeDecoder::decode_line;
-    (this->*decode_part)(&tensor_.codes[static_cast<size_t>(at)], in_line, lines_.first(at / lines_.line), part);
+    decode_line(&tensor_.codes[static_cast<size_t>(at)], in_line, lines_.first(at / lines_.line), part);
     i += part.size();
   }
 }
 
 void RangeDecoder::decode_line(const std::byte* codes, int64_t in_line, int64_t first, std::span<float> out) const {
+  const auto begin = static_cast<size_t>(in_line), parameter = static_cast<size_t>(first);
+  if (!tensor_.group_index.empty())
+    return level_.decode_groups(decoding_, numbers(parameter, &tensor_.group_index[begin]), codes, 1, out.size(),
+                                out.data());
   const auto size = static_cast<size_t>(lines_.size);
   for (size_t i = 0; i < out.size();) {
-    const size_t at = static_cast<size_t>(in_line) + i, group = static_cast<size_t>(first) + at / size;
+    const size_t at = begin + i;
     // Whole groups together, up to the line's short one.
     const size_t count = std::min(size - at % size, out.size() - i);
     const size_t groups = count == size ? (out.size() - i) / size : 1;
-    level_.decode_groups(decoding_, codes + i, count, groups, &scales_[group], offsets(group), &out[i]);
+    level_.decode_groups(decoding_, numbers(parameter + at / size, nullptr), codes + i, count, groups, &out[i]);
     i += count * groups;
-  }
-}
-
-/// Each column's parameters are brought together first.
-void RangeDecoder::decode_indexed(const std::byte* codes, int64_t in_line, int64_t first, std::span<float> out) const {
-  constexpr size_t kColumns = 1024;
-  std::array<float, kColumns> scales, zeros;
-  for (size_t i = 0; i < out.size(); i += kColumns) {
-    const auto columns =
-        std::span(tensor_.group_index).subspan(static_cast<size_t>(in_line) + i, std::min(kColumns, out.size() - i));
-    gather(&scales_[static_cast<size_t>(first)], columns, scales.data());
-    if (!offsets_.empty()) gather(offsets(static_cast<size_t>(first)), columns, zeros.data());
-    level_.decode_groups(decoding_, codes + i, 1, columns.size(), scales.data(),
-                         offsets_.empty() ? nullptr : zeros.data(), &out[i]);
   }
 }
 
@@ -168,8 +150,8 @@ void decode(const QuantizedTensor& tensor, std::span<float> out, const KernelLev
   });
 }
 
-void decode_groups(const GroupDecoding& d, const std::byte* codes, size_t size, size_t groups, const float* scales,
-                   const float* offsets, float* out) {
+void decode_groups(const GroupDecoding& d, const GroupNumbers& numbers, const std::byte* codes, size_t size,
+                   size_t groups, float* out) {
   const auto value = [&d](float e, float s, float z) {
     switch (d.form) {
       case Form::scale:
@@ -185,10 +167,12 @@ void decode_groups(const GroupDecoding& d, const std::byte* codes, size_t size, 
     }
     return 0.0f;
   };
-  for (size_t g = 0; g < groups; ++g)
+  for (size_t g = 0; g < groups; ++g) {
+    const size_t number = numbers.index == nullptr ? g : static_cast<size_t>(numbers.index[g]);
+    const float offset = numbers.offsets == nullptr ? d.offset : numbers.offsets[number];
     for (size_t i = g * size; i < (g + 1) * size; ++i)
-      out[i] =
-          value(d.values[std::to_integer<size_t>(codes[i])], scales[g], offsets == nullptr ? d.offset : offsets[g]);
+      out[i] = value(d.values[std::to_integer<size_t>(codes[i])], numbers.scales[number], offset);
+  }
 }
 
 void add_squares(DType dtype, const std::byte* original, const float* decoded, size_t count,

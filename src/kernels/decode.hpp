@@ -22,6 +22,13 @@ struct GroupDecoding {
   std::array<float, 256> values{};  ///< of each code
 };
 
+/// Scales and offsets of groups that follow each other.
+struct GroupNumbers {
+  const float* scales;
+  const float* offsets;  ///< null where none is stored
+  const int32_t* index;  ///< where groups are single elements, perhaps which number each has; else null
+};
+
 /// Where a tensor's parameters are: for each of its lines of consecutive elements the first one, then one every `size`
 /// elements, the last perhaps of fewer.
 struct ParameterLines {
@@ -50,8 +57,9 @@ class RangeDecoder {
  private:
   /// Within one line, the first element of which is number `in_line` of it; `first` is the line's first parameter.
   void decode_line(const std::byte* codes, int64_t in_line, int64_t first, std::span<float> out) const;
-  void decode_indexed(const std::byte* codes, int64_t in_line, int64_t first, std::span<float> out) const;
-  const float* offsets(size_t at) const { return offsets_.empty() ? nullptr : &offsets_[at]; }
+  GroupNumbers numbers(size_t group, const int32_t* index) const {
+    return {.scales = &scales_[group], .offsets = offsets_.empty() ? nullptr : &offsets_[group], .index = index};
+  }
 
   const QuantizedTensor& tensor_;
   const KernelLevel& level_;
@@ -90,7 +98,7 @@ double relative_error(WeightView original, const QuantizedTensor& tensor,
 /// The partial sums of squared_error, and the decoding of whole groups: the definitions, of scalar_kernel_level.
 void add_squares(DType dtype, const std::byte* original, const float* decoded, size_t count,
                  double (&difference)[kPanel], double (&norm)[kPanel]);
-void decode_groups(const GroupDecoding& d, const std::byte* codes, size_t size, size_t groups, const float* scales,
-                   const float* offsets, float* out);
+void decode_groups(const GroupDecoding& d, const GroupNumbers& numbers, const std::byte* codes, size_t size,
+                   size_t groups, float* out);
 
 }  // namespace bitwright
