@@ -46,12 +46,17 @@ struct ElementValues {
   }
 };
 
+constexpr size_t kAhead = 1024;  ///< floats: a page, where the processor's own prefetching ends
+
 /// out[i] = parameters(value of codes[i], i), kLanes at a time, at last fewer: then i is that of the first.
 template <class Value, class Parameters>
 HWY_INLINE void decode_run(const uint8_t* codes, size_t count, float* out, const Value& value,
                            const Parameters& parameters) {
   size_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) hn::StoreU(parameters(value(codes + i), i), kF32, out + i);
+  for (; i + kLanes <= count; i += kLanes) {
+    __builtin_prefetch(out + i + kAhead, 1);
+    hn::StoreU(parameters(value(codes + i), i), kF32, out + i);
+  }
   if (i == count) return;
   uint8_t few[kLanes] = {};
   for (size_t lane = 0; i + lane < count; ++lane) few[lane] = codes[i + lane];
