@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "base/error.hpp"
+#include "base/vectorized.hpp"
 
 namespace bitwright {
 namespace {
@@ -90,6 +91,23 @@ T load(const std::byte* p) {
 template <class Stored, class Convert>
 void read_all(std::span<const std::byte> data, std::span<float> out, Convert convert) {
   for (size_t i = 0; i < out.size(); ++i) out[i] = convert(load<Stored>(data.data() + i * sizeof(Stored)));
+}
+
+BITWRIGHT_VECTORIZED
+void read_f16(std::span<const std::byte> data, std::span<float> out) { read_all<uint16_t>(data, out, f16_to_f32); }
+
+BITWRIGHT_VECTORIZED
+void read_bf16(std::span<const std::byte> data, std::span<float> out) { read_all<uint16_t>(data, out, bf16_to_f32); }
+
+/// Of one byte: from a table.
+template <float (*convert)(uint8_t)>
+void read_f8(std::span<const std::byte> data, std::span<float> out) {
+  static const auto values = [] {
+    std::array<float, 256> all = {};
+    for (size_t code = 0; code < all.size(); ++code) all.at(code) = convert(static_cast<uint8_t>(code));
+    return all;
+  }();
+  read_all<uint8_t>(data, out, [&](uint8_t code) { return values[code]; });
 }
 
 template <class Stored, class Convert>
@@ -204,15 +222,15 @@ void to_f32(DType dtype, std::span<const std::byte> data, std::span<float> out) 
       std::memcpy(out.data(), data.data(), data.size());
       return;
     case DType::f16:
-      return read_all<uint16_t>(data, out, f16_to_f32);
+      return read_f16(data, out);
     case DType::bf16:
-      return read_all<uint16_t>(data, out, bf16_to_f32);
+      return read_bf16(data, out);
     case DType::f8_e4m3:
-      return read_all<uint8_t>(data, out, e4m3_to_f32);
+      return read_f8<e4m3_to_f32>(data, out);
     case DType::f8_e5m2:
-      return read_all<uint8_t>(data, out, e5m2_to_f32);
+      return read_f8<e5m2_to_f32>(data, out);
     case DType::f8_e8m0:
-      return read_all<uint8_t>(data, out, e8m0_to_f32);
+      return read_f8<e8m0_to_f32>(data, out);
     case DType::i64:
       return read_all<int64_t>(data, out, plain);
     case DType::i32:

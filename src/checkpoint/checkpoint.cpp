@@ -16,6 +16,7 @@
 #include "checkpoint/weight_file.hpp"
 #include "container/container.hpp"
 #include "container/rows.hpp"
+#include "kernels/decode.hpp"
 #include "scheme/transposed.hpp"
 
 namespace bitwright {
@@ -636,10 +637,11 @@ QuantizedTensor Checkpoint::read(const TensorEntry& entry) const {
 }
 
 std::vector<float> Checkpoint::read_f32(const TensorEntry& entry) const {
-  if (entry.quantized()) return decode(read(entry));
-  require_decoded(entry);
+  if (!entry.quantized()) require_decoded(entry);
   std::vector<float> values(static_cast<size_t>(element_count(entry.shape)));
-  if (entry.rearranged) {
+  if (entry.quantized()) {
+    decode(read(entry), values);
+  } else if (entry.rearranged) {
     to_f32(entry.dtype, impl_->read_array(entry.name), values);
   } else {
     to_f32(entry.dtype, plain_bytes(entry), values);

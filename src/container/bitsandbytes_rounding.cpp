@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cmath>
 #include <utility>
 #include <vector>
 
 #include "base/error.hpp"
 #include "base/threads.hpp"
+#include "base/vectorized.hpp"
 #include "container/weights.hpp"
 
 namespace bitwright {
@@ -15,12 +17,13 @@ namespace {
 
 constexpr size_t kSteps = 15;
 constexpr size_t kChunk = size_t{1} << 16;  ///< elements a task works on
+constexpr size_t kPiece = size_t{1} << 11;  ///< … at a time, in the first-level cache, or one block
 
 /// The comparisons of CUDA's tree in rising order, and the code on each side of them: codes[number of thresholds that
 /// are less than the value].
 struct Tree {
   std::array<float, kSteps> thresholds;
-  std::array<uint8_t, kSteps + 1> codes;
+  std::array<int32_t, kSteps + 1> codes;
 };
 
 constexpr Tree kNf4 = {
@@ -30,12 +33,16 @@ constexpr Tree kNf4 = {
                    0.5016634166240692f, 0.6427869200706482f, 0.8614784181118011f},
     .codes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}};
 
+/// The next float, of 0 and less.
+constexpr float below(float value) {
+  return std::bit_cast<float>(value == 0 ? 0x80000001 : std::bit_cast<uint32_t>(value) + 1);
+}
+
 /// fp4 compares magnitudes and keeps the sign (8), of -0 none: below 0 a value that equals a threshold goes up.
-Tree make_fp4() {
+constexpr Tree kFp4 = [] {
   constexpr std::array<float, 7> kMagnitudes = {0.00260417f, 0.0859375f, 0.20833333f, 0.29166667f,
                                                 0.4166667f,  0.583333f,  0.8333333f};
-  constexpr std::array<uint8_t, 8> kCodes = {0, 1, 6, 7, 4, 5, 2, 3};
-  const auto below = [](float value) { return std::nextafter(value, -2.0f); };
+  constexpr std::array<int32_t, 8> kCodes = {0, 1, 6, 7, 4, 5, 2, 3};
   Tree tree = {};
   for (size_t i = 0; i < kMagnitudes.size(); ++i) {
     tree.thresholds.at(6 - i) = below(-kMagnitudes.at(i));
@@ -43,41 +50,80 @@ Tree make_fp4() {
   }
   tree.thresholds[7] = below(0);
   for (size_t i = 0; i < kCodes.size(); ++i) {
-    tree.codes.at(7 - i) = static_cast<uint8_t>(kCodes.at(i) + 8);
+    tree.codes.at(7 - i) = kCodes.at(i) + 8;
     tree.codes.at(8 + i) = kCodes.at(i);
   }
   return tree;
-}
+}();
 
-const Tree& tree_of(const ElementType& type) {
-  static const Tree fp4 = make_fp4();
-  return type.name == "fp4" ? fp4 : kNf4;
-}
+constexpr size_t kStride = 32;  ///< elements of one call of a loop whose length the compiler knows
 
-/// Written out, so that the compiler makes one vector loop of it.
-template <size_t... I>
-void count_steps(const float* values, size_t count, float reciprocal, const Tree& tree, int32_t* steps,
-                 std::index_sequence<I...> /*all*/) {
-  for (size_t i = 0; i < count; ++i) {
+/// Written out, with the tree as constants, so that the compiler makes vectors of it: each threshold that is passed
+/// adds the step between the codes on its sides.
+template <const Tree& tree, size_t... I>
+[[gnu::always_inline]] inline void encode_stride(const float* values, float reciprocal, std::byte* codes,
+                                                 std::index_sequence<I...> /*all*/) {
+  std::array<int32_t, kStride> wide;
+  for (size_t i = 0; i < kStride; ++i) {
     const float value = values[i] * reciprocal;
-    steps[i] = ((value > tree.thresholds[I] ? 1 : 0) + ...);
+    int32_t code = tree.codes[0];
+    ((code = value > tree.thresholds[I] ? code + (tree.codes[I + 1] - tree.codes[I]) : code), ...);
+    wide[i] = code;
+  }
+  for (size_t i = 0; i < kStride; ++i) codes[i] = static_cast<std::byte>(wide[i]);
+}
+
+template <const Tree& tree>
+[[gnu::always_inline]] inline void encode_values(const float* values, size_t count, float reciprocal,
+                                                 std::byte* codes) {
+  constexpr auto kAll = std::make_index_sequence<kSteps>();
+  size_t i = 0;
+  for (; i + kStride <= count; i += kStride) encode_stride<tree>(values + i, reciprocal, codes + i, kAll);
+  if (i == count) return;
+  std::array<float, kStride> few = {};
+  std::array<std::byte, kStride> few_codes;
+  std::copy(values + i, values + count, few.begin());
+  encode_stride<tree>(few.data(), reciprocal, few_codes.data(), kAll);
+  std::copy_n(few_codes.begin(), count - i, codes + i);
+}
+
+/// absmax and codes of blocks of `block` values, the last perhaps shorter.
+template <const Tree& tree>
+[[gnu::always_inline]] inline void encode_blocks(std::span<const float> values, size_t block, float* absmax,
+                                                 std::byte* codes) {
+  for (size_t begin = 0; begin < values.size(); begin += block, ++absmax) {
+    const size_t count = std::min(block, values.size() - begin);
+    *absmax = largest_magnitude(&values[begin], count);
+    const float reciprocal = 1.0f / *absmax;
+    encode_values<tree>(&values[begin], count, reciprocal, codes + begin);
+    if (std::isfinite(reciprocal)) continue;
+    for (size_t i = begin; i < begin + count; ++i)  // nothing is greater than NaN, of 0 times the reciprocal of 0
+      if (std::isnan(values[i] * reciprocal)) codes[i] = std::byte{0};
   }
 }
 
-/// Where nothing is greater than anything (NaN, of 0 times the reciprocal of 0) the code is 0.
-void encode_block(std::span<const float> block, float absmax, const Tree& tree, std::byte* codes) {
-  const float reciprocal = 1.0f / absmax;
-  constexpr size_t kStride = 64;
-  std::array<int32_t, kStride> steps;
-  for (size_t begin = 0; begin < block.size(); begin += kStride) {
-    const size_t count = std::min(kStride, block.size() - begin);
-    count_steps(&block[begin], count, reciprocal, tree, steps.data(), std::make_index_sequence<kSteps>());
-    for (size_t i = 0; i < count; ++i)
-      codes[begin + i] = static_cast<std::byte>(tree.codes[static_cast<size_t>(steps[i])]);
+using EncodeBlocks = void (*)(std::span<const float> values, size_t block, float* absmax, std::byte* codes);
+
+BITWRIGHT_VECTORIZED
+void encode_nf4(std::span<const float> values, size_t block, float* absmax, std::byte* codes) {
+  encode_blocks<kNf4>(values, block, absmax, codes);
+}
+
+BITWRIGHT_VECTORIZED
+void encode_fp4(std::span<const float> values, size_t block, float* absmax, std::byte* codes) {
+  encode_blocks<kFp4>(values, block, absmax, codes);
+}
+
+/// CUDA's search ends beside an even entry and keeps it where the value is halfway to a neighbour: above an odd entry
+/// it is enough to reach the middle.
+std::array<float, 255> dynamic8_thresholds() {
+  const ElementType& type = *find_element("dynamic8");
+  std::array<float, 255> thresholds = {};
+  for (uint32_t code = 0; code < thresholds.size(); ++code) {
+    const float middle = (type.decode(type, code) + type.decode(type, code + 1)) * 0.5f;
+    thresholds.at(code) = code % 2 == 0 ? middle : std::nextafter(middle, -2.0f);
   }
-  if (std::isfinite(reciprocal)) return;
-  for (size_t i = 0; i < block.size(); ++i)
-    if (std::isnan(block[i] * reciprocal)) codes[i] = std::byte{0};
+  return thresholds;
 }
 
 /// Double quantization: the mean is taken off, the rest goes through the dynamic map in blocks.
@@ -104,42 +150,29 @@ std::shared_ptr<const QuantizedTensor> nest(const Scheme& scheme, const Shape& s
 }  // namespace
 
 uint8_t round_to_dynamic8(float value) {
-  static const std::array<float, 256> map = [] {
-    std::array<float, 256> values = {};
-    const ElementType& type = *find_element("dynamic8");
-    for (uint32_t code = 0; code < values.size(); ++code) values.at(code) = type.decode(type, code);
-    return values;
-  }();
-  size_t pivot = 127, above = 255, below = 0;
-  float low = -1, high = 1;
-  for (size_t step = 64; step > 0; step /= 2) {
-    const bool greater = value > map.at(pivot);
-    (greater ? below : above) = pivot;
-    (greater ? low : high) = map.at(pivot);
-    pivot = greater ? pivot + step : pivot - step;
-  }
-  if (above == 255) high = map[255];
-  if (below == 0) low = map[0];
-  const float middle = map.at(pivot);
-  if (value > middle) return static_cast<uint8_t>(value > (high + middle) * 0.5f ? above : pivot);
-  return static_cast<uint8_t>(value < (low + middle) * 0.5f ? below : pivot);
+  static const std::array<float, 255> thresholds = dynamic8_thresholds();
+  size_t passed = 0;
+  for (size_t step = 128; step > 0; step /= 2)
+    passed += step * static_cast<size_t>(value > thresholds[passed + step - 1]);
+  return static_cast<uint8_t>(passed);
 }
 
 QuantizedTensor encode_bitsandbytes4(const Scheme& scheme, const Shape& shape, WeightView weight) {
   check_weight_dtype(weight.dtype, "bitsandbytes");
   const auto block = static_cast<size_t>(scheme.scale->grouping.size);
-  const size_t count = weight.count(), blocks = (count + block - 1) / block;
-  const Tree& tree = tree_of(*scheme.element);
-  std::vector<float> absmax(blocks);
+  const size_t count = weight.count(), bytes = size_bytes(weight.dtype),
+               piece = std::max(kPiece / block, size_t{1}) * block;
+  const EncodeBlocks encode = scheme.element->name == "fp4" ? encode_fp4 : encode_nf4;
+  std::vector<float> absmax((count + block - 1) / block);
   QuantizedTensor t = {.scheme = scheme, .shape = shape, .codes = std::vector<std::byte>(count)};
-  parallel_ranges(blocks, std::max<size_t>(kChunk / block, 1), [&](size_t begin, size_t end) {
-    const size_t first = begin * block;
-    const std::vector<float> values = finite_values(weight, first, std::min(count, end * block));
-    for (size_t b = begin; b < end; ++b) {
-      const size_t at = b * block - first;
-      const auto part = std::span(values).subspan(at, std::min(block, values.size() - at));
-      absmax[b] = absmax_of(part);
-      encode_block(part, absmax[b], tree, &t.codes[b * block]);
+  parallel_ranges(count, std::max(kChunk / piece, size_t{1}) * piece, [&](size_t begin, size_t end) {
+    std::vector<float> values(std::min(piece, end - begin));
+    for (size_t i = begin; i < end; i += piece) {
+      const auto part = std::span(values).first(std::min(piece, end - i));
+      to_f32(weight.dtype, weight.bytes.subspan(i * bytes, part.size() * bytes), part);
+      encode(part, block, &absmax[i / block], &t.codes[i]);
+      const auto found = std::span(absmax).subspan(i / block, (part.size() + block - 1) / block);
+      if (!std::isfinite(absmax_of(found))) check_finite(part, i);
     }
   });
   const Scheme& stored = *scheme.scale->scheme;

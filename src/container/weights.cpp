@@ -1,10 +1,10 @@
 #include "container/weights.hpp"
 
-#include <bit>
 #include <cmath>
 #include <string>
 
 #include "base/error.hpp"
+#include "base/vectorized.hpp"
 #include "scheme/range.hpp"
 
 namespace bitwright {
@@ -17,17 +17,8 @@ void check_weight_dtype(DType dtype, std::string_view owner) {
                .fix = "convert the model, for example by `bitwright dequantize --dtype float32`"});
 }
 
-/// By their bits, which order magnitudes as integers: unlike a maximum of floats, the compiler makes a vector loop of
-/// it.
-float absmax_of(std::span<const float> values) {
-  constexpr int32_t kMagnitude = 0x7fffffff;
-  int32_t most = 0;
-  for (const float value : values) {
-    const int32_t bits = std::bit_cast<int32_t>(value) & kMagnitude;
-    most = bits > most ? bits : most;
-  }
-  return std::bit_cast<float>(most);
-}
+BITWRIGHT_VECTORIZED
+float absmax_of(std::span<const float> values) { return largest_magnitude(values.data(), values.size()); }
 
 void check_finite(std::span<const float> values, size_t first) {
   if (std::isfinite(absmax_of(values))) return;

@@ -1,6 +1,8 @@
 #pragma once
 
+#include <bit>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <span>
 #include <string_view>
@@ -17,6 +19,18 @@ void check_weight_dtype(DType dtype, std::string_view owner);
 
 /// The largest magnitude; NaN or infinity if there is one among them. 0 where there are none.
 float absmax_of(std::span<const float> values);
+
+/// The same, inside a loop that is compiled for several instruction sets. By their bits, which order magnitudes as
+/// integers: unlike a maximum of floats, the compiler makes a vector loop of it.
+[[gnu::always_inline]] inline float largest_magnitude(const float* values, size_t count) {
+  constexpr int32_t kMagnitude = 0x7fffffff;
+  int32_t most = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const int32_t bits = std::bit_cast<int32_t>(values[i]) & kMagnitude;
+    most = bits > most ? bits : most;
+  }
+  return std::bit_cast<float>(most);
+}
 
 /// Throws Error{"not-finite"} naming the first element that is not; values[0] is number `first`.
 void check_finite(std::span<const float> values, size_t first);

@@ -9,45 +9,124 @@
 HWY_BEFORE_NAMESPACE();
 namespace bitwright::HWY_NAMESPACE {
 
-/// value(words) gives what kLanes codes stand for.
-template <class Value>
-HWY_INLINE void decode_groups_of(const GroupDecoding& d, const uint8_t* codes, size_t size, size_t groups,
-                                 const float* scales, const float* zeros, float* out, Value value) {
-  const hn::Rebind<uint8_t, F32> bytes;
-  const V factor = hn::Set(kF32, d.factor);
-  for (size_t g = 0; g < groups; ++g, codes += size, out += size) {
-    const V scale = hn::Set(kF32, scales[g]), zero = hn::Set(kF32, zeros == nullptr ? 0 : zeros[g]);
-    const auto decode = [&](const uint8_t* from) HWY_ATTR {
-      const V e = value(hn::PromoteTo(kU32, hn::LoadU(bytes, from)));
-      return hn::Mul(hn::Mul(d.subtracts ? hn::Sub(e, zero) : e, scale), factor);
-    };
-    size_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) hn::StoreU(decode(codes + i), kF32, out + i);
-    if (i == size) continue;
-    uint8_t few[kLanes] = {};
-    for (size_t lane = 0; i + lane < size; ++lane) few[lane] = codes[i + lane];
-    hn::BlendedStore(decode(few), hn::FirstN(kF32, size - i), kF32, out + i);
+/// Elements to values, one group or one element a lane.
+template <GroupDecoding::Form form>
+struct ToValues {
+  V factor;
+  HWY_INLINE V operator()(V e, V s, V z) const {
+    using Form = GroupDecoding::Form;
+    if constexpr (form == Form::subtract_scale) e = hn::Sub(e, z);
+    const V scaled = hn::Mul(form == Form::divide ? hn::Div(e, s) : hn::Mul(e, s), factor);
+    if constexpr (form == Form::scale_add) return hn::Add(scaled, z);
+    if constexpr (form == Form::scale_subtract) return hn::Sub(scaled, z);
+    return scaled;
+  }
+};
+
+/// What kLanes codes stand for, before scale and offset.
+template <GroupDecoding::Element element>
+struct ElementValues {
+  V low, high;
+  const float* values;
+  hn::Vec<decltype(kI32)> sign;
+  explicit ElementValues(const GroupDecoding& d)
+      : low(hn::LoadU(kF32, d.values.data())),
+        high(hn::LoadU(kF32, d.values.data() + kPanel - kLanes)),
+        values(d.values.data()),
+        sign(hn::Set(kI32, 1 << (d.bits - 1))) {}
+
+  HWY_INLINE V operator()(const uint8_t* codes) const {
+    using Element = GroupDecoding::Element;
+    const Words code = hn::PromoteTo(kU32, hn::LoadU(hn::Rebind<uint8_t, F32>(), codes));
+    if constexpr (element == Element::table16) return Nibble::look_up(code, low, high);
+    const auto number = hn::BitCast(kI32, code);
+    if constexpr (element == Element::table256) return hn::GatherIndex(kF32, values, number);
+    if constexpr (element == Element::is_unsigned) return hn::ConvertTo(kF32, number);
+    return hn::ConvertTo(kF32, hn::Sub(hn::Xor(number, sign), sign));
+  }
+};
+
+constexpr size_t kAhead = 1024;  ///< floats: a page, where the processor's own prefetching ends
+
+/// out[i] = parameters(value of codes[i], i), kLanes at a time, at last fewer: then i is that of the first.
+template <class Value, class Parameters>
+HWY_INLINE void decode_run(const uint8_t* codes, size_t count, float* out, const Value& value,
+                           const Parameters& parameters) {
+  size_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) {
+    __builtin_prefetch(out + i + kAhead, 1);
+    hn::StoreU(parameters(value(codes + i), i), kF32, out + i);
+  }
+  if (i == count) return;
+  uint8_t few[kLanes] = {};
+  for (size_t lane = 0; i + lane < count; ++lane) few[lane] = codes[i + lane];
+  hn::BlendedStore(parameters(value(few), i), hn::FirstN(kF32, count - i), kF32, out + i);
+}
+
+/// Groups of one element, `count` of them, a multiple of kLanes: a vector of scales.
+template <class Value, class Affine>
+HWY_INLINE void decode_elements(const GroupNumbers& numbers, const uint8_t* codes, size_t count, V no_offset,
+                                float* out, const Value& value, const Affine& affine) {
+  if (numbers.index == nullptr)
+    return decode_run(codes, count, out, value, [&](V e, size_t i) HWY_ATTR {
+      return affine(e, hn::LoadU(kF32, numbers.scales + i),
+                    numbers.offsets == nullptr ? no_offset : hn::LoadU(kF32, numbers.offsets + i));
+    });
+  decode_run(codes, count, out, value, [&](V e, size_t i) HWY_ATTR {
+    const auto index = hn::LoadU(kI32, numbers.index + i);
+    return affine(e, hn::GatherIndex(kF32, numbers.scales, index),
+                  numbers.offsets == nullptr ? no_offset : hn::GatherIndex(kF32, numbers.offsets, index));
+  });
+}
+
+template <GroupDecoding::Element element, GroupDecoding::Form form>
+HWY_INLINE void decode_groups_as(const GroupDecoding& d, const GroupNumbers& numbers, const uint8_t* codes, size_t size,
+                                 size_t groups, float* out) {
+  const ElementValues<element> value(d);
+  const ToValues<form> affine = {hn::Set(kF32, d.factor)};
+  const V no_offset = hn::Set(kF32, d.offset);
+  const size_t elements = size == 1 ? groups / kLanes * kLanes : 0;
+  decode_elements(numbers, codes, elements, no_offset, out, value, affine);
+  for (size_t g = elements; g < groups; ++g) {
+    const size_t number = numbers.index == nullptr ? g : static_cast<size_t>(numbers.index[g]);
+    const V scale = hn::Set(kF32, numbers.scales[number]);
+    const V offset = numbers.offsets == nullptr ? no_offset : hn::Set(kF32, numbers.offsets[number]);
+    decode_run(codes + g * size, size, out + g * size, value,
+               [&](V e, size_t) HWY_ATTR { return affine(e, scale, offset); });
   }
 }
 
-void decode_groups(const GroupDecoding& d, const std::byte* codes, size_t size, size_t groups, const float* scales,
-                   const float* zeros, float* out) {
+template <GroupDecoding::Element element>
+HWY_INLINE void decode_groups_of(const GroupDecoding& d, const GroupNumbers& numbers, const uint8_t* codes, size_t size,
+                                 size_t groups, float* out) {
+  using Form = GroupDecoding::Form;
+  switch (d.form) {
+    case Form::scale:
+      return decode_groups_as<element, Form::scale>(d, numbers, codes, size, groups, out);
+    case Form::divide:
+      return decode_groups_as<element, Form::divide>(d, numbers, codes, size, groups, out);
+    case Form::subtract_scale:
+      return decode_groups_as<element, Form::subtract_scale>(d, numbers, codes, size, groups, out);
+    case Form::scale_add:
+      return decode_groups_as<element, Form::scale_add>(d, numbers, codes, size, groups, out);
+    case Form::scale_subtract:
+      return decode_groups_as<element, Form::scale_subtract>(d, numbers, codes, size, groups, out);
+  }
+}
+
+void decode_groups(const GroupDecoding& d, const GroupNumbers& numbers, const std::byte* codes, size_t size,
+                   size_t groups, float* out) {
   using Element = GroupDecoding::Element;
   const auto* const from = reinterpret_cast<const uint8_t*>(codes);
-  const auto run = [&](auto value) HWY_ATTR { decode_groups_of(d, from, size, groups, scales, zeros, out, value); };
-  const float* const values = d.values.data();
-  const auto sign = hn::Set(kI32, 1 << (d.bits - 1));
-  const V low = hn::LoadU(kF32, values), high = hn::LoadU(kF32, values + kPanel - kLanes);
   switch (d.element) {
     case Element::is_signed:
-      return run([=](Words code)
-                     HWY_ATTR { return hn::ConvertTo(kF32, hn::Sub(hn::Xor(hn::BitCast(kI32, code), sign), sign)); });
+      return decode_groups_of<Element::is_signed>(d, numbers, from, size, groups, out);
     case Element::is_unsigned:
-      return run([=](Words code) HWY_ATTR { return hn::ConvertTo(kF32, hn::BitCast(kI32, code)); });
+      return decode_groups_of<Element::is_unsigned>(d, numbers, from, size, groups, out);
     case Element::table16:
-      return run([=](Words code) HWY_ATTR { return Nibble::look_up(code, low, high); });
+      return decode_groups_of<Element::table16>(d, numbers, from, size, groups, out);
     case Element::table256:
-      return run([=](Words code) HWY_ATTR { return hn::GatherIndex(kF32, values, hn::BitCast(kI32, code)); });
+      return decode_groups_of<Element::table256>(d, numbers, from, size, groups, out);
   }
 }
 

@@ -9,6 +9,7 @@
 namespace bitwright {
 namespace {
 
+constexpr size_t kDecodeGrain = size_t{1} << 16;
 constexpr size_t kBuffer = 4096;  ///< values decoded at a time: they stay in the first-level cache
 
 double merge(double (&lanes)[kPanel]) {
@@ -17,12 +18,33 @@ double merge(double (&lanes)[kPanel]) {
   return lanes[0];
 }
 
-bool has_kernel(const Scheme& scheme) {
-  if (!scheme.scale || scheme.scale->divides || scheme.element->bits > 8) return false;
-  if (scheme.element->kind == ElementKind::block_code) return false;
-  if (scheme.offset_kind == OffsetKind::none) return true;
-  return (scheme.offset_kind == OffsetKind::zero_point || scheme.offset_kind == OffsetKind::float_zero) &&
-         scheme.offset->grouping == scheme.scale->grouping;
+using Form = GroupDecoding::Form;
+
+/// Nothing where the kernels have no such form.
+std::optional<Form> form_of(const Scheme& scheme) {
+  const bool divides = scheme.scale && scheme.scale->divides;
+  switch (scheme.offset_kind) {
+    case OffsetKind::none:
+      return divides ? Form::divide : Form::scale;
+    case OffsetKind::zero_point:
+    case OffsetKind::float_zero:
+    case OffsetKind::shift:
+      return Form::subtract_scale;
+    case OffsetKind::bias:
+      if (!divides) return Form::scale_add;
+      break;
+    case OffsetKind::minimum:
+      if (!divides) return Form::scale_subtract;
+      break;
+  }
+  return std::nullopt;
+}
+
+bool has_kernel(const QuantizedTensor& t) {
+  const Scheme& scheme = t.scheme;
+  if (scheme.element->bits > 8 || scheme.element->kind == ElementKind::block_code || !form_of(scheme)) return false;
+  if (!scheme.scale) return scheme.is_plain();
+  return !scheme.offset || scheme.offset->grouping == scheme.scale->grouping || element_count(t.offset->shape) == 1;
 }
 
 GroupDecoding make_decoding(const Scheme& scheme) {
@@ -30,49 +52,126 @@ GroupDecoding make_decoding(const Scheme& scheme) {
   const ElementType& type = *scheme.element;
   GroupDecoding d = {.element = type.bits == 4 ? Element::table16 : Element::table256,
                      .bits = type.bits,
-                     .subtracts = scheme.offset_kind != OffsetKind::none,
+                     .form = form_of(scheme).value(),
+                     .offset = scheme.shift,
                      .factor = scheme.factor};
   if (type.kind == ElementKind::integer) d.element = type.lowest < 0 ? Element::is_signed : Element::is_unsigned;
   for (uint32_t code = 0; code < 1u << type.bits; ++code) d.values.at(code) = type.decode(type, code);
   return d;
 }
 
+std::vector<float> decode_parameters(const QuantizedTensor& stored, const KernelLevel& level) {
+  std::vector<float> values(static_cast<size_t>(element_count(stored.shape)));
+  decode(stored, values, level);
+  return values;
+}
+
 }  // namespace
 
-RangeDecoder::RangeDecoder(const QuantizedTensor& tensor, const KernelLevel& level)
-    : tensor_(tensor), level_(level), definition_(tensor) {
-  if (!has_kernel(tensor.scheme)) return;
-  runs_ = group_runs(tensor.scheme.scale->grouping, tensor.shape);
-  decoding_ = make_decoding(tensor.scheme);
+std::optional<ParameterLines> parameter_lines(const Grouping& grouping, const Shape& shape) {
+  const int64_t count = element_count(shape);
+  if (count == 0) return std::nullopt;
+  const int64_t columns = shape.empty() ? 1 : shape.back(), rows = shape.size() < 2 ? 1 : shape[shape.size() - 2];
+  const bool across = grouping.kind == Grouping::Kind::axis && grouping.axis == -2;
+  ParameterLines lines = {.line = columns, .size = grouping.size, .parameters = 1};
+  if (grouping.kind == Grouping::Kind::tensor) {
+    lines.line = lines.size = rows * columns;
+  } else if (across) {
+    lines = {.line = columns, .size = 1, .parameters = columns, .in_matrix = rows, .sharing = grouping.size};
+    if (lines.sharing == 0) lines.sharing = rows;
+  } else if (grouping.kind == Grouping::Kind::flat && grouping.interleaved) {
+    const int64_t groups = count / grouping.size;
+    lines = {.line = groups, .size = 1, .parameters = groups, .in_matrix = grouping.size, .sharing = grouping.size};
+  } else if (grouping.kind == Grouping::Kind::flat) {
+    lines.line = count;
+  } else if (grouping.kind == Grouping::Kind::block) {
+    lines.size = grouping.block_columns;
+    lines.in_matrix = rows;
+    lines.sharing = grouping.block_rows;
+  } else if (lines.size == 0) {
+    lines.size = columns;
+  }
+  if (lines.size != 1) lines.parameters = (lines.line - 1) / lines.size + 1;
+  if (lines.in_matrix == 1 && lines.line % lines.size == 0 && grouping.kind != Grouping::Kind::index) {
+    lines.parameters *= count / lines.line;  // one long line
+    lines.line = count;
+  }
+  return lines;
+}
+
+RangeDecoder::RangeDecoder(const QuantizedTensor& tensor, const KernelLevel& level) : tensor_(tensor), level_(level) {
+  const Scheme& scheme = tensor.scheme;
+  if (scheme.scale) GroupMap(scheme.scale->grouping, tensor.shape, tensor.group_index);  // throws if it does not apply
+  const auto lines = parameter_lines(scheme.scale ? scheme.scale->grouping : Grouping::flat(INT64_MAX), tensor.shape);
+  if (!lines || !has_kernel(tensor)) {
+    definition_.emplace(tensor);
+    return;
+  }
+  lines_ = *lines;
+  decoding_ = make_decoding(scheme);
+  scales_ = scheme.scale ? decode_parameters(*tensor.scale, level) : std::vector<float>(1, 1.0f);
+  if (!scheme.offset) return;
+  offsets_ = decode_parameters(*tensor.offset, level);
+  if (scheme.offset->grouping != scheme.scale->grouping) offsets_.resize(scales_.size(), offsets_.front());
 }
 
 void RangeDecoder::decode(int64_t begin, std::span<float> out) const {
-  if (!runs_) return definition_.decode(begin, out);
+  if (definition_) return definition_->decode(begin, out);
   BW_ASSERT(static_cast<uint64_t>(begin) + out.size() <= tensor_.codes.size());
-  const int64_t end = begin + static_cast<int64_t>(out.size());
-  const float* const scales = definition_.scales().data();
-  const float* const zeros = decoding_.subtracts ? definition_.offsets().data() : nullptr;
-  int64_t g = begin / runs_->line * runs_->groups_a_line + begin % runs_->line / runs_->size;
-  for (int64_t i = begin; i < end;) {
-    // Whole groups of one length together, up to the line's short one.
-    int64_t size = std::min(runs_->end_of(g), end) - i, groups = 1;
-    if (size == runs_->size) {
-      const int64_t line_end = runs_->line % size == 0 ? end : i / runs_->line * runs_->line + runs_->line;
-      groups = (std::min(end, line_end) - i) / size;
-    }
-    level_.decode_groups(decoding_, &tensor_.codes[static_cast<size_t>(i)], static_cast<size_t>(size),
-                         static_cast<size_t>(groups), scales + g, zeros == nullptr ? nullptr : zeros + g,
-                         &out[static_cast<size_t>(i - begin)]);
-    i += size * groups;
-    g += groups;
+  for (size_t i = 0; i < out.size();) {
+    const int64_t at = begin + static_cast<int64_t>(i), in_line = at % lines_.line;
+    const auto part = out.subspan(i, std::min(out.size() - i, static_cast<size_t>(lines_.line - in_line)));
+    decode_line(&tensor_.codes[static_cast<size_t>(at)], in_line, lines_.first(at / lines_.line), part);
+    i += part.size();
   }
 }
 
-void decode_groups(const GroupDecoding& d, const std::byte* codes, size_t size, size_t groups, const float* scales,
-                   const float* zeros, float* out) {
-  for (size_t i = 0; i < size * groups; ++i) {
-    const float e = d.values[std::to_integer<size_t>(codes[i])];
-    out[i] = (d.subtracts ? e - zeros[i / size] : e) * scales[i / size] * d.factor;
+void RangeDecoder::decode_line(const std::byte* codes, int64_t in_line, int64_t first, std::span<float> out) const {
+  const auto begin = static_cast<size_t>(in_line), parameter = static_cast<size_t>(first);
+  if (!tensor_.group_index.empty())
+    return level_.decode_groups(decoding_, numbers(parameter, &tensor_.group_index[begin]), codes, 1, out.size(),
+                                out.data());
+  const auto size = static_cast<size_t>(lines_.size);
+  for (size_t i = 0; i < out.size();) {
+    const size_t at = begin + i;
+    // Whole groups together, up to the line's short one.
+    const size_t count = std::min(size - at % size, out.size() - i);
+    const size_t groups = count == size ? (out.size() - i) / size : 1;
+    level_.decode_groups(decoding_, numbers(parameter + at / size, nullptr), codes + i, count, groups, &out[i]);
+    i += count * groups;
+  }
+}
+
+void decode(const QuantizedTensor& tensor, std::span<float> out, const KernelLevel& level) {
+  BW_ASSERT(static_cast<int64_t>(out.size()) == element_count(tensor.shape));
+  const RangeDecoder decoder(tensor, level);
+  parallel_ranges(out.size(), kDecodeGrain, [&](size_t begin, size_t end) {
+    decoder.decode(static_cast<int64_t>(begin), out.subspan(begin, end - begin));
+  });
+}
+
+void decode_groups(const GroupDecoding& d, const GroupNumbers& numbers, const std::byte* codes, size_t size,
+                   size_t groups, float* out) {
+  const auto value = [&d](float e, float s, float z) {
+    switch (d.form) {
+      case Form::scale:
+        return e * s * d.factor;
+      case Form::divide:
+        return e / s * d.factor;
+      case Form::subtract_scale:
+        return (e - z) * s * d.factor;
+      case Form::scale_add:
+        return e * s * d.factor + z;
+      case Form::scale_subtract:
+        return e * s * d.factor - z;
+    }
+    return 0.0f;
+  };
+  for (size_t g = 0; g < groups; ++g) {
+    const size_t number = numbers.index == nullptr ? g : static_cast<size_t>(numbers.index[g]);
+    const float offset = numbers.offsets == nullptr ? d.offset : numbers.offsets[number];
+    for (size_t i = g * size; i < (g + 1) * size; ++i)
+      out[i] = value(d.values[std::to_integer<size_t>(codes[i])], numbers.scales[number], offset);
   }
 }
 

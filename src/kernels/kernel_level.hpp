@@ -9,6 +9,7 @@ namespace bitwright {
 
 struct GroupEncoding;
 struct GroupDecoding;
+struct GroupNumbers;
 struct PackedMatrix;
 enum class Activation : uint8_t;
 struct Range;
@@ -59,9 +60,9 @@ struct KernelLevel {
   /// The same for tables of 16 values and full blocks.
   void (*encode_table)(const GroupEncoding& e, DType dtype, const std::byte* values, size_t size, size_t groups,
                        const float* scales, std::byte* codes);
-  /// out[i] = value of codes[i]; zeros: null where there are none.
-  void (*decode_groups)(const GroupDecoding& d, const std::byte* codes, size_t size, size_t groups, const float* scales,
-                        const float* zeros, float* out);
+  /// out[i] = value of codes[i].
+  void (*decode_groups)(const GroupDecoding& d, const GroupNumbers& numbers, const std::byte* codes, size_t size,
+                        size_t groups, float* out);
   /// Adds (w - decoded)^2 and w^2 of element i, fused, to partial sum i % kPanel.
   void (*add_squares)(DType dtype, const std::byte* original, const float* decoded, size_t count,
                       double (&difference)[kPanel], double (&norm)[kPanel]);

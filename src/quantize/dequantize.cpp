@@ -1,11 +1,13 @@
 #include <fmt/format.h>
 
+#include <algorithm>
+#include <array>
 #include <nlohmann/json.hpp>
 
 #include "base/mapped_file.hpp"
 #include "base/output.hpp"
 #include "base/size.hpp"
-#include "kernels/encode.hpp"
+#include "kernels/decode.hpp"
 #include "quantize/model_files.hpp"
 #include "quantize/quantize.hpp"
 #include "quantize/stream.hpp"
@@ -66,28 +68,39 @@ class Plain {
     const TensorEntry& entry = source_.tensors()[piece.tensor];
     const int64_t first = piece.rows.begin * width(entry);
     const auto elements = static_cast<size_t>((piece.rows.end - piece.rows.begin) * width(entry));
-    std::vector<float> values;
+    const size_t width_bytes = size_bytes(becomes_float(entry) ? dtype_ : entry.dtype);
     std::vector<std::byte> bytes;
     if (entry.quantized()) {
-      values = decode(source_.read_rows(entry, piece.rows.begin, piece.rows.end));
+      bytes = decoded(source_.read_rows(entry, piece.rows.begin, piece.rows.end), elements);
     } else {
       bytes.resize(elements * size_bytes(entry.dtype));
       source_.read_bytes(entry, static_cast<uint64_t>(first) * size_bytes(entry.dtype), bytes);
       if (becomes_float(entry)) {
-        values.resize(elements);
+        std::vector<float> values(elements);
         to_f32(entry.dtype, bytes, values);
+        bytes.resize(elements * width_bytes);
+        from_f32(dtype_, values, bytes);
       }
     }
-    const size_t width_bytes = size_bytes(becomes_float(entry) ? dtype_ : entry.dtype);
-    if (becomes_float(entry)) {
-      bytes.resize(elements * width_bytes);
-      from_f32(dtype_, values, bytes);
-      check_finite(entry.name, dtype_, bytes, first);
-    }
+    if (becomes_float(entry)) check_finite(entry.name, dtype_, bytes, first);
     Produced produced;
     produced.slices.push_back(
         {.array = 0, .offset = static_cast<uint64_t>(first) * width_bytes, .data = std::move(bytes)});
     return produced;
+  }
+
+  /// A few values at a time, which stay in the first-level cache while they are rounded.
+  std::vector<std::byte> decoded(const QuantizedTensor& tensor, size_t elements) const {
+    const RangeDecoder decoder(tensor);
+    const size_t bytes_each = size_bytes(dtype_);
+    std::vector<std::byte> bytes(elements * bytes_each);
+    std::array<float, 4096> values;
+    for (size_t begin = 0; begin < elements; begin += values.size()) {
+      const auto some = std::span(values).first(std::min(values.size(), elements - begin));
+      decoder.decode(static_cast<int64_t>(begin), some);
+      from_f32(dtype_, some, std::span(bytes).subspan(begin * bytes_each, some.size() * bytes_each));
+    }
+    return bytes;
   }
 
   const Checkpoint& source_;
