@@ -292,16 +292,17 @@ TEST(Golden, bnb_negative_cases) {
       const auto says = [&](std::string_view words) { return message.find(words) != std::string::npos; };
       if (says("blocksize")) {
         check_refused([&] { must_fit(four_bits("nf4", block)); });
-      } else if (says("float64")) {
+      } else if (says("only supports 16/32-bit floats")) {
         const std::vector<std::byte> bytes(4 * 64 * sizeof(double));
-        check_refused([&] { bitsandbytes().encode(four_bits("nf4", 64), {4, 64}, {DType::f64, bytes}); });
+        const auto dtype = dtype_from_name(message.substr(message.rfind('.') + 1)).value();
+        check_refused([&] { bitsandbytes().encode(four_bits("nf4", 64), {4, 64}, {dtype, bytes}); });
       } else if (says("quant_type must be")) {
         check_refused([&] { must_fit({.element = &integer_element(4, true), .scale = four_bits("nf4", 64).scale}); });
       } else if (says("found neither") || says("is not provided")) {
         check_refused([&] { list_renamed(state, ""); });
       } else if (says("There should be exactly one")) {
         check_refused([&] { list_renamed(state, "layer.weight.quant_state.bitsandbytes__int4"); });
-      } else if (says("must be int32")) {
+      } else if (says("must be int32") || says("stats must be float32")) {
         check_refused([&] { list_retyped(eight_bits(), "layer.SCB", DType::f16); });
       } else if (says("must be uint8")) {
         check_refused([&] { list_retyped(four_bits("nf4", 64, true), "layer.weight.absmax", DType::i8); });

@@ -354,6 +354,11 @@ TEST(Golden, gptq_negative_cases) {
         gptq().encode(scheme_of(4, true, Grouping::along(32)), {32, 32},
                       {DType::f32, std::as_bytes(std::span(values))});
       });
+    } else if (says("-bit qweight expects") || says("-bit qzeros expects")) {
+      MemoryCheckpoint files = written(scheme_of(6, false, Grouping::along(32)));
+      for (auto& [name, spec] : files.arrays)
+        if (name.ends_with(says("qweight") ? "qweight" : "qzeros")) ++spec.shape[says("rows") ? 0 : 1];
+      check_refused([&] { gptq().list(files.view()); });
     } else if (says("divisible by 32")) {
       check_refused([&] { must_fit(gptq(), scheme_of(6, false, Grouping::along(32)), {4, 33}); });
       check_refused([&] { must_fit(gptq(), scheme_of(6, false, Grouping::along(32)), {33, 32}); });
