@@ -1,6 +1,7 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <iostream>
@@ -75,15 +76,46 @@ std::vector<float> as_floats(std::span<const std::byte> codes) {
   return values;
 }
 
+/// A word of eight codes, each shifted to its place; one with more than four bits runs into what lies above it.
+uint32_t word_of(std::span<const int32_t> codes, std::span<const size_t> order) {
+  uint32_t word = 0;
+  for (size_t i = 0; i < order.size(); ++i) word |= static_cast<uint32_t>(codes[order[i]]) << (4 * i);
+  return word;
+}
+
+/// AutoAWQ in float32: the codes are of the grid's values and of the scale as stored, float16; they are not clamped.
+void check_float_packing(const GoldenCase& c, const QuantizedTensor& ours) {
+  constexpr std::array<size_t, 8> kGemm = {0, 2, 4, 6, 1, 3, 5, 7}, kGemv = {0, 1, 2, 3, 4, 5, 6, 7};
+  const bool gemm = c.params["version"] == "gemm";
+  const std::vector<float> scale = c.floats("scale_raw"), zero = c.floats("zero_raw"), stored = decode(*ours.scale);
+  const GroupMap groups(ours.scheme.scale->grouping, ours.shape);
+  const auto rows = static_cast<size_t>(ours.shape[0]), columns = static_cast<size_t>(ours.shape[1]);
+  std::vector<int32_t> codes(rows * columns);
+  for (size_t i = 0; i < codes.size(); ++i) {
+    const auto g = static_cast<size_t>(groups.group_of(static_cast<int64_t>(i)));
+    const float value = (static_cast<float>(std::to_integer<int>(ours.codes[i])) - zero[g]) * scale[g];
+    const float offset = zero[g] * scale[g];
+    codes[gemm ? i % columns * rows + i / columns : i] =
+        static_cast<int32_t>(std::nearbyint((value + offset) / stored[g]));
+  }
+  const StoredArray& packed = c.at("qweight");
+  for (size_t w = 0; w < codes.size() / 8; ++w) {
+    uint32_t found = 0;
+    std::memcpy(&found, &packed.data[w * sizeof found], sizeof found);
+    ASSERT_EQ(found, word_of(std::span(codes).subspan(w * 8, 8), gemm ? kGemm : kGemv)) << "word " << w;
+  }
+}
+
 void check_encoder(const GoldenCase& c, const QuantizedTensor& t) {
   const StoredArray& input = c.at("input");
   const DType arithmetic = c.params["compute_dtype"] == "f16" ? DType::f16 : DType::f32;
   const WeightView weight = {input.dtype, input.data};
   const QuantizedTensor ours = encode_awq_in(arithmetic, t.scheme, t.shape, weight);
-  EXPECT_TRUE(ours == t) << "codes, scales, zero points";
-  if (arithmetic == DType::f16) {
-    EXPECT_TRUE(awq().encode(t.scheme, t.shape, weight) == t);
-  }
+  EXPECT_TRUE(*ours.scale == *t.scale) << "scales";
+  EXPECT_TRUE(*ours.offset == *t.offset) << "zero points";
+  if (arithmetic == DType::f32) return check_float_packing(c, ours);
+  EXPECT_TRUE(ours == t) << "codes";
+  EXPECT_TRUE(awq().encode(t.scheme, t.shape, weight) == t);
 }
 
 /// AutoAWQ's fake-quantized weights, in half: (code - zero) * scale, rounded.
@@ -93,10 +125,10 @@ void check_rounded_values(const GoldenCase& c, const QuantizedTensor& t) {
   EXPECT_TRUE(values == c.floats("fakequant")) << "fakequant";
 }
 
-/// AWQ's layers as exllama's kernels take them, which is GPTQ's first layout.
+/// AWQ's layers as exllama's kernels take them, which is GPTQ's first layout; a zero point of 0 borrows.
 void check_exllama(const GoldenCase& c, const QuantizedTensor& t) {
   StoredTensor stored = stored_as(t.scheme, t.shape);
-  stored.variant = "gptq";
+  stored.variant = "gptq, borrowing";
   const std::vector<NamedArray> arrays = find_container("gptq")->pack(stored, t);
   EXPECT_TRUE(std::ranges::equal(arrays.at(0).data, c.at("exllama_qweight").data));
   EXPECT_TRUE(std::ranges::equal(arrays.at(1).data, c.at("exllama_qzeros").data));

@@ -66,6 +66,15 @@ std::vector<std::byte> dynamic_codes(const GoldenCase& c, std::span<const float>
   return codes;
 }
 
+/// As bytes of float32. The torch backend lets the absmax of a short last block be no less than 1e-38.
+std::vector<std::byte> stored_absmax(const GoldenCase& c, const QuantizedTensor& t, int64_t block) {
+  std::vector<float> absmax = decode(*t.scale);
+  if (c.backend.starts_with("pure torch") && element_count(t.shape) % block != 0)
+    absmax.back() = std::max(absmax.back(), 1e-38f);
+  const auto bytes = std::as_bytes(std::span(absmax));
+  return {bytes.begin(), bytes.end()};
+}
+
 size_t differences(std::span<const std::byte> a, std::span<const std::byte> b) {
   EXPECT_EQ(a.size(), b.size());
   size_t count = 0;
@@ -86,11 +95,12 @@ void check_nested(const GoldenCase& c, const std::vector<float>& absmax) {
   for (float& value : centred) value -= c.floats("offset").at(0);
   EXPECT_EQ(differences(dynamic_codes(c, centred, 256), c.at("weight.absmax").data), 0u) << "nested codes";
   const QuantizedTensor outer = encode(four_bits("nf4", 256), {static_cast<int64_t>(centred.size())}, centred);
-  EXPECT_TRUE(std::ranges::equal(outer.scale->codes, c.at("weight.nested_absmax").data)) << "nested absmax";
+  EXPECT_EQ(differences(stored_absmax(c, outer, 256), c.at("weight.nested_absmax").data), 0u) << "nested absmax";
 }
 
 void check_encoder(const GoldenCase& c, const std::string& type) {
-  const Scheme scheme = four_bits(type, c.params["blocksize"].get<int64_t>());
+  const auto block = c.params["blocksize"].get<int64_t>();
+  const Scheme scheme = four_bits(type, block);
   const StoredArray& input = c.at("input");
   const QuantizedTensor t = is_cuda(c) ? bitsandbytes().encode(scheme, input.shape, {input.dtype, input.data})
                                        : encode(scheme, input.shape, c.floats("input"));
@@ -98,7 +108,7 @@ void check_encoder(const GoldenCase& c, const std::string& type) {
   const bool nested = c.params.value("compress_statistics", false);
   if (nested) return check_nested(c, decode(*t.scale));
   const StoredArray* const absmax = c.find("weight.absmax_f32");
-  EXPECT_TRUE(std::ranges::equal(t.scale->codes, (absmax != nullptr ? *absmax : c.at("weight.absmax")).data));
+  EXPECT_EQ(differences(stored_absmax(c, t, block), (absmax != nullptr ? *absmax : c.at("weight.absmax")).data), 0u);
   check_values(c, decode(t));
 }
 
@@ -149,7 +159,8 @@ TEST(Golden, bnb_8bit_blockwise) {
       EXPECT_EQ(differences(dynamic_codes(c, centred, block), c.at("absmax").data), 0u) << "nested codes";
       continue;
     }
-    EXPECT_TRUE(std::ranges::equal(t.scale->codes, c.at("absmax").data)) << "absmax";
+    const std::vector<std::byte> absmax = stored_absmax(c, t, static_cast<int64_t>(block));
+    EXPECT_EQ(differences(absmax, c.at("absmax").data), 0u) << "absmax";
     check_values(c, decode(t));
   }
   std::cout << "cases: " << cases.size() << '\n';
@@ -177,7 +188,7 @@ TEST(Golden, bnb_int8) {
           for (size_t r = 0; r < maxima.size(); ++r) codes[r * columns + i % columns] = 0;
     EXPECT_EQ(differences(std::as_bytes(std::span(codes)), c.at("weight").data), 0u) << "codes";
     check_values(c, decode(check_container(bitsandbytes(), c, {"weight", "SCB"}, "", Json::object())));
-    if (input.dtype != DType::f16) continue;
+    if (input.dtype != DType::f16 || threshold > 0) continue;  // weights are rounded without a threshold
     const QuantizedTensor t = bitsandbytes().encode(eight_bits(), input.shape, {input.dtype, input.data});
     EXPECT_EQ(differences(t.codes, c.at("weight").data), 0u);
   }
@@ -281,16 +292,17 @@ TEST(Golden, bnb_negative_cases) {
       const auto says = [&](std::string_view words) { return message.find(words) != std::string::npos; };
       if (says("blocksize")) {
         check_refused([&] { must_fit(four_bits("nf4", block)); });
-      } else if (says("float64")) {
+      } else if (says("only supports 16/32-bit floats")) {
         const std::vector<std::byte> bytes(4 * 64 * sizeof(double));
-        check_refused([&] { bitsandbytes().encode(four_bits("nf4", 64), {4, 64}, {DType::f64, bytes}); });
+        const auto dtype = dtype_from_name(message.substr(message.rfind('.') + 1)).value();
+        check_refused([&] { bitsandbytes().encode(four_bits("nf4", 64), {4, 64}, {dtype, bytes}); });
       } else if (says("quant_type must be")) {
         check_refused([&] { must_fit({.element = &integer_element(4, true), .scale = four_bits("nf4", 64).scale}); });
       } else if (says("found neither") || says("is not provided")) {
         check_refused([&] { list_renamed(state, ""); });
       } else if (says("There should be exactly one")) {
         check_refused([&] { list_renamed(state, "layer.weight.quant_state.bitsandbytes__int4"); });
-      } else if (says("must be int32")) {
+      } else if (says("must be int32") || says("stats must be float32")) {
         check_refused([&] { list_retyped(eight_bits(), "layer.SCB", DType::f16); });
       } else if (says("must be uint8")) {
         check_refused([&] { list_retyped(four_bits("nf4", 64, true), "layer.weight.absmax", DType::i8); });

@@ -175,7 +175,8 @@ class Encoder {
     throw_not_finite(row * segments_.columns + (bad - values.begin()), *bad);
   }
 
-  float absmax(size_t g) const { return std::max(-groups_.low[g], groups_.high[g]); }
+  /// 0, not -0, of a group of zeros.
+  float absmax(size_t g) const { return std::max(groups_.high[g], -groups_.low[g]); }
 
   void choose_scales() {
     const Scheme& stored = *scheme_.scale->scheme;

@@ -278,6 +278,28 @@ TEST(CompressedTensors, ScalesThatDoNotFit) {
       EXPECT_LE(std::fabs(value), 1e-6f);
 }
 
+// What the library puts in place of a scale of 0, with any sign of the zeros.
+TEST(CompressedTensors, GroupsOfZerosHaveTheScaleOfTheirType) {
+  std::vector<float> values(64);
+  values[63] = -3;
+  values[16] = -0.0f;
+  const auto first_scale = [&](const Variation& v, DType dtype) {
+    const QuantizedTensor t = encoded(stored_as(v, {1, 64}, dtype), values);
+    EXPECT_EQ(decode(t).at(0), 0.0f);
+    EXPECT_EQ(decode(t).at(16), 0.0f);
+    return t;
+  };
+  for (const DType dtype : {DType::f32, DType::f16, DType::bf16}) {
+    EXPECT_EQ(first_scale(kNvfp4, dtype).scale->codes.at(0), std::byte{0x20});  // 0.125
+    // Where the weight's type cannot hold 2^-127, the exponent is taken for 0 and the scale for 1.
+    EXPECT_EQ(first_scale({choice("mxfp4", 4)}, dtype).scale->codes.at(0),
+              dtype == DType::f16 ? std::byte{127} : std::byte{0});
+  }
+  EXPECT_EQ(decode(*first_scale({choice("int", 4)}, DType::f32).scale).at(0), 0x1p-23f);
+  EXPECT_EQ(decode(*first_scale({choice("int", 4)}, DType::f16).scale).at(0), 0x1p-10f);
+  EXPECT_EQ(decode(*first_scale({choice("int", 4)}, DType::bf16).scale).at(0), 0x1p-7f);
+}
+
 TEST(CompressedTensors, ScalesOfAnotherType) {
   const Shape shape = {16, 128};
   const std::vector<float> values = random_values(shape);

@@ -228,6 +228,11 @@ TEST(Golden, mlx_nvfp4) { check_folder("nvfp4"); }
 /// Arrays as a writer would make them who does not ask.
 MemoryCheckpoint careless(const Json& params) {
   const auto shape = params["shape"].get<Shape>();
+  const auto narrowed = [&](int64_t columns) {
+    Shape narrow = shape;
+    narrow.back() = columns;
+    return narrow;
+  };
   const auto bits = params["bits"].get<int64_t>(), group_size = params["group_size"].get<int64_t>();
   const bool eight = params["mode"].get<std::string>().find("fp") != std::string::npos;
   MemoryCheckpoint files;
@@ -235,9 +240,9 @@ MemoryCheckpoint careless(const Json& params) {
     const ArraySpec spec = {name, dtype, of};
     files.add(spec, std::vector<std::byte>(spec.bytes()));
   };
-  add("layer.weight", DType::u32, {shape[0], shape[1] * bits / 32});
-  add("layer.scales", eight ? DType::u8 : DType::f32, {shape[0], shape[1] / group_size});
-  if (!eight) add("layer.biases", DType::f32, {shape[0], shape[1] / group_size});
+  add("layer.weight", DType::u32, narrowed(shape.back() * bits / 32));
+  add("layer.scales", eight ? DType::u8 : DType::f32, narrowed(shape.back() / group_size));
+  if (!eight) add("layer.biases", DType::f32, narrowed(shape.back() / group_size));
   if (params["global_scale"] != 0) add("layer.global_scale", DType::f32, {});
   files.config["quantization"] = {{"bits", bits}, {"group_size", group_size}, {"mode", params["mode"]}};
   return files;

@@ -77,10 +77,21 @@ AffineRange range_of(const std::string& dtype) {
   return {static_cast<int64_t>(type.lowest), static_cast<int64_t>(type.highest)};
 }
 
-/// How many neighbours share a parameter.
-size_t share(const GoldenCase& c, const std::string& parameters) {
-  return c.floats("input").size() / numbers_of(c, parameters).size();
-}
+/// Which of `count` parameters an element has: one a tensor, a row, or (axis 1) a column.
+class Channels {
+ public:
+  Channels(const GoldenCase& c, size_t count)
+      : count_(count), each_(c.floats("input").size() / count), by_columns_(c.params.value("axis", 0) != 0) {
+    if (by_columns_) {
+      EXPECT_EQ(static_cast<size_t>(c.at("input").shape.back()), count);
+    }
+  }
+  size_t of(size_t i) const { return by_columns_ ? i % count_ : i / each_; }
+
+ private:
+  size_t count_, each_;
+  bool by_columns_;
+};
 
 void check_casts(const GoldenCase& c) {
   const std::vector<float> input = c.floats("input");
@@ -100,10 +111,10 @@ void check_fake_quantization(const GoldenCase& c) {
   const AffineRange range = {c.params["quant_min"], c.params["quant_max"]};
   const std::vector<double> scales =
       c.find("scales") != nullptr ? numbers_of(c, "scales") : std::vector{c.params["scale"].get<double>()};
-  const size_t each = input.size() / scales.size();
+  const Channels channels(c, scales.size());
   const AffineRange open = {INT32_MIN, INT32_MAX};
   for (size_t i = 0; i < input.size(); ++i) {
-    const AffineParameters p = {static_cast<float>(scales[i / each]), c.params.value("zero_point", int64_t{0})};
+    const AffineParameters p = {static_cast<float>(scales[channels.of(i)]), c.params.value("zero_point", int64_t{0})};
     const int64_t code = quantize_affine(input[i], p, range);
     EXPECT_EQ(static_cast<float>(code - p.zero) * p.scale, output[i]) << i;
     EXPECT_EQ(quantize_affine(input[i], p, open) == code ? 1.0f : 0.0f, grad[i]) << i;
@@ -190,7 +201,7 @@ void check_observed(const GoldenCase& c, Range range, const std::string& dtype) 
   EXPECT_EQ(static_cast<double>(p.zero), numbers_of(c, "zero_point").at(0));
 }
 
-/// One scale and zero point a row, or a tensor; what an observer chose where the case has it.
+/// One scale and zero point a row, a column or a tensor; what an observer chose where the case has it.
 void check_quantized(const GoldenCase& c) {
   const bool rows = c.find("scales") != nullptr;
   const std::vector<double> scales = numbers_of(c, rows ? "scales" : "scale");
@@ -198,9 +209,10 @@ void check_quantized(const GoldenCase& c) {
   const std::vector<float> input = c.floats("input"), dequantized = c.floats("dequantized");
   const std::vector<double> codes = numbers_of(c, "q");
   const auto dtype = c.params["dtype"].get<std::string>();
-  const size_t each = share(c, rows ? "scales" : "scale");
+  const Channels channels(c, scales.size());
   for (size_t i = 0; i < input.size(); ++i) {
-    const AffineParameters p = {static_cast<float>(scales[i / each]), static_cast<int64_t>(zeros[i / each])};
+    const size_t channel = channels.of(i);
+    const AffineParameters p = {static_cast<float>(scales[channel]), static_cast<int64_t>(zeros[channel])};
     const int64_t code = quantize_affine(input[i], p, range_of(dtype));
     EXPECT_EQ(static_cast<double>(code), codes[i]) << i << ": " << input[i];
     const Scheme scheme = {.offset_kind = OffsetKind::zero_point};
@@ -209,8 +221,10 @@ void check_quantized(const GoldenCase& c) {
   }
   if (c.find("observer_scales") == nullptr) return;
   const bool symmetric = c.params["qscheme"].get<std::string>().ends_with("symmetric");
+  std::vector<std::vector<float>> values(scales.size());
+  for (size_t i = 0; i < input.size(); ++i) values[channels.of(i)].push_back(input[i]);
   for (size_t r = 0; r < scales.size(); ++r) {
-    const Range range = min_max_range({}, std::span(input).subspan(r * each, each));
+    const Range range = min_max_range({}, values[r]);
     EXPECT_EQ(range.low, c.floats("min_vals")[r]);
     EXPECT_EQ(range.high, c.floats("max_vals")[r]);
     const AffineMapping mapping = symmetric ? AffineMapping::symmetric : AffineMapping::asymmetric;
@@ -222,10 +236,10 @@ void check_quantized(const GoldenCase& c) {
 
 void check_float_zeros(const GoldenCase& c) {
   const std::vector<float> input = c.floats("input"), scales = c.floats("scales"), zeros = c.floats("zero_points");
-  const size_t each = share(c, "scales");
+  const Channels channels(c, scales.size());
   const std::span<const std::byte> packed = c.at("packed_bytes").data;
   for (size_t i = 0; i < input.size(); ++i) {
-    const float scale = scales[i / each], zero = zeros[i / each];
+    const float scale = scales[channels.of(i)], zero = zeros[channels.of(i)];
     const int64_t code = quantize_float_zero(input[i], scale, zero, range_of("quint4x2"));
     EXPECT_EQ(code, std::to_integer<int>(packed[i / 2] >> (i % 2 == 0 ? 0 : 4)) & 15) << i;
     const GroupParameters p = {.scale = scale, .offset = zero};
@@ -281,7 +295,10 @@ TEST(Golden, torch_native) {
 
 void check_torchao(const GoldenCase& c) {
   const bool usual = c.params["quant_min"].is_null();
-  const AffineRange range = usual ? AffineRange{-128, 127} : AffineRange{c.params["quant_min"], c.params["quant_max"]};
+  const bool is_signed = c.params.value("dtype", "torch.int8") == "torch.int8";
+  const AffineRange range = !usual      ? AffineRange{c.params["quant_min"], c.params["quant_max"]}
+                            : is_signed ? AffineRange{-128, 127}
+                                        : AffineRange{0, 255};
   const auto mapping_name = c.params.value("mapping_type", "");
   const bool tinygemm = c.find("zero_point_float") != nullptr;
   const AffineMapping mapping = mapping_name == "SYMMETRIC"                   ? AffineMapping::symmetric
@@ -333,6 +350,8 @@ TEST(Golden, torchao) {
     SCOPED_TRACE(n.name);
     if (n.message.find("quant_min out of bound") != std::string::npos)
       check_refused([] { check_affine(integer_element(8, true), {-200, 127}, 0); });
+    else if (n.message.find("quant_max out of bound") != std::string::npos)
+      check_refused([] { check_affine(integer_element(8, true), {-128, 300}, 0); });
     else  // ragged groups are the scheme's; containers whose owners refuse them do
       EXPECT_NE(n.message.find("to be divisible by block_size"), std::string::npos) << n.message;
   }
