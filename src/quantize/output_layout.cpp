@@ -9,8 +9,14 @@
 namespace bitwright {
 namespace {
 
-void check_fits(const StoredTensor& tensor, const Container& container) {
-  const Fit fit = container.fit(tensor.scheme, tensor.shape);
+Fit fit_of(const Checkpoint& source, const StoredTensor& tensor, const Container& container) {
+  if (container.inputs_first == InputsFirst::refused && has_inputs_first(source.config(), tensor.name))
+    return {Verdict::impossible, "it is stored [inputs, outputs], and its owner knows linear layers alone"};
+  return container.fit(tensor.scheme, tensor.shape);
+}
+
+void check_fits(const Checkpoint& source, const StoredTensor& tensor, const Container& container) {
+  const Fit fit = fit_of(source, tensor, container);
   if (fit.verdict == Verdict::impossible)
     throw Error({.code = "does-not-fit",
                  .what = "cannot quantize",
@@ -51,10 +57,21 @@ std::vector<TensorFacts> facts_of(const Checkpoint& source) {
   return facts;
 }
 
-StoredTensor stored_tensor(const TensorEntry& entry, const TensorPlan& plan) {
+bool is_stored_transposed(const Checkpoint& source, const TensorEntry& entry, const Container& container) {
+  return container.inputs_first == InputsFirst::transposed && entry.shape.size() == 2 &&
+         has_inputs_first(source.config(), entry.name);
+}
+
+StoredTensor stored_tensor(const Checkpoint& source, const TensorEntry& entry, const TensorPlan& plan,
+                           const Container& container) {
   const DType dtype = size_bytes(entry.dtype) < 2 ? DType::f16 : entry.dtype;  // which has every value of 8 bits
-  return {
-      .name = entry.name, .shape = entry.shape, .scheme = *plan.scheme, .value_dtype = dtype, .linear = plan.linear};
+  Shape shape = entry.shape;
+  if (is_stored_transposed(source, entry, container)) std::swap(shape[0], shape[1]);
+  return {.name = entry.name,
+          .shape = std::move(shape),
+          .scheme = *plan.scheme,
+          .value_dtype = dtype,
+          .linear = plan.linear};
 }
 
 OutputLayout lay_out(const Checkpoint& source, const QuantizationRequest& request, const Container& container,
@@ -65,8 +82,8 @@ OutputLayout lay_out(const Checkpoint& source, const QuantizationRequest& reques
   for (size_t i = 0; i < layout.recipe.tensors.size(); ++i) {
     const TensorEntry& entry = source.tensors()[i];
     if (const TensorPlan& plan = layout.recipe.tensors[i]; plan.scheme) {
-      quantized.push_back(stored_tensor(entry, plan));
-      check_fits(quantized.back(), container);
+      quantized.push_back(stored_tensor(source, entry, plan, container));
+      check_fits(source, quantized.back(), container);
       layout.arrays.push_back(container.layout(quantized.back()));
     } else {
       layout.arrays.push_back({{entry.name, entry.dtype, entry.shape}});

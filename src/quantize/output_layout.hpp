@@ -21,8 +21,12 @@ struct OutputLayout {
 OutputLayout lay_out(const Checkpoint& source, const QuantizationRequest& request, const Container& container,
                      uint64_t max_shard_bytes);
 
+/// Will the container store the transpose of this tensor of the source?
+bool is_stored_transposed(const Checkpoint& source, const TensorEntry& entry, const Container& container);
+
 /// A tensor of the source as it will be stored.
-StoredTensor stored_tensor(const TensorEntry& entry, const TensorPlan& plan);
+StoredTensor stored_tensor(const Checkpoint& source, const TensorEntry& entry, const TensorPlan& plan,
+                           const Container& container);
 
 /// What a recipe needs to know of the tensors.
 std::vector<TensorFacts> facts_of(const Checkpoint& source);
