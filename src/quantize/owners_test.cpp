@@ -103,7 +103,7 @@ TEST_F(Owners, InputsFirstAreRefusedForThoseWhoKnowLinearLayersAlone) {
       ADD_FAILURE() << "written";
     } catch (const Error& error) {
       EXPECT_EQ(error.code(), "does-not-fit");
-      EXPECT_NE(error.message().find("[inputs, outputs]"), std::string::npos) << error.message();
+      EXPECT_NE(std::string(error.what()).find("[inputs, outputs]"), std::string::npos) << error.what();
       ++refused;
     }
   }
