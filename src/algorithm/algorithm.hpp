@@ -1,5 +1,6 @@
 #pragma once
 
+#include <optional>
 #include <span>
 #include <string_view>
 
@@ -13,6 +14,9 @@ struct AlgorithmOptions {
   RangeRule range = RangeRule::minmax;
   /// How the container's owner rounds (Container::encode): for rtn with minmax. Null: as scheme/ defines it.
   QuantizedTensor (*owner)(const Scheme& scheme, const Shape& shape, WeightView weight) = nullptr;
+  /// Container::encode_fused, and `largest` for it; instead of `owner` where there is one.
+  QuantizedTensor (*fused)(const Scheme& scheme, const Shape& shape, WeightView weight, float largest) = nullptr;
+  std::optional<float> largest{};
 };
 
 /// One way of choosing codes: a row of a table.

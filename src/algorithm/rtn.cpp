@@ -5,6 +5,8 @@ namespace bitwright {
 namespace {
 
 QuantizedTensor quantize(const Scheme& scheme, const Shape& shape, WeightView weight, const AlgorithmOptions& options) {
+  if (options.largest && options.range == RangeRule::minmax)
+    return options.fused(scheme, shape, weight, *options.largest);
   if (options.owner != nullptr && options.range == RangeRule::minmax) return options.owner(scheme, shape, weight);
   return encode(scheme, shape, weight, options.range);
 }

@@ -500,13 +500,15 @@ struct Checkpoint::Impl {
     for (const std::string& array : tensor.arrays) bytes += arrays.at(array)->data.size();
     const auto found = rearranged.find(tensor.name);
     const bool is_transposed = found != rearranged.end() && found->second.transposed;
-    tensors.push_back({.name = tensor.name,
-                       .shape = tensor.shape,
-                       .scheme = is_transposed ? transposed(tensor.scheme) : tensor.scheme,
-                       .dtype = tensor.value_dtype,
-                       .stored_bytes = bytes,
-                       .rearranged = found != rearranged.end(),
-                       .linear = tensor.linear});
+    tensors.push_back(
+        {.name = tensor.name,
+         .shape = tensor.shape,
+         .scheme = is_transposed ? transposed(tensor.scheme) : tensor.scheme,
+         .dtype = tensor.value_dtype,
+         .stored_bytes = bytes,
+         .rearranged = found != rearranged.end(),
+         .linear = tensor.linear,
+         .transposed = container->inputs_first == InputsFirst::transposed && has_inputs_first(config, tensor.name)});
   }
 };
 
@@ -600,7 +602,7 @@ void Checkpoint::prefetch(const TensorEntry& entry, uint64_t offset, uint64_t by
 }
 
 std::vector<RowRange> Checkpoint::row_pieces(const TensorEntry& entry) const {
-  if (entry.rearranged) return {{0, row_count(entry.shape)}};
+  if (entry.rearranged || entry.transposed) return {{0, row_count(entry.shape)}};
   return bitwright::row_pieces(*impl_->container, impl_->stored.at(entry.name));
 }
 

@@ -31,6 +31,8 @@ struct TensorEntry {
   const BlockType* undecoded = nullptr;
   bool rearranged = false;   ///< lies in the file in another order: plain_bytes cannot give it, read_bytes can
   QuantizedLinear linear{};  ///< what belongs to its layer
+  /// Shape and values are the transpose of what the model has under this name (InputsFirst::transposed).
+  bool transposed = false;
   bool quantized() const { return !scheme.is_plain(); }
   double bits_per_weight() const;
 };

@@ -438,6 +438,7 @@ const Container bitsandbytes_container = {
     .fit_model = fit_model,
     .choices = kChoices,
     .make_scheme = scheme_of,
-    .encode = encode};
+    .encode = encode,
+    .inputs_first = InputsFirst::transposed};
 
 }  // namespace bitwright

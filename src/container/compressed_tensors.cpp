@@ -758,6 +758,7 @@ const Container compressed_tensors_container = {
     .choices = kChoices,
     .make_scheme = scheme_of,
     .make_linear = linear_of,
-    .encode = encode_compressed_tensors};
+    .encode = encode_compressed_tensors,
+    .encode_fused = encode_compressed_tensors_fused};
 
 }  // namespace bitwright

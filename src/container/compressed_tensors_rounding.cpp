@@ -94,8 +94,8 @@ template <DType dtype>
 class Encoder {
  public:
   /// dtype: the type that is computed in.
-  Encoder(const Scheme& scheme, const Shape& shape, WeightView weight)
-      : scheme_(scheme), shape_(shape), weight_(weight), segments_(scheme.scale->grouping, shape) {
+  Encoder(const Scheme& scheme, const Shape& shape, WeightView weight, float largest)
+      : scheme_(scheme), shape_(shape), weight_(weight), segments_(scheme.scale->grouping, shape), largest_(largest) {
     const auto plain = dtype_of(*scheme.scale->scheme->element);
     if (scheme.scale->scheme->is_plain() && plain && size_bytes(*plain) > 1) scale_dtype_ = *plain;
     const auto count = static_cast<size_t>(segments_.groups());
@@ -236,6 +236,7 @@ class Encoder {
     constexpr float kTop = 448 * 6, kSmallest = 0x1p-126f, kNoScale = 0.125f;
     float most = 0;
     for (size_t g = 0; g < groups_.scale.size(); ++g) most = std::max(most, absmax(g));
+    most = std::max(most, largest_);
     groups_.global = 1.0f / std::max(most, kSmallest) * kTop;
     if (!std::isfinite(groups_.global)) groups_.global = 1;
     for (size_t g = 0; g < groups_.scale.size(); ++g) {
@@ -318,13 +319,15 @@ class Encoder {
   const Shape& shape_;
   WeightView weight_;
   Segments segments_;
+  float largest_;              ///< of all that is fused with it
   DType scale_dtype_ = dtype;  ///< of plain scales
   Groups groups_;
 };
 
 }  // namespace
 
-QuantizedTensor encode_compressed_tensors(const Scheme& scheme, const Shape& shape, WeightView weight) {
+QuantizedTensor encode_compressed_tensors_fused(const Scheme& scheme, const Shape& shape, WeightView weight,
+                                                float largest) {
   switch (weight.dtype) {
     case DType::f32:
     case DType::f16:
@@ -339,9 +342,13 @@ QuantizedTensor encode_compressed_tensors(const Scheme& scheme, const Shape& sha
   }
   const auto stored = dtype_of(*scheme.scale->scheme->element);
   const bool scales_alike = !stored || size_bytes(*stored) == 1 || *stored == weight.dtype;
-  if (scales_alike && weight.dtype == DType::bf16) return Encoder<DType::bf16>(scheme, shape, weight).run();
-  if (scales_alike && weight.dtype == DType::f16) return Encoder<DType::f16>(scheme, shape, weight).run();
-  return Encoder<DType::f32>(scheme, shape, weight).run();
+  if (scales_alike && weight.dtype == DType::bf16) return Encoder<DType::bf16>(scheme, shape, weight, largest).run();
+  if (scales_alike && weight.dtype == DType::f16) return Encoder<DType::f16>(scheme, shape, weight, largest).run();
+  return Encoder<DType::f32>(scheme, shape, weight, largest).run();
+}
+
+QuantizedTensor encode_compressed_tensors(const Scheme& scheme, const Shape& shape, WeightView weight) {
+  return encode_compressed_tensors_fused(scheme, shape, weight, 0);
 }
 
 }  // namespace bitwright

@@ -11,5 +11,8 @@ namespace bitwright {
 /// Throws Error{"not-finite"} with the position, Error{"scale-overflow"}, Error{"bad-tensor"} for a weight that is not
 /// f32, f16 or bf16.
 QuantizedTensor encode_compressed_tensors(const Scheme& scheme, const Shape& shape, WeightView weight);
+/// NVFP4's global scale for the larger of `largest` and what is in the weight, as llm-compressor shares it.
+QuantizedTensor encode_compressed_tensors_fused(const Scheme& scheme, const Shape& shape, WeightView weight,
+                                                float largest);
 
 }  // namespace bitwright

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <algorithm>
 #include <array>
 #include <nlohmann/json.hpp>
 
@@ -28,6 +29,17 @@ const Container* find_container(std::string_view name) {
   for (const Container* container : all_containers())
     if (container->name == name) return container;
   return nullptr;
+}
+
+bool has_inputs_first(const Json& config, std::string_view tensor) {
+  // Those of transformers' models that have Conv1D, and what they call it.
+  constexpr std::array<std::string_view, 4> kModels = {"gpt2", "openai-gpt", "imagegpt", "decision_transformer"};
+  constexpr std::array<std::string_view, 4> kEnds = {".c_attn.weight", ".q_attn.weight", ".c_proj.weight",
+                                                     ".c_fc.weight"};
+  const auto type = config.find("model_type");
+  if (type == config.end() || !type->is_string()) return false;
+  return std::ranges::find(kModels, type->get_ref<const std::string&>()) != kModels.end() &&
+         std::ranges::any_of(kEnds, [&](std::string_view end) { return tensor.ends_with(end); });
 }
 
 const Json& CheckpointView::document(std::string_view name) const {

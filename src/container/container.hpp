@@ -122,6 +122,15 @@ struct SchemeChoice {
   static constexpr std::string_view kWeightDtype = "weight";  ///< f32, f16 or bf16, as the weight is
 };
 
+/// What an owner does with a matrix that a model stores [inputs, outputs] (GPT-2's Conv1D), and nobody else does.
+enum class InputsFirst : uint8_t {
+  refused,     ///< it knows linear layers alone
+  as_it_is,    ///< a matrix like any other
+  transposed,  ///< quantizes and stores [outputs, inputs]
+};
+/// Is this tensor such a matrix? config: config.json.
+bool has_inputs_first(const Json& config, std::string_view tensor);
+
 /// One way of laying quantized tensors out as bytes: a row of a table, not a base class.
 struct Container {
   std::string_view name;      ///< as in --format; never renamed once released
@@ -172,6 +181,10 @@ struct Container {
   /// How the owner rounds a float weight to a scheme that fits, bit for bit: what rtn with the range minmax writes.
   /// Null: as scheme/ defines it. Throws what scheme/'s encode throws.
   QuantizedTensor (*encode)(const Scheme& scheme, const Shape& shape, WeightView weight) = nullptr;
+  /// The same with NVFP4's scale of the whole tensor for `largest`, the largest magnitude in all that engines make one
+  /// matrix of, as they take one such scale. Null: its tensors keep their own.
+  QuantizedTensor (*encode_fused)(const Scheme& scheme, const Shape& shape, WeightView weight, float largest) = nullptr;
+  InputsFirst inputs_first = InputsFirst::refused;
   std::string_view weights_format = "pt";     ///< "format" in the metadata of its safetensors
   std::span<const std::string_view> files{};  ///< JSON files beside config.json that say how a model is quantized
 };

@@ -97,7 +97,7 @@ uint8_t nvfp4_scale(float largest, float scale_2) {
 
 }  // namespace
 
-QuantizedTensor encode_nvfp4(const Scheme& scheme, const Shape& shape, WeightView weight) {
+QuantizedTensor encode_nvfp4(const Scheme& scheme, const Shape& shape, WeightView weight, float largest) {
   const RowGroups groups(scheme.scale->grouping, shape);
   std::vector<float> by = largest_magnitudes(groups, weight);
   const Scheme& stored = *scheme.scale->scheme;
@@ -110,7 +110,7 @@ QuantizedTensor encode_nvfp4(const Scheme& scheme, const Shape& shape, WeightVie
   scale->codes.resize(by.size());
   for (size_t m = 0; m < matrices; ++m) {
     const auto part = std::span(by).subspan(m * each, each);
-    scales_2[m] = nvfp4_scale_2(part.empty() ? 0 : *std::ranges::max_element(part));
+    scales_2[m] = nvfp4_scale_2(std::max(largest, part.empty() ? 0 : *std::ranges::max_element(part)));
     for (size_t g = m * each; g < (m + 1) * each; ++g) {
       const uint8_t code = nvfp4_scale(by[g], scales_2[m]);
       scale->codes[g] = static_cast<std::byte>(code);

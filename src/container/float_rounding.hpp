@@ -23,7 +23,8 @@ QuantizedTensor encode_fp8(const Scheme& scheme, const Shape& shape, WeightView 
 /// NVFP4 as ModelOpt rounds it (NVFP4QTensor): scale_2 = largest / (6 * 448), a group's scale = its largest /
 /// (6 * scale_2) in e4m3, at least 2^-9, 1 of zeros; codes of w / (scale * scale_2), ties to even.
 /// scheme: e2m1 in groups of 16 with e4m3 scales under one f32 a matrix. Throws Error{"not-finite"}.
-QuantizedTensor encode_nvfp4(const Scheme& scheme, const Shape& shape, WeightView weight);
+/// largest: of all that shares its scale of the whole tensor; 0: nothing else does.
+QuantizedTensor encode_nvfp4(const Scheme& scheme, const Shape& shape, WeightView weight, float largest = 0);
 
 /// MXFP4 as triton_kernels rounds it (downcast_to_mxfp, rounding scales up): the least power of two that brings a
 /// group's largest magnitude to 6 or less, 2^-127 of zeros; ties to even; -0 stays -0.

@@ -250,7 +250,7 @@ Fit fit(const Scheme& scheme, const Shape& shape) {
   const bool blocks = grouping.kind == Grouping::Kind::block, rows = grouping == Grouping::channel();
   if (!blocks && !rows && grouping.kind != Grouping::Kind::tensor)
     return impossible("fp8 has a scale a tensor, row or block");
-  if (rows && shape.size() != 2) return impossible("a scale a row is of matrices alone");
+  if (!blocks && shape.size() != 2) return impossible("transformers has stacked experts with scales of blocks alone");
   const Scheme& scales = *scheme.scale->scheme;
   const bool known = scales == plain(DType::f32) || scales == plain(DType::bf16) || scales == plain(DType::f16) ||
                      scales == plain(DType::f8_e8m0);

@@ -507,6 +507,7 @@ const Container gptq_container = {
     .fit_model = fit_model,
     .choices = kChoices,
     .encode = encode_gptq,
+    .inputs_first = InputsFirst::transposed,
     .files = kFiles};
 
 }  // namespace bitwright

@@ -342,10 +342,14 @@ Fp8Rule::Scale over_448(float largest, DType /*weight*/) {
 constexpr Fp8Rule kTensor = {.scale = over_448, .divides = true, .in_weight_type = true};
 constexpr Fp8Rule kParts = {.scale = over_448, .divides = true};
 
-QuantizedTensor encode(const Scheme& scheme, const Shape& shape, WeightView weight) {
-  if (is_fp4(scheme)) return encode_nvfp4(scheme, shape, weight);
+QuantizedTensor encode_fused(const Scheme& scheme, const Shape& shape, WeightView weight, float largest) {
+  if (is_fp4(scheme)) return encode_nvfp4(scheme, shape, weight, largest);
   const bool whole = scheme.scale->grouping.kind == Grouping::Kind::tensor;
   return encode_fp8(scheme, shape, weight, whole ? kTensor : kParts);
+}
+
+QuantizedTensor encode(const Scheme& scheme, const Shape& shape, WeightView weight) {
+  return encode_fused(scheme, shape, weight, 0);
 }
 
 /// As config_groups says it; null: floats.
@@ -420,6 +424,7 @@ const Container modelopt_container = {
     .choices = kChoices,
     .make_scheme = make_scheme,
     .encode = encode,
+    .encode_fused = encode_fused,
     .files = kFiles};
 
 }  // namespace bitwright

@@ -216,6 +216,7 @@ const Container native_container = {.name = "native",
                                     .pack = pack,
                                     .unpack = unpack,
                                     .write_metadata = write_metadata,
-                                    .by_rows = true};
+                                    .by_rows = true,
+                                    .inputs_first = InputsFirst::as_it_is};
 
 }  // namespace bitwright

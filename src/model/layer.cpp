@@ -41,23 +41,30 @@ std::vector<FeedForward> cut_stacks(WeightReader& reader, const ModelConfig& c, 
     const Shape shape = {c.experts, stored, columns};
     return Linear{reader.of_stack(base + name, static_cast<int64_t>(expert), shape, first, rows)};
   };
+  const auto cut_each = [&](const std::string& name, int64_t rows, int64_t columns, auto part) {
+    for (size_t i = 0; i < experts.size(); ++i) experts[i].*part = cut(name, i, rows, columns, 0, rows);
+  };
+  cut_each(places.all_down, c.hidden, width, &FeedForward::down);
+  if (places.all_gate_up.empty()) {
+    cut_each(places.all_gate, width, c.hidden, &FeedForward::gate);
+    cut_each(places.all_up, width, c.hidden, &FeedForward::up);
+    return experts;
+  }
   for (size_t i = 0; i < experts.size(); ++i) {
     experts[i].gate = cut(places.all_gate_up, i, 2 * width, c.hidden, 0, width);
     experts[i].up = cut(places.all_gate_up, i, 2 * width, c.hidden, width, width);
   }
-  for (size_t i = 0; i < experts.size(); ++i) experts[i].down = cut(places.all_down, i, c.hidden, width, 0, c.hidden);
   return experts;
 }
 
 Experts load_experts(WeightReader& reader, const ModelConfig& c, const std::string& base) {
   // As the checkpoint names them; if as none of the known ways, the first one's error says what is missing.
   const auto found = std::ranges::find_if(c.places.experts, [&](const TensorPlaces::Experts& places) {
-    const std::string first =
-        places.all_gate_up.empty() ? fmt::format(fmt::runtime(places.gate), 0) + ".weight" : places.all_gate_up;
-    return reader.has(base + first);
+    return reader.has(
+        base + (places.all_down.empty() ? fmt::format(fmt::runtime(places.down), 0) + ".weight" : places.all_down));
   });
   const TensorPlaces::Experts& places = found == c.places.experts.end() ? c.places.experts.front() : *found;
-  const auto load = places.all_gate_up.empty() ? load_modules : cut_stacks;
+  const auto load = places.all_down.empty() ? load_modules : cut_stacks;
   return {.router = reader.linear(base, {.name = places.router}, c.experts, c.hidden),
           .experts = load(reader, c, base, places)};
 }

@@ -26,7 +26,11 @@ ModelConfig configure(const Json& json, const std::string& where) {
        .gate = "block_sparse_moe.experts.{}.w1",
        .up = "block_sparse_moe.experts.{}.w3",
        .down = "block_sparse_moe.experts.{}.w2"},
-      {.router = "mlp.gate", .all_gate_up = "mlp.experts.gate_up_proj", .all_down = "mlp.experts.down_proj"}};
+      {.router = "mlp.gate", .all_gate_up = "mlp.experts.gate_up_proj", .all_down = "mlp.experts.down_proj"},
+      {.router = "block_sparse_moe.gate",
+       .all_gate = "block_sparse_moe.switch_mlp.gate_proj.weight",
+       .all_up = "block_sparse_moe.switch_mlp.up_proj.weight",
+       .all_down = "block_sparse_moe.switch_mlp.down_proj.weight"}};
   return c;
 }
 

@@ -51,9 +51,9 @@ struct TensorPlaces {
   MatrixPlace q, k, v, o;
   MatrixPlace gate, up, down;
   /// Routed experts: modules, "{}" in whose name stands for the expert's number; or one tensor of three dimensions for
-  /// all of them, gate above up, which is what a checkpoint may have instead.
+  /// all of them, gate above up or (MLX) each by itself, which is what a checkpoint may have instead.
   struct Experts {
-    std::string router{}, gate{}, up{}, down{}, all_gate_up{}, all_down{};
+    std::string router{}, gate{}, up{}, down{}, all_gate_up{}, all_gate{}, all_up{}, all_down{};
   };
   std::vector<Experts> experts{};  ///< as different versions of a checkpoint name them
 

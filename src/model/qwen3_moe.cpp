@@ -27,7 +27,11 @@ void set_experts(ModelConfig& c, const ConfigReader& config) {
        .gate = "mlp.experts.{}.gate_proj",
        .up = "mlp.experts.{}.up_proj",
        .down = "mlp.experts.{}.down_proj"},
-      {.router = "mlp.gate", .all_gate_up = "mlp.experts.gate_up_proj", .all_down = "mlp.experts.down_proj"}};
+      {.router = "mlp.gate", .all_gate_up = "mlp.experts.gate_up_proj", .all_down = "mlp.experts.down_proj"},
+      {.router = "mlp.gate",
+       .all_gate = "mlp.switch_mlp.gate_proj.weight",
+       .all_up = "mlp.switch_mlp.up_proj.weight",
+       .all_down = "mlp.switch_mlp.down_proj.weight"}};
 }
 
 ModelConfig configure(const Json& json, const std::string& where) {

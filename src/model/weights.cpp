@@ -151,12 +151,13 @@ PackedMatrix WeightReader::pack(const TensorEntry& entry, const Cut& cut) {
 Linear WeightReader::linear(const std::string& base, const MatrixPlace& place, int64_t rows, int64_t columns) {
   Cut cut = {.rows = Cut::range(0, rows),
              .stored = place.stored == 0 ? rows : place.stored,
-             .columns = columns,
-             .transposed = place.transposed};
+             .columns = columns};
   if (place.stored != 0)
     for (int64_t& row : cut.rows) row = place.first + row / place.run * place.step + row % place.run;
   const std::string name = prefix_ + base + place.name;
-  const Shape shape = place.transposed ? Shape{columns, cut.stored} : Shape{cut.stored, columns};
+  const TensorEntry* const entry = checkpoint_.find(name + ".weight");
+  cut.transposed = place.transposed && (entry == nullptr || !entry->transposed);
+  const Shape shape = cut.transposed ? Shape{columns, cut.stored} : Shape{cut.stored, columns};
   Linear linear = {.weight = pack(require(name + ".weight", shape), cut)};
   if (place.bias) {
     const std::vector<float> all = checkpoint_.read_f32(require(name + ".bias", {cut.stored}));

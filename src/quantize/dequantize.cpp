@@ -11,6 +11,7 @@
 #include "quantize/model_files.hpp"
 #include "quantize/quantize.hpp"
 #include "quantize/stream.hpp"
+#include "scheme/transposed.hpp"
 
 namespace bitwright {
 namespace {
@@ -47,7 +48,9 @@ class Plain {
     for (const TensorEntry& entry : source_.tensors()) {
       schemes += fmt::format("{} {}\n", entry.name, entry.quantized() ? to_json(entry.scheme).dump() : "plain");
       const size_t i = job.arrays.size();
-      job.arrays.push_back({{entry.name, becomes_float(entry) ? dtype_ : entry.dtype, entry.shape}});
+      Shape shape = entry.shape;
+      if (entry.transposed) std::swap(shape[0], shape[1]);
+      job.arrays.push_back({{entry.name, becomes_float(entry) ? dtype_ : entry.dtype, std::move(shape)}});
       for (const RowRange rows : entry.quantized() ? source_.row_pieces(entry) : element_pieces(entry.shape)) {
         const auto elements = static_cast<uint64_t>((rows.end - rows.begin) * width(entry));
         // Codes packed and not, floats, and what they become.
@@ -83,6 +86,7 @@ class Plain {
       }
     }
     if (becomes_float(entry)) check_finite(entry.name, dtype_, bytes, first);
+    if (entry.transposed) bytes = transposed(bytes, entry.shape[0], entry.shape[1], width_bytes);
     Produced produced;
     produced.slices.push_back(
         {.array = 0, .offset = static_cast<uint64_t>(first) * width_bytes, .data = std::move(bytes)});

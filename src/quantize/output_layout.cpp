@@ -10,8 +10,14 @@
 namespace bitwright {
 namespace {
 
-void check_fits(const StoredTensor& tensor, const Container& container) {
-  const Fit fit = container.fit(tensor.scheme, tensor.shape);
+Fit fit_of(const TensorFacts& tensor, const StoredTensor& stored, const Container& container) {
+  if (container.inputs_first == InputsFirst::refused && tensor.inputs_first)
+    return {Verdict::impossible, "it is stored [inputs, outputs], and its owner knows linear layers alone"};
+  return container.fit(stored.scheme, stored.shape);
+}
+
+void check_fits(const TensorFacts& facts, const StoredTensor& tensor, const Container& container) {
+  const Fit fit = fit_of(facts, tensor, container);
   if (fit.verdict == Verdict::impossible)
     throw Error({.code = "does-not-fit",
                  .what = "cannot quantize",
@@ -64,14 +70,24 @@ std::vector<TensorFacts> facts_of(const Checkpoint& source) {
                      .shape = entry.shape,
                      .is_float = info(entry.dtype).is_float,
                      .bytes = size_bytes(entry.dtype),
-                     .dtype = entry.dtype});
+                     .dtype = entry.dtype,
+                     .inputs_first = entry.shape.size() == 2 && has_inputs_first(source.config(), entry.name)});
   return facts;
 }
 
-StoredTensor stored_tensor(const TensorFacts& tensor, const TensorPlan& plan) {
+bool is_stored_transposed(const TensorFacts& tensor, const Container& container) {
+  return container.inputs_first == InputsFirst::transposed && tensor.inputs_first;
+}
+
+StoredTensor stored_tensor(const TensorFacts& tensor, const TensorPlan& plan, const Container& container) {
   const DType dtype = size_bytes(tensor.dtype) < 2 ? DType::f16 : tensor.dtype;  // which has every value of 8 bits
-  return {
-      .name = tensor.name, .shape = tensor.shape, .scheme = *plan.scheme, .value_dtype = dtype, .linear = plan.linear};
+  Shape shape = tensor.shape;
+  if (is_stored_transposed(tensor, container)) std::swap(shape[0], shape[1]);
+  return {.name = tensor.name,
+          .shape = std::move(shape),
+          .scheme = *plan.scheme,
+          .value_dtype = dtype,
+          .linear = plan.linear};
 }
 
 OutputLayout lay_out(std::span<const TensorFacts> source, const QuantizationRequest& request,
@@ -81,8 +97,8 @@ OutputLayout lay_out(std::span<const TensorFacts> source, const QuantizationRequ
   std::vector<StoredTensor> quantized;
   for (size_t i = 0; i < source.size(); ++i) {
     if (const TensorPlan& plan = layout.recipe.tensors[i]; plan.scheme) {
-      quantized.push_back(stored_tensor(source[i], plan));
-      check_fits(quantized.back(), container);
+      quantized.push_back(stored_tensor(source[i], plan, container));
+      check_fits(source[i], quantized.back(), container);
       layout.arrays.push_back(container.layout(quantized.back()));
     } else {
       layout.arrays.push_back({{source[i].name, source[i].dtype, source[i].shape}});
@@ -100,7 +116,7 @@ std::map<std::string, OrderedJson> metadata_of(std::span<const TensorFacts> sour
                                                const OrderedJson& record) {
   std::vector<StoredTensor> tensors;
   for (size_t i = 0; i < source.size(); ++i)
-    if (recipe.tensors[i].scheme) tensors.push_back(stored_tensor(source[i], recipe.tensors[i]));
+    if (recipe.tensors[i].scheme) tensors.push_back(stored_tensor(source[i], recipe.tensors[i], container));
   const std::vector<std::string> kept = kept_modules(source, recipe, config);
   std::map<std::string, OrderedJson> files;
   container.write_metadata({.tensors = tensors, .kept = kept, .record = record}, {.config = config, .files = files});

@@ -30,8 +30,11 @@ std::map<std::string, OrderedJson> metadata_of(std::span<const TensorFacts> sour
                                                const Container& container, OrderedJson config,
                                                const OrderedJson& record);
 
+/// Will the container store the transpose of this tensor of the source, where it is quantized?
+bool is_stored_transposed(const TensorFacts& tensor, const Container& container);
+
 /// A tensor of the source as it will be stored. Needs plan.scheme.
-StoredTensor stored_tensor(const TensorFacts& tensor, const TensorPlan& plan);
+StoredTensor stored_tensor(const TensorFacts& tensor, const TensorPlan& plan, const Container& container);
 
 /// What a recipe needs to know of the tensors.
 std::vector<TensorFacts> facts_of(const Checkpoint& source);

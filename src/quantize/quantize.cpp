@@ -19,11 +19,13 @@
 #include "engine/loads.hpp"
 #include "kernels/decode.hpp"
 #include "kernels/encode.hpp"
+#include "quantize/fused.hpp"
 #include "quantize/model_card.hpp"
 #include "quantize/model_files.hpp"
 #include "quantize/output_layout.hpp"
 #include "quantize/stream.hpp"
 #include "quantize/verify.hpp"
+#include "scheme/transposed.hpp"
 
 namespace bitwright {
 namespace {
@@ -122,7 +124,10 @@ class Pipeline {
   }
 
  private:
-  StoredTensor stored(size_t i) const { return stored_tensor(facts_[i], recipe_.tensors[i]); }
+  StoredTensor stored(size_t i) const { return stored_tensor(facts_[i], recipe_.tensors[i], *options_.container); }
+  bool is_transposed(size_t i) const {
+    return recipe_.tensors[i].scheme && is_stored_transposed(facts_[i], *options_.container);
+  }
 
   /// What is done to which part of which tensor, and what comes of it.
   void plan() {
@@ -147,11 +152,14 @@ class Pipeline {
   void add_pieces(size_t i) {
     const TensorEntry& entry = source_.tensors()[i];
     const bool quantized = recipe_.tensors[i].scheme.has_value();
-    for (const RowRange rows : quantized ? row_pieces(*options_.container, stored(i)) : element_pieces(entry.shape)) {
+    std::vector<RowRange> parts = {{0, row_count(entry.shape)}};
+    if (!is_transposed(i)) parts = quantized ? row_pieces(*options_.container, stored(i)) : element_pieces(entry.shape);
+    for (const RowRange rows : parts) {
       Piece piece = {.tensor = i, .rows = rows, .bytes = 0, .memory = 0};
       piece.bytes = static_cast<uint64_t>((rows.end - rows.begin) * width(piece)) * size_bytes(entry.dtype);
       piece.memory = quantized ? quantized_piece_memory((rows.end - rows.begin) * width(piece), entry.dtype)
                                : 2 * piece.bytes;  // the original's and the copy's, while they are compared
+      if (is_transposed(i)) piece.memory += piece.bytes;
       job_.pieces.push_back(piece);
     }
   }
@@ -190,6 +198,7 @@ class Pipeline {
   }
 
   void write_weights(Journal& journal) {
+    largest_ = fused_magnitudes(source_, recipe_);
     ShardWriter writer(staging_, shards_);
     const std::vector<SquaredError> errors = stream(job_, estimate_.piece_memory, writer, journal);
     writer.finish();
@@ -226,6 +235,8 @@ class Pipeline {
     try {
       // One damaged value would make the whole model useless, kept or quantized.
       if (info(entry.dtype).is_float) check_finite({entry.dtype, bytes}, piece.rows.begin * width(piece));
+      if (is_transposed(piece.tensor))
+        return quantized(piece, transposed(bytes, entry.shape[0], entry.shape[1], size_bytes(entry.dtype)));
       if (quantizes) return quantized(piece, bytes);
     } catch (const Error& error) {
       throw error.at(fmt::format("tensor '{}'", printable(entry.name)));
@@ -241,7 +252,9 @@ class Pipeline {
     const bool whole = piece.rows.begin == 0 && piece.rows.end == row_count(entry.shape);
     const StoredTensor all = stored(piece.tensor);
     const StoredTensor part = whole ? all : rows_of(all, piece.rows.begin, piece.rows.end);
-    const QuantizedTensor t = plan.algorithm->quantize(*plan.scheme, part.shape, {entry.dtype, bytes}, plan.options);
+    AlgorithmOptions options = plan.options;
+    if (!largest_.empty()) options.largest = largest_[piece.tensor];
+    const QuantizedTensor t = plan.algorithm->quantize(*plan.scheme, part.shape, {entry.dtype, bytes}, options);
     Produced produced = {.slices = {}, .error = squared_error({entry.dtype, bytes}, t)};
     std::vector<ArraySpec> before;
     if (!whole) before = options_.container->layout(rows_of(all, 0, piece.rows.begin));
@@ -397,7 +410,8 @@ class Pipeline {
   Estimate estimate_{};
   uint64_t bytes_out_ = 0;
   std::filesystem::path staging_;
-  std::string not_judged_;  ///< why, if it is known beforehand
+  std::vector<std::optional<float>> largest_;  ///< see fused_magnitudes
+  std::string not_judged_;                     ///< why, if it is known beforehand
   std::vector<LayerResult> layers_;
   OrderedJson engines_;
 };

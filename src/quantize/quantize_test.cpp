@@ -139,8 +139,8 @@ TEST_F(Quantize, FailuresLeaveNothing) {
 }
 
 TEST_F(Quantize, WhatTheOwnerWouldNotLoadIsRefusedBeforeTheWork) {
-  write_file(model() / "config.json", R"({"model_type": "gpt2"})");
-  SafetensorsWriter writer(model() / "model.safetensors", {{"h.0.attn.c_attn.weight", DType::f32, {2, 64}}});
+  write_file(model() / "config.json", R"({"model_type": "qwen3_moe"})");
+  SafetensorsWriter writer(model() / "model.safetensors", {{"mlp.experts.0.up_proj.weight", DType::f32, {2, 64}}});
   writer.add(std::vector<std::byte>(512));
   writer.finish();
   std::filesystem::create_directory(dir / ".out.partial");

@@ -14,6 +14,7 @@
 #include "model/model.hpp"
 #include "quantize/model_files.hpp"
 #include "quantize/stream.hpp"
+#include "scheme/transposed.hpp"
 #include "tokenizer/tokenizer.hpp"
 
 namespace bitwright {
@@ -46,6 +47,12 @@ int64_t affordable_windows(const Checkpoint& model) {
   return std::clamp<int64_t>(static_cast<int64_t>(windows), 1, kMostWindows);
 }
 
+Shape shape_in_model(const TensorEntry& entry) {
+  Shape shape = entry.shape;
+  if (entry.transposed) std::swap(shape[0], shape[1]);
+  return shape;
+}
+
 /// Every piece of a written model against the original's.
 class ReadBack {
  public:
@@ -55,7 +62,7 @@ class ReadBack {
            fmt::format("{} tensors, the original has {}", written.tensors().size(), source.tensors().size()));
     for (const TensorEntry& entry : source.tensors()) {
       const TensorEntry* found = written.find(entry.name);
-      if (found == nullptr || found->shape != entry.shape) fail(entry.name, "missing, or of another shape");
+      if (found == nullptr || shape_in_model(*found) != entry.shape) fail(entry.name, "missing, or of another shape");
       if (!found->quantized() && (found->dtype != entry.dtype || found->stored_bytes != entry.stored_bytes))
         fail(entry.name, "kept, but of another type");
       for (const RowRange rows : found->quantized() ? written.row_pieces(*found) : element_pieces(entry.shape))
@@ -92,7 +99,7 @@ class ReadBack {
 
   /// Elements of a row; a kept tensor's pieces are ranges of elements.
   static uint64_t width(const Piece& piece) {
-    return piece.found->quantized() && !piece.entry->shape.empty() ? static_cast<uint64_t>(piece.entry->shape.back())
+    return piece.found->quantized() && !piece.found->shape.empty() ? static_cast<uint64_t>(piece.found->shape.back())
                                                                    : 1;
   }
   static uint64_t bytes_of(const Piece& piece) {
@@ -113,8 +120,13 @@ class ReadBack {
         fail(piece.entry->name, "its bytes differ from the original's");
       return;
     }
-    piece.error = squared_error({piece.entry->dtype, original},
-                                written_.read_rows(*piece.found, piece.rows.begin, piece.rows.end));
+    const QuantizedTensor written = written_.read_rows(*piece.found, piece.rows.begin, piece.rows.end);
+    const Shape& shape = piece.entry->shape;
+    if (!piece.found->transposed)
+      piece.error = squared_error({piece.entry->dtype, original}, written);
+    else
+      piece.error = squared_error(
+          {piece.entry->dtype, transposed(original, shape[0], shape[1], size_bytes(piece.entry->dtype))}, written);
   }
 
   void check_layers(const std::vector<LayerResult>& layers) const {

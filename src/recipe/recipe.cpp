@@ -363,6 +363,7 @@ class Resolver {
     plan.algorithm = algorithm_of(settings);
     plan.options.range = r.range == "mse" ? RangeRule::mse : RangeRule::minmax;
     plan.options.owner = container_ != nullptr ? container_->encode : nullptr;
+    plan.options.fused = container_ != nullptr ? container_->encode_fused : nullptr;
     return plan;
   }
 

@@ -46,6 +46,7 @@ struct TensorFacts {
   bool is_float = true;
   size_t bytes = 2;  ///< of an element
   DType dtype = DType::bf16;
+  bool inputs_first = false;  ///< a matrix that is stored [inputs, outputs]
 };
 
 /// The reason why norms and biases are kept, which goes without saying.

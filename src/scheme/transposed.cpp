@@ -27,6 +27,16 @@ std::shared_ptr<const QuantizedTensor> transposed(const std::optional<Parameter>
 
 }  // namespace
 
+std::vector<std::byte> transposed(std::span<const std::byte> elements, int64_t rows, int64_t columns, size_t size) {
+  const auto height = static_cast<size_t>(rows), width = static_cast<size_t>(columns);
+  BW_ASSERT(elements.size() == height * width * size);
+  std::vector<std::byte> out(elements.size());
+  for (size_t r = 0; r < height; ++r)
+    for (size_t c = 0; c < width; ++c)
+      std::copy_n(elements.data() + (r * width + c) * size, size, out.data() + (c * height + r) * size);
+  return out;
+}
+
 Scheme transposed(const Scheme& scheme) {
   Scheme out = scheme;
   out.scale = transposed(scheme.scale);
@@ -36,13 +46,8 @@ Scheme transposed(const Scheme& scheme) {
 
 QuantizedTensor transposed(const QuantizedTensor& matrix) {
   BW_ASSERT(matrix.shape.size() == 2 && matrix.scheme.element->kind != ElementKind::block_code);
-  const auto rows = static_cast<size_t>(matrix.shape[0]), columns = static_cast<size_t>(matrix.shape[1]);
-  const size_t size = matrix.scheme.element->code_bytes();
   QuantizedTensor out = {.scheme = transposed(matrix.scheme), .shape = {matrix.shape[1], matrix.shape[0]}};
-  out.codes.resize(matrix.codes.size());
-  for (size_t r = 0; r < rows; ++r)
-    for (size_t c = 0; c < columns; ++c)
-      std::copy_n(&matrix.codes[(r * columns + c) * size], size, &out.codes[(c * rows + r) * size]);
+  out.codes = transposed(matrix.codes, matrix.shape[0], matrix.shape[1], matrix.scheme.element->code_bytes());
   out.scale = transposed(matrix.scheme.scale, matrix.scale);
   out.offset = transposed(matrix.scheme.offset, matrix.offset);
   return out;
