@@ -284,7 +284,7 @@ TEST(CompressedTensors, GroupsOfZerosHaveTheScaleOfTheirType) {
   values[63] = -3;
   values[16] = -0.0f;
   const auto first_scale = [&](const Variation& v, DType dtype) {
-    const QuantizedTensor t = encoded(stored_as(v, {1, 64}, dtype), values);
+    QuantizedTensor t = encoded(stored_as(v, {1, 64}, dtype), values);
     EXPECT_EQ(decode(t).at(0), 0.0f);
     EXPECT_EQ(decode(t).at(16), 0.0f);
     return t;
