@@ -149,9 +149,7 @@ PackedMatrix WeightReader::pack(const TensorEntry& entry, const Cut& cut) {
 }
 
 Linear WeightReader::linear(const std::string& base, const MatrixPlace& place, int64_t rows, int64_t columns) {
-  Cut cut = {.rows = Cut::range(0, rows),
-             .stored = place.stored == 0 ? rows : place.stored,
-             .columns = columns};
+  Cut cut = {.rows = Cut::range(0, rows), .stored = place.stored == 0 ? rows : place.stored, .columns = columns};
   if (place.stored != 0)
     for (int64_t& row : cut.rows) row = place.first + row / place.run * place.step + row % place.run;
   const std::string name = prefix_ + base + place.name;
