@@ -89,6 +89,9 @@ class Builder : public nlohmann::json_sax<T> {
 template <class T>
 T parse(std::string_view text, const std::string& where) {
   Builder<T> builder;
+  // The parser takes a NUL for the end of the text, whatever follows it.
+  if (const size_t at = text.find('\0'); at != std::string_view::npos)
+    fail(where, fmt::format("a NUL byte at byte {}", at));
   if (T::sax_parse(text, &builder)) return builder.take();
   if (!builder.problem().empty()) fail(where, builder.problem());
   const size_t at = std::min(builder.position(), text.size());

@@ -114,12 +114,7 @@ StoredTensor read_layer(const CheckpointView& checkpoint, const Settings& settin
                     .storage_dtype = DType::i32,
                     .arrays = {codes.name, zeros.name, scales.name},
                     .variant = settings.version};
-  for (const ArraySpec& expected : bitwright::layout(t)) {
-    const ArraySpec& found = checkpoint.arrays.at(expected.name);
-    if (found.dtype != expected.dtype || found.shape != expected.shape)
-      fail(fmt::format("array '{}' is {} {}, expected {} {}", printable(found.name), info(found.dtype).name,
-                       to_string(found.shape), info(expected.dtype).name, to_string(expected.shape)));
-  }
+  for (const ArraySpec& expected : bitwright::layout(t)) check_stored(checkpoint, name, expected);
   return t;
 }
 
@@ -133,12 +128,7 @@ std::vector<StoredTensor> list(const CheckpointView& checkpoint) {
 }
 
 QuantizedModel model(const CheckpointView& checkpoint) {
-  QuantizedModel found;
-  const Json skipped = config_of(checkpoint).value("modules_to_not_convert", Json());
-  if (skipped.is_array())
-    for (const Json& name : skipped)
-      if (name.is_string()) found.skipped.push_back(name.get<std::string>());
-  return found;
+  return {.skipped = string_list(config_of(checkpoint), "modules_to_not_convert")};
 }
 
 /// Scales and zero points of version gemv: rows of `from` elements cut or filled up with 0 to rows of `to`.

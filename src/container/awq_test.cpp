@@ -314,17 +314,6 @@ TEST(Awq, WhatDisagreesIsRefused) {
   }
 }
 
-// Each byte less, whatever it cuts.
-TEST(Awq, TruncatedFilesAreRefused) {
-  TemporaryDirectory directory;
-  written(scheme_of(Grouping::along(32)), {32, 32}).write(directory.path());
-  EXPECT_EQ(Checkpoint(directory.path()).tensors().size(), 1u);
-  for (auto length = std::filesystem::file_size(directory / "model.safetensors"); length-- > 0;) {
-    std::filesystem::resize_file(directory / "model.safetensors", length);
-    check_refused([&] { const Checkpoint refused(directory.path()); });
-  }
-}
-
 TEST(Awq, WhatHalfCannotHoldIsRefused) {
   const auto refused = [](size_t at, float value) {
     std::vector<float> values = random_values({64, 128});

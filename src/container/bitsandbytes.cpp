@@ -24,7 +24,7 @@ namespace {
 
 constexpr std::string_view kState = ".quant_state.bitsandbytes__";
 constexpr std::array<std::string_view, 2> kTypes = {"nf4", "fp4"};
-constexpr std::string_view kWeight = ".weight", kRowMaxima = ".SCB", kFormat = ".weight_format";
+constexpr std::string_view kRowMaxima = "SCB", kFormat = "weight_format";
 constexpr int64_t kMaxBlock = 4096;
 constexpr int64_t kUsualBlock = 64, kUsualNestedBlock = 256;
 constexpr float kUsualThreshold = 6;               ///< transformers' default
@@ -48,10 +48,6 @@ Scheme int8_scheme() {
           .factor = kOver127};
 }
 bool is_int8(const Scheme& scheme) { return scheme.element->kind == ElementKind::integer; }
-
-std::string layer_of(std::string_view weight) {
-  return std::string(weight.ends_with(kWeight) ? weight.substr(0, weight.size() - kWeight.size()) : weight);
-}
 
 bool is_nested(const Scheme& scheme) { return !scheme.scale->scheme->is_plain(); }
 
@@ -110,9 +106,7 @@ void check_map(const CheckpointView& checkpoint, const std::string& name, const 
 void check_array(const CheckpointView& checkpoint, const std::string& name, const ArraySpec& expected) {
   const ArraySpec& found = need_array(checkpoint, name, expected.name);
   if (found.dtype != expected.dtype || element_count(found.shape) != element_count(expected.shape))
-    bad_container(checkpoint, name,
-                  fmt::format("array '{}' is {} {}, expected {} {}", printable(expected.name), info(found.dtype).name,
-                              to_string(found.shape), info(expected.dtype).name, to_string(expected.shape)));
+    wrong_array(checkpoint, name, found, expected);
 }
 
 std::vector<ArraySpec> layout_with_state(const StoredTensor& t, int64_t state_bytes) {
@@ -182,16 +176,14 @@ void for_each_state(const CheckpointView& checkpoint, const Visit& visit) {
 template <class Visit>
 void for_each_int8(const CheckpointView& checkpoint, const Visit& visit) {
   for (const auto& [array, spec] : checkpoint.arrays)
-    if (array.ends_with(kRowMaxima))
-      visit(array.substr(0, array.size() - kRowMaxima.size()));
-    else if (array == kRowMaxima.substr(1))
+    if (array == kRowMaxima)
       visit(std::string());
+    else if (array.ends_with("." + std::string(kRowMaxima)))
+      visit(array.substr(0, array.size() - kRowMaxima.size() - 1));
 }
 
 bool declares(const CheckpointView& checkpoint) {
-  const auto config = checkpoint.config.find("quantization_config");
-  return config != checkpoint.config.end() && config->is_object() &&
-         config->value("quant_method", Json()) == "bitsandbytes";
+  return quantization_config(checkpoint).value("quant_method", Json()) == "bitsandbytes";
 }
 
 bool detect(const CheckpointView& checkpoint) {
@@ -202,12 +194,9 @@ bool detect(const CheckpointView& checkpoint) {
 }
 
 std::vector<ArraySpec> int8_layout(const StoredTensor& t) {
-  const std::string layer = layer_of(t.name);
-  const std::string prefix = layer == t.name ? "" : layer;
+  const std::string layer = layer_of(t.name), format = member(layer, kFormat);
   std::vector<ArraySpec> specs = {{t.name, DType::i8, t.shape},
-                                  {prefix + std::string(kRowMaxima), DType::f32, {t.shape.front()}}};
-  if (prefix.empty()) specs.back().name = kRowMaxima.substr(1);
-  const std::string format = prefix.empty() ? std::string(kFormat.substr(1)) : prefix + std::string(kFormat);
+                                  {member(layer, kRowMaxima), DType::f32, {t.shape.front()}}};
   const bool is_new = t.arrays.empty();
   if (is_new || std::ranges::find(t.arrays, format) != t.arrays.end())
     specs.push_back({.name = format, .dtype = DType::u8, .shape = {}, .row_axis = ArraySpec::kNoRows});
@@ -216,21 +205,22 @@ std::vector<ArraySpec> int8_layout(const StoredTensor& t) {
 
 float threshold_of(const CheckpointView& checkpoint) {
   if (!declares(checkpoint)) return kUsualThreshold;
-  const Json threshold = checkpoint.config["quantization_config"].value("llm_int8_threshold", Json());
+  const Json threshold = quantization_config(checkpoint).value("llm_int8_threshold", Json());
   return threshold.is_number() ? threshold.get<float>() : kUsualThreshold;
 }
 
 StoredTensor read_int8(const CheckpointView& checkpoint, const std::string& layer) {
-  const std::string name = layer.empty() ? "weight" : layer + std::string(kWeight);
+  const std::string name = member(layer, "weight");
   const ArraySpec& weight = need_array(checkpoint, name, name);
   if (weight.dtype != DType::i8 || weight.shape.size() != 2)
     bad_container(
         checkpoint, name,
         fmt::format("LLM.int8 stores a matrix of I8, this is {} {}", info(weight.dtype).name, to_string(weight.shape)));
+  if (element_count(weight.shape) == 0) bad_container(checkpoint, name, "it is empty");
   StoredTensor t = {.name = name, .shape = weight.shape, .scheme = int8_scheme(), .value_dtype = DType::f16};
   t.linear.outlier_threshold = threshold_of(checkpoint);
   for (const ArraySpec& spec : int8_layout(t)) {
-    if (spec.name.ends_with("weight_format") && !checkpoint.arrays.contains(spec.name)) continue;
+    if (spec.name.ends_with(kFormat) && !checkpoint.arrays.contains(spec.name)) continue;
     check_array(checkpoint, name, spec);
     t.arrays.push_back(spec.name);
   }
@@ -254,13 +244,8 @@ std::vector<StoredTensor> list(const CheckpointView& checkpoint) {
 }
 
 QuantizedModel model(const CheckpointView& checkpoint) {
-  QuantizedModel found;
-  if (!declares(checkpoint)) return found;
-  const Json skipped = checkpoint.config["quantization_config"].value("llm_int8_skip_modules", Json());
-  if (skipped.is_array())
-    for (const Json& name : skipped)
-      if (name.is_string()) found.skipped.push_back(name.get<std::string>());
-  return found;
+  if (!declares(checkpoint)) return {};
+  return {.skipped = string_list(quantization_config(checkpoint), "llm_int8_skip_modules")};
 }
 
 Fit fit(const Scheme& scheme, const Shape& shape) {

@@ -436,25 +436,6 @@ TEST(Bitsandbytes, DamagedStatesAreRefused) {
   EXPECT_EQ(replaced("\"nested_offset\": ", "\"nested_offset\": 1e99, \"x\": "), "bad-container");
 }
 
-// Each byte less, whatever it cuts: header, weights, tables, state.
-TEST(Bitsandbytes, TruncatedFilesAreRefused) {
-  for (const Scheme& scheme : {four_bits("nf4", 64, true), eight_bits()}) {
-    const Files good = written(scheme, {2, 64});
-    TemporaryDirectory directory;
-    write_file(directory / "config.json", R"({"quantization_config": {"quant_method": "bitsandbytes"}})");
-    std::vector<ArraySpec> specs;
-    for (const auto& [name, spec] : good.arrays) specs.push_back(spec);
-    SafetensorsWriter writer(directory / "model.safetensors", specs);
-    for (const auto& [name, spec] : good.arrays) writer.add(good.data.at(name));
-    writer.finish();
-    EXPECT_EQ(Checkpoint(directory.path()).tensors().size(), 1u);
-    for (auto length = std::filesystem::file_size(directory / "model.safetensors"); length-- > 0;) {
-      std::filesystem::resize_file(directory / "model.safetensors", length);
-      check_refused([&] { const Checkpoint refused(directory.path()); });
-    }
-  }
-}
-
 TEST(Bitsandbytes, ConfigurationSaysWhatTheLayersHave) {
   const StoredTensor four = stored_as(four_bits("nf4", 64, true), {4, 64}, DType::bf16);
   const StoredTensor eight = stored_as(eight_bits(), {4, 64}, DType::f16);

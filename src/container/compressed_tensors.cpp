@@ -14,6 +14,7 @@
 #include "container/compressed_tensors_config.hpp"
 #include "container/compressed_tensors_rounding.hpp"
 #include "container/container.hpp"
+#include "container/stored_arrays.hpp"
 
 namespace bitwright {
 namespace {
@@ -311,11 +312,6 @@ std::vector<NamedArray> pack(const StoredTensor& t, const QuantizedTensor& value
   return arrays;
 }
 
-std::shared_ptr<QuantizedTensor> numbers(const Scheme& scheme, const Shape& shape, std::span<const std::byte> data) {
-  return std::make_shared<QuantizedTensor>(
-      QuantizedTensor{.scheme = scheme, .shape = shape, .codes = {data.begin(), data.end()}});
-}
-
 QuantizedTensor unpack(const StoredTensor& t, const CheckpointView& checkpoint) {
   const std::string prefix = prefix_of(t);
   const auto bytes = [&](std::string_view suffix) { return checkpoint.bytes(prefix + std::string(suffix)); };
@@ -408,7 +404,7 @@ class ModuleReader {
     if (nested != (arguments.strategy == "tensor_group")) fail("its scales have no global scale");
     if (nested && !(arguments.is_float && arguments.bits == 4)) fail("only 4-bit floats have global scales");
     if (arguments.power_scales && !arguments.is_float) fail("weight_scale is uint8, of integers");
-    const bool plain_float = scales == DType::f32 || scales == DType::f16 || scales == DType::bf16;
+    const bool plain_float = is_plain_float(scales);
     if (!nested && !arguments.power_scales && !plain_float) fail(fmt::format("weight_scale is {}", info(scales).name));
     if (arguments.is_float && arguments.bits == 4 && plain_float) fail("scales of 4-bit floats have 8 bits");
     if (arguments.indexed && (!has(kIndex) || is_unused(kIndex))) arguments.indexed = false;
@@ -477,8 +473,7 @@ class ModuleReader {
   std::shared_ptr<const QuantizedTensor> small(const std::string& suffix) const {
     const ArraySpec& spec = need(suffix);
     const bool is_zero = suffix.ends_with(kActivationZero);
-    const bool plain_float = info(spec.dtype).is_float && size_bytes(spec.dtype) >= 2 && spec.dtype != DType::f64;
-    if (is_zero ? spec.dtype != DType::i8 : !plain_float)
+    if (is_zero ? spec.dtype != DType::i8 : !is_plain_float(spec.dtype))
       fail(fmt::format("array '{}' is {}", printable(spec.name), info(spec.dtype).name));
     if (element_count(spec.shape) != 1)
       fail(fmt::format("array '{}' has shape {}, one number is known", printable(spec.name), to_string(spec.shape)));
@@ -502,11 +497,7 @@ class ModuleReader {
     if (const Fit fits = fit(tensor_.scheme, tensor_.shape); fits.verdict == Verdict::impossible) fail(fits.reason);
     std::vector<std::string> names;
     for (const ArraySpec& spec : layout(tensor_)) {
-      const ArraySpec& found = need_array(checkpoint_, tensor_.name, spec.name);
-      const bool same = found.shape == spec.shape || (found.shape.empty() && spec.shape == Shape{1});
-      if (found.dtype != spec.dtype || !same)
-        fail(fmt::format("array '{}' is {} {}, expected {} {}", printable(spec.name), info(found.dtype).name,
-                         to_string(found.shape), info(spec.dtype).name, to_string(spec.shape)));
+      check_stored(checkpoint_, tensor_.name, spec);
       names.push_back(spec.name);
     }
     tensor_.arrays = std::move(names);
@@ -522,14 +513,8 @@ class ModuleReader {
 
   /// The model's type; where it says none, that of the scales.
   DType value_dtype() const {
-    for (const char* key : {"torch_dtype", "dtype"}) {
-      const auto found = checkpoint_.config.find(key);
-      if (found == checkpoint_.config.end() || !found->is_string()) continue;
-      const auto dtype = dtype_from_name(found->get_ref<const std::string&>());
-      if (dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16) return *dtype;
-    }
-    const auto scales = dtype_of(*tensor_.scheme.scale->scheme->element);
-    return scales && size_bytes(*scales) > 1 ? *scales : DType::bf16;
+    const Scheme& scales = *tensor_.scheme.scale->scheme;
+    return model_dtype(checkpoint_.config, is_plain_float(scales) ? *dtype_of(*scales.element) : DType::bf16);
   }
 
   const CheckpointView& checkpoint_;
@@ -624,9 +609,7 @@ Fit fit(const Scheme& scheme, const Shape& shape) {
     return impossible("compressed-tensors holds integers, e4m3, NVFP4, MXFP4 and MXFP8");
   Fit kind = is_integer(scheme) ? fit_integer(scheme) : fit_float(scheme);
   if (kind.verdict == Verdict::impossible) return kind;
-  const Scheme& scales = *scheme.scale->scheme;
-  const bool plain_float = scales == plain(DType::f32) || scales == plain(DType::f16) || scales == plain(DType::bf16);
-  if (!plain_float && !has_power_scales(scheme) && !(is_fp4(scheme) && is_nested(scheme)))
+  if (!is_plain_float(*scheme.scale->scheme) && !has_power_scales(scheme) && !(is_fp4(scheme) && is_nested(scheme)))
     return impossible("compressed-tensors stores scales as float32, float16 or bfloat16");
   if (has_power_scales(scheme) && is_integer(scheme)) return impossible("integers have no power-of-two scales");
   return fit_shape(scheme, shape);
@@ -714,9 +697,7 @@ Scheme scheme_of(const SchemeChoice& choice, DType weight) {
                            .power_scales = micro};
   if (nvidia && a.strategy == "group") a.strategy = "tensor_group";
   if (four) a.bits = 4;
-  const DType fallback = weight == DType::f32 || weight == DType::bf16 ? weight : DType::f16;
-  const auto named = dtype_from_name(choice.scale_dtype);
-  Scheme scheme = a.scheme(named.value_or(fallback));
+  Scheme scheme = a.scheme(scale_dtype_of(choice, weight));
   // Which `fit` refuses.
   if (choice.quant_type == "e5m2") scheme.element = &float_element(DType::f8_e5m2);
   if (choice.granularity == "flat") scheme.scale->grouping = Grouping::flat(choice.group_size);

@@ -10,6 +10,7 @@
 
 #include "base/error.hpp"
 #include "base/threads.hpp"
+#include "container/small_floats.hpp"
 #include "scheme/range.hpp"
 
 namespace bitwright {
@@ -19,39 +20,11 @@ constexpr size_t kChunk = size_t{1} << 16;  ///< elements a task works on
 constexpr float kRound = 12582912.0f;       ///< 1.5 * 2^23: adding it rounds to an integer, ties to even
 constexpr float kLargest = std::numeric_limits<float>::max();
 
-/// The result of one operation as a tensor of this type would hold it.
-template <DType dtype>
-float rounded(float value) {
-  if constexpr (dtype == DType::bf16) {
-    const auto bits = std::bit_cast<uint32_t>(value);
-    return std::bit_cast<float>((bits + 0x7fffu + (bits >> 16 & 1)) & 0xffff0000u);
-  } else if constexpr (dtype == DType::f16) {
-    return f16_to_f32(f32_to_f16(value));
-  } else {
-    return value;
-  }
-}
-
 /// What a scale of 0 is replaced by: torch.finfo(dtype).eps.
 float epsilon(DType dtype) { return dtype == DType::bf16 ? 0x1p-7f : dtype == DType::f16 ? 0x1p-10f : 0x1p-23f; }
 
-/// e4m3 of a value in [-448, 448], ties to even, without branches.
-uint8_t to_e4m3(float value) {
-  const auto bits = std::bit_cast<uint32_t>(value);
-  const uint32_t magnitude = bits & 0x7fffffffu;
-  constexpr uint32_t kBias = (127 - 7) << 3, kSmallestNormal = 0x3c800000u;  // 2^-6
-  const uint32_t normal = ((magnitude + 0x7ffffu + (magnitude >> 20 & 1)) >> 20) - kBias;
-  const uint32_t subnormal = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 512.0f + kRound) & 0xffu;
-  return static_cast<uint8_t>((magnitude < kSmallestNormal ? subnormal : normal) | (bits >> 24 & 0x80u));
-}
-
 /// The definition of float4_e2m1's nearest, in vectors.
-uint8_t to_e2m1(float value) {
-  const float m = std::fabs(value);
-  const int code = (m > 0.25f ? 1 : 0) + (m >= 0.75f ? 1 : 0) + (m > 1.25f ? 1 : 0) + (m >= 1.75f ? 1 : 0) +
-                   (m > 2.5f ? 1 : 0) + (m >= 3.5f ? 1 : 0) + (m > 5.0f ? 1 : 0) + (value < 0 ? 8 : 0);
-  return static_cast<uint8_t>(code);
-}
+uint8_t to_e2m1(float value) { return static_cast<uint8_t>(to_e2m1_magnitude(std::fabs(value)) | (value < 0 ? 8 : 0)); }
 
 /// Every row is cut into segments whose elements share their parameters.
 struct Segments {

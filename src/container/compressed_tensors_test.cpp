@@ -445,21 +445,6 @@ TEST(CompressedTensors, DamagedConfigurationsAreRefused) {
   EXPECT_EQ(with(blocks, R"("block_structure":[32,32])", R"("block_structure":"32x")"), "bad-container");
 }
 
-// Each byte less, whatever it cuts.
-TEST(CompressedTensors, TruncatedFilesAreRefused) {
-  for (const Variation& v : {kPackedAsymmetric, kNvfp4, Variation{choice("int", 8, false, "channel"), false},
-                             Variation{choice("e4m3", 8, true, "tensor")}, Variation{choice("mxfp4", 4)}}) {
-    TemporaryDirectory directory;
-    written(v, {2, 32}).write(directory.path());
-    const std::string whole = read_file(directory / "model.safetensors");
-    EXPECT_EQ(Checkpoint(directory.path()).tensors().size(), 1u);
-    for (size_t length = 0; length < whole.size(); ++length) {
-      write_file(directory / "model.safetensors", whole.substr(0, length));
-      check_refused([&] { const Checkpoint refused(directory.path()); });
-    }
-  }
-}
-
 void retyped(const Variation& v, const std::string& suffix, DType dtype) {
   MemoryCheckpoint files = written(v);
   files.arrays.at("model.layers.0.mlp.up_proj." + suffix).dtype = dtype;

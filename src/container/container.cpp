@@ -61,6 +61,8 @@ const ArraySpec& need_array(const CheckpointView& checkpoint, const std::string&
   const auto found = checkpoint.arrays.find(array);
   if (found == checkpoint.arrays.end())
     bad_container(checkpoint, tensor, fmt::format("array '{}' is missing", printable(array)));
+  if (const BlockType* block = found->second.block; block != nullptr)
+    bad_container(checkpoint, tensor, fmt::format("array '{}' is of GGUF's type {}", printable(array), block->name));
   return found->second;
 }
 

@@ -37,10 +37,10 @@ Arrays make_arrays(const std::string& state) {
   add(arrays, "m.weight", DType::u32, {2, 8});
   add(arrays, "m.scales", DType::bf16, {2, 2});
   add(arrays, "m.biases", DType::bf16, {2, 2});
-  for (const char* layer : {"x", "y", "z"}) {  // of MLX: mxfp4 and mxfp8, nvfp4, nvfp4 under a global scale
-    const std::string name = layer;
+  // Of MLX: mxfp8, mxfp4, nvfp4, nvfp4 under a global scale.
+  for (const auto& [name, groups] : std::map<std::string, int64_t>{{"u", 1}, {"x", 2}, {"y", 4}, {"z", 4}}) {
     add(arrays, name + ".weight", DType::u32, {2, 8});
-    add(arrays, name + ".scales", DType::u8, {2, name == "x" ? 2 : 4});
+    add(arrays, name + ".scales", DType::u8, {2, groups});
   }
   add(arrays, "z.global_scale", DType::f32, {});
   add(arrays, "b", DType::u8, {64, 1});
@@ -159,6 +159,19 @@ Arrays make_hqq_and_quanto() {
   return arrays;
 }
 
+/// As a GGUF file may have them under any name: blocks, which other containers must not take for bytes.
+Arrays in_blocks(Arrays arrays) {
+  static constexpr BlockType kQ4 = {.name = "Q4_0", .elements = 32, .bytes = 18};
+  for (auto& [name, array] : arrays) {
+    auto& [spec, bytes] = array;
+    if (spec.dtype != DType::u8 || element_count(spec.shape) % kQ4.elements != 0) continue;
+    if (spec.shape.back() % kQ4.elements != 0) spec.shape = {element_count(spec.shape)};  // rows of whole blocks
+    spec.block = &kQ4;
+    bytes = std::vector<std::byte>(spec.bytes(), std::byte{1});  // of its own size: reading past its end is seen
+  }
+  return arrays;
+}
+
 /// What is said beside the weights.
 struct Said {
   Json config, metadata, values = Json::object();
@@ -218,9 +231,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const Said said = parse(lines[0], lines[1], lines[3]);
     if (!are_objects(said)) return 0;
     for (const Arrays& arrays :
-         {make_arrays(lines[2]), make_gptq(lines[2]), make_awq(false), make_awq(true), make_compressed_tensors(),
-          make_fp8(), make_modelopt(false, false), make_modelopt(true, false), make_modelopt(false, true), make_mxfp4(),
-          make_hqq_and_quanto()})
+         {make_arrays(lines[2]), in_blocks(make_arrays(lines[2])), in_blocks(make_compressed_tensors()),
+          in_blocks(make_hqq_and_quanto()), in_blocks(make_mxfp4()), make_gptq(lines[2]), make_awq(false),
+          make_awq(true), make_compressed_tensors(), make_fp8(), make_modelopt(false, false),
+          make_modelopt(true, false), make_modelopt(false, true), make_mxfp4(), make_hqq_and_quanto()})
       read_all(arrays, said);
   } catch (const Error&) {
   }

@@ -35,10 +35,9 @@ bool is_fp8(DType dtype) { return dtype == DType::f8_e4m3 || dtype == DType::f8_
 
 /// quantization_config where it is of this kind; null otherwise.
 const Json* declared(const CheckpointView& checkpoint) {
-  const auto config = checkpoint.config.find("quantization_config");
-  if (config == checkpoint.config.end() || !config->is_object()) return nullptr;
-  const Json method = config->value("quant_method", Json());
-  return method == kFp8 || method == kFbgemm ? &*config : nullptr;
+  const Json& config = quantization_config(checkpoint);
+  const Json method = config.value("quant_method", Json());
+  return method == kFp8 || method == kFbgemm ? &config : nullptr;
 }
 
 bool stores(const StoredTensor& t, const std::string& array) {
@@ -286,8 +285,7 @@ Scheme scheme_of(const SchemeChoice& choice, DType weight) {
   if (choice.granularity == "channel") grouping = Grouping::channel();
   if (choice.granularity == "block")
     grouping = {.kind = Grouping::Kind::block, .block_rows = choice.group_size, .block_columns = choice.group_size};
-  const DType scales = dtype_from_name(choice.scale_dtype).value_or(weight);
-  Scheme stored = plain(scales);
+  Scheme stored = plain(scale_dtype_of(choice, weight));
   if (choice.nested_scales) stored.scale = parameter(Grouping::tensor(), plain(DType::f32));  // likewise
   return {.element = &float_element(DType::f8_e4m3), .scale = parameter(grouping, std::move(stored))};
 }

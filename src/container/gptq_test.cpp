@@ -531,17 +531,6 @@ TEST(Gptq, OverridesOfLayersAreRead) {
   EXPECT_EQ(gptq().model(files.view()).skipped, std::vector<std::string>{R"(.*\.gate)"});
 }
 
-// Each byte less, whatever it cuts.
-TEST(Gptq, TruncatedFilesAreRefused) {
-  TemporaryDirectory directory;
-  written(scheme_of(4, true, Grouping::along(32)), {32, 32}).write(directory.path());
-  EXPECT_EQ(Checkpoint(directory.path()).tensors().size(), 1u);
-  for (auto length = std::filesystem::file_size(directory / "model.safetensors"); length-- > 0;) {
-    std::filesystem::resize_file(directory / "model.safetensors", length);
-    check_refused([&] { const Checkpoint refused(directory.path()); });
-  }
-}
-
 TEST(Gptq, NotFiniteIsRefusedWithItsPosition) {
   for (const bool symmetric : {true, false})
     for (const float bad : {NAN, INFINITY, -INFINITY}) {

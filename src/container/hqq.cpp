@@ -77,15 +77,6 @@ Scheme make_scheme(int bits, const Grouping& grouping, DType scale, DType zero) 
           .offset = parameter(grouping, plain(zero))};
 }
 
-std::string layer_of(std::string_view weight) {
-  constexpr std::string_view kWeight = ".weight";
-  if (weight == kWeight.substr(1)) return "";
-  return std::string(weight.ends_with(kWeight) ? weight.substr(0, weight.size() - kWeight.size()) : weight);
-}
-std::string member(const std::string& layer, std::string_view name) {
-  return layer.empty() ? std::string(name) : fmt::format("{}.{}", layer, name);
-}
-
 // ---- what stands beside the codes ----
 
 template <class T>
@@ -153,8 +144,9 @@ class Layer {
     return nullptr;
   }
   const ArraySpec& need(std::string_view name) const {
-    if (const ArraySpec* found = find(name)) return *found;
-    return need_array(checkpoint_, name_, member(layer_, name));
+    const std::string own = member(layer_, name), older = member(layer_, std::string(kOldMeta) + std::string(name));
+    const bool is_older = !checkpoint_.arrays.contains(own) && checkpoint_.arrays.contains(older);
+    return need_array(checkpoint_, name_, is_older ? older : own);
   }
   /// What an array or a value says: numbers and truths as numbers, texts, lists; null: it is not there.
   Json fact(std::string_view name) const;
@@ -225,6 +217,7 @@ std::optional<std::string> Layer::text(std::string_view name) const {
 int Layer::read_bits() const {
   const double bits = number("nbits").value_or(kTernary);
   constexpr double kNear = 0.005;
+  if (std::isnan(bits)) fail("'nbits' is no number");
   const int whole = std::fabs(bits - kTernary) < kNear ? 2 : static_cast<int>(std::clamp(bits, 0.0, 9.0));
   const bool is_ternary = whole == 2 && bits != 2;
   if (!known_bits(whole) || (!is_ternary && bits != whole))
@@ -277,8 +270,7 @@ void Layer::check_codes(const StoredTensor& t) const {
   if (found.dtype != expected.dtype || found.shape != expected.shape ||
       static_cast<int64_t>(found.bytes()) !=
           parts.packed_rows(grid.rows) * grid.columns * static_cast<int64_t>(parts.word_bytes))
-    fail(fmt::format("'{}' is {} {}, expected {} {}", kCodes, info(found.dtype).name, to_string(found.shape),
-                     info(expected.dtype).name, to_string(expected.shape)));
+    wrong_array(checkpoint_, name_, found, expected);
 }
 
 StoredTensor Layer::read() const {
@@ -288,7 +280,7 @@ StoredTensor Layer::read() const {
   const int bits = read_bits();
   const ArraySpec &scale = need(kScale), &zero = need(kZero);
   for (const ArraySpec* parameter : {&scale, &zero})
-    if (!info(parameter->dtype).is_float || size_bytes(parameter->dtype) > 4 || size_bytes(parameter->dtype) < 2)
+    if (!is_plain_float(parameter->dtype))
       fail(fmt::format("'{}' is {}", printable(parameter->name), info(parameter->dtype).name));
   t.scheme = make_scheme(bits, read_grouping(t.shape), scale.dtype, zero.dtype);
   for (const ArraySpec* parameter : {&scale, &zero})
@@ -338,19 +330,7 @@ std::vector<StoredTensor> list(const CheckpointView& checkpoint) {
 }
 
 QuantizedModel model(const CheckpointView& checkpoint) {
-  QuantizedModel found;
-  const auto declared = checkpoint.config.find("quantization_config");
-  if (declared == checkpoint.config.end() || !declared->is_object()) return found;
-  const Json skipped = declared->value("skip_modules", Json());
-  if (skipped.is_array())
-    for (const Json& name : skipped)
-      if (name.is_string()) found.skipped.push_back(name.get<std::string>());
-  return found;
-}
-
-bool is_plain_float(const Scheme& scheme) {
-  const auto dtype = dtype_of(*scheme.element);
-  return scheme.is_plain() && (dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16);
+  return {.skipped = string_list(quantization_config(checkpoint), "skip_modules")};
 }
 
 Fit fit(const Scheme& scheme, const Shape& shape) {
@@ -406,9 +386,7 @@ std::vector<NamedArray> pack(const StoredTensor& t, const QuantizedTensor& value
 
 std::shared_ptr<const QuantizedTensor> unpack_parameter(const StoredTensor& t, const Parameter& parameter,
                                                         std::span<const std::byte> data) {
-  return std::make_shared<const QuantizedTensor>(QuantizedTensor{.scheme = *parameter.scheme,
-                                                                 .shape = parameter_shape(parameter.grouping, t.shape),
-                                                                 .codes = {data.begin(), data.end()}});
+  return numbers(*parameter.scheme, parameter_shape(parameter.grouping, t.shape), data);
 }
 
 QuantizedTensor unpack(const StoredTensor& t, const CheckpointView& checkpoint) {
@@ -435,9 +413,7 @@ Scheme scheme_of(const SchemeChoice& choice, DType weight) {
   const bool grouped = choice.granularity == "group" || choice.granularity == "flat";
   if (choice.symmetric || choice.nested_scales || (!grouped && choice.granularity != "tensor"))
     return {.element = &integer_element(choice.bits, choice.symmetric)};  // which `fit` refuses
-  const DType own = weight == DType::f32 || weight == DType::bf16 ? weight : DType::f16;
-  const DType dtype =
-      choice.scale_dtype == SchemeChoice::kWeightDtype ? own : *dtype_from_name(std::string(choice.scale_dtype));
+  const DType dtype = scale_dtype_of(choice, weight);
   return make_scheme(choice.bits, grouped ? Grouping::flat(choice.group_size) : Grouping::tensor(), dtype, dtype);
 }
 

@@ -348,17 +348,6 @@ TEST(Hqq, WrongFactsAreRefused) {
   }
 }
 
-// Each byte less, whatever it cuts.
-TEST(Hqq, TruncatedFilesAreRefused) {
-  TemporaryDirectory directory;
-  written(scheme_of(4, Grouping::flat(8)), {2, 8}).write(directory.path());
-  EXPECT_EQ(Checkpoint(directory.path()).tensors().size(), 1u);
-  for (auto length = std::filesystem::file_size(directory / "model.safetensors"); length-- > 0;) {
-    std::filesystem::resize_file(directory / "model.safetensors", length);
-    check_refused([&] { const Checkpoint refused(directory.path()); });
-  }
-}
-
 // ---- files of torch.save (tests/golden/torch/make_hqq.py) ----
 
 std::filesystem::path native_file() { return "tests/golden/torch/hqq.pt"; }

@@ -63,9 +63,6 @@ std::string refusal(const Settings& s) {
   return "";
 }
 
-std::string layer_of(std::string_view weight) {
-  return std::string(weight.ends_with(kWeight) ? weight.substr(0, weight.size() - kWeight.size()) : weight);
-}
 std::string operator+(const std::string& layer, std::string_view suffix) { return std::string(layer).append(suffix); }
 
 // ---- the configuration ----
@@ -112,18 +109,6 @@ Settings settings_for(const CheckpointView& checkpoint, const std::string& layer
   if (!own->is_object())
     bad_container(checkpoint, layer, fmt::format("config.json says {} of it", printable(own->dump())));
   return read_settings(checkpoint, layer, *own);
-}
-
-/// Of the floats that codes without a type of their own stand for: the model's, else what mx.dequantize gives.
-DType model_dtype(const CheckpointView& checkpoint) {
-  const Json& text = checkpoint.config.value("text_config", Json());
-  for (const Json* config : {&checkpoint.config, &text})
-    for (const char* key : {"torch_dtype", "dtype"})
-      if (config->is_object() && config->contains(key) && (*config)[key].is_string()) {
-        const auto dtype = dtype_from_name((*config)[key].get_ref<const std::string&>());
-        if (dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16) return *dtype;
-      }
-  return DType::bf16;
 }
 
 /// mlx-lm: inputs of nvfp4 and mxfp8 layers are quantized as the weights are.
@@ -173,9 +158,7 @@ Recognized recognize(const Scheme& scheme) {
                 "scales, groups of 16)"};
   const Parameter& scale = scheme.scale ? *scheme.scale : parameter({}, {});
   const Scheme& stored = *scale.scheme;
-  const bool plain_floats =
-      stored.element != nullptr && stored.is_plain() &&
-      (stored == plain(DType::f32) || stored == plain(DType::f16) || stored == plain(DType::bf16));
+  const bool plain_floats = stored.element != nullptr && is_plain_float(stored);
   if (element.lowest != 0 || scheme.offset_kind != OffsetKind::bias || !plain_floats || *scheme.offset != scale ||
       scheme.factor != 1 || scale.divides)
     return {.reason = "MLX's integers are unsigned, with a scale and a bias a group, both of one type"};
@@ -224,8 +207,7 @@ void check_parameters(const CheckpointView& checkpoint, const std::string& layer
   const auto fail = [&](const std::string& why) { bad_container(checkpoint, layer, why); };
   if (s.is_affine()) {
     const ArraySpec& biases = need_array(checkpoint, layer, layer + kBiases);
-    const bool floats = scales.dtype == DType::f32 || scales.dtype == DType::f16 || scales.dtype == DType::bf16;
-    if (!floats || biases.dtype != scales.dtype || biases.shape != scales.shape)
+    if (!is_plain_float(scales.dtype) || biases.dtype != scales.dtype || biases.shape != scales.shape)
       fail("scales and biases are not of one floating type and shape");
   } else if (scales.dtype != DType::u8) {
     fail(fmt::format("scales of {} are U8, these are {}", s.mode->name, info(scales.dtype).name));
@@ -259,7 +241,7 @@ StoredTensor read_layer(const CheckpointView& checkpoint, const std::string& lay
       .name = weight.name,
       .shape = std::move(rows),
       .scheme = s.is_affine() ? affine_scheme(s.bits, s.group_size, scales.dtype) : float_scheme(*s.mode, global),
-      .value_dtype = s.is_affine() ? scales.dtype : model_dtype(checkpoint),
+      .value_dtype = s.is_affine() ? scales.dtype : model_dtype(checkpoint.config),
       .arrays = {weight.name, scales.name}};
   t.shape.push_back(groups * s.group_size);
   if (!checked_element_count(t.shape)) fail("its shape overflows");
@@ -359,8 +341,7 @@ Scheme make_scheme(const SchemeChoice& choice, DType weight) {
     if (named) scheme.scale->scheme = std::make_shared<const Scheme>(plain(*named));
     scheme.scale->grouping.size = choice.group_size;
   } else {
-    const DType usual = weight == DType::f32 || weight == DType::bf16 ? weight : DType::f16;
-    scheme = affine_scheme(choice.bits, choice.group_size, named.value_or(usual));
+    scheme = affine_scheme(choice.bits, choice.group_size, scale_dtype_of(choice, weight));
     if (choice.symmetric || choice.nested_scales)
       scheme = {.element = &integer_element(choice.bits, choice.symmetric), .scale = scheme.scale};
   }

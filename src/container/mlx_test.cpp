@@ -463,18 +463,6 @@ TEST(Mlx, SettingsThatDisagreeAreRefused) {
   EXPECT_EQ(listed(none), "none");
 }
 
-TEST(Mlx, TruncatedFilesAreRefused) {
-  for (const Scheme& scheme : {affine(4, 32), floats("mxfp4"), floats("mxfp8"), floats("nvfp4", true)}) {
-    TemporaryDirectory directory;
-    written(scheme, {2, 32}).write(directory.path());
-    EXPECT_EQ(Checkpoint(directory.path()).tensors().size(), 1u);
-    for (auto length = std::filesystem::file_size(directory / "model.safetensors"); length-- > 0;) {
-      std::filesystem::resize_file(directory / "model.safetensors", length);
-      check_refused([&] { const Checkpoint refused(directory.path()); });
-    }
-  }
-}
-
 // ---- models ----
 
 void add_layer(MemoryCheckpoint& files, const std::string& name, const Scheme& scheme) {

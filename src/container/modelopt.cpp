@@ -320,9 +320,12 @@ constexpr std::array<SchemeChoice, 4> kChoices = {{{.quant_type = "nvfp4",
                                                    floats("block", kBlock),
                                                    floats("tensor")}};
 
+/// What ModelOpt does not hold is made all the same, for `fit` to refuse.
 Scheme make_scheme(const SchemeChoice& choice, DType weight) {
-  const DType scales = dtype_from_name(choice.scale_dtype).value_or(weight);
-  Scheme scheme = choice.quant_type == "nvfp4" ? nvfp4() : e4m3(Grouping::channel(), plain(scales));
+  const Scheme scales = plain(scale_dtype_of(choice, weight));
+  Scheme scheme = choice.quant_type == "nvfp4"
+                      ? nvfp4()
+                      : e4m3(Grouping::channel(), choice.nested_scales ? e4m3(Grouping::tensor()) : scales);
   Grouping& grouping = scheme.scale->grouping;
   if (choice.granularity == "tensor") grouping = Grouping::tensor();
   if (choice.granularity == "channel") grouping = Grouping::channel();

@@ -6,8 +6,8 @@
 
 #include "base/error.hpp"
 #include "container/rows.hpp"
-#include "tests/container_files.hpp"
 #include "tests/golden_cases.hpp"
+#include "tests/memory_checkpoint.hpp"
 #include "tests/support.hpp"
 
 namespace bitwright {
@@ -52,7 +52,8 @@ TEST(ModelOpt, WrittenReadAndWrittenAgainIsTheSame) {
             if (with_input ? scheme == channel() || scheme == block() : scheme == tensor()) continue;
             const StoredTensor plain_one = stored(scheme, shape, dtype);
             const StoredTensor t = with_input ? calibrated(plain_one) : plain_one;
-            const QuantizedTensor q = check_round_trip(modelopt(), t, random_weights(shape, zeros));
+            const QuantizedTensor q = encoded(modelopt(), t, random_values(shape, zeros));
+            check_comes_back(modelopt(), t, q);
             for (const float value : decode(q)) EXPECT_TRUE(std::isfinite(value));
           }
 }
@@ -60,7 +61,7 @@ TEST(ModelOpt, WrittenReadAndWrittenAgainIsTheSame) {
 // NVFP4QTensor's steps, one after the other in f32; its table of bounds, ties to the even code.
 TEST(ModelOpt, Nvfp4IsModelOpts) {
   const Shape shape = {5, 64};
-  std::vector<float> values = random_weights(shape, 0.1f);
+  std::vector<float> values = random_values(shape, 0.1f);
   std::fill_n(values.begin() + 64, 16, 0.0f);
   std::fill_n(values.begin() + 128, 16, 1e-9f);
   const QuantizedTensor t = modelopt().encode(nvfp4(), shape, {DType::f32, std::as_bytes(std::span(values))});
@@ -103,7 +104,7 @@ TEST(ModelOpt, Fp8IsModelOpts) {
 
 TEST(ModelOpt, NotFiniteIsRefusedWithItsPosition) {
   for (const Scheme& scheme : {nvfp4(), channel(), block(), tensor()}) {
-    std::vector<float> values = random_weights({64, 256});
+    std::vector<float> values = random_values({64, 256});
     values[777] = NAN;
     try {
       modelopt().encode(scheme, {64, 256}, {DType::f32, std::as_bytes(std::span(values))});
@@ -115,25 +116,21 @@ TEST(ModelOpt, NotFiniteIsRefusedWithItsPosition) {
   }
 }
 
-ContainerFiles written(const StoredTensor& t) { return written_by(modelopt(), t, random_weights(t.shape)); }
+MemoryCheckpoint written(const StoredTensor& t) { return written_by(modelopt(), t, random_values(t.shape)); }
 
 TEST(ModelOpt, DamageIsRefused) {
   const Shape shape = {128, 144};
-  for (const StoredTensor& t : {stored(nvfp4(), shape), calibrated(stored(nvfp4(), shape)), stored(channel(), shape),
-                                stored(block(), shape), calibrated(stored(tensor(), shape))}) {
+  for (const StoredTensor& t : {calibrated(stored(nvfp4(), shape)), calibrated(stored(tensor(), shape))}) {
     SCOPED_TRACE(describe(t.scheme));
-    check_damage_is_refused(modelopt(), written(t));
-    StoredTensor small = t;
-    small.shape = {2, 16};
-    check_truncation_is_refused(written(small));
+    check_damage(modelopt(), written(t));
   }
-  ContainerFiles ragged = written(stored(nvfp4(), shape));
+  MemoryCheckpoint ragged = written(stored(nvfp4(), shape));
   ragged.arrays.at("layer.weight").shape = {128, 68};
   EXPECT_EQ(code_of_listing(modelopt(), ragged), "bad-container");
 }
 
 TEST(ModelOpt, ConfigurationsAreTheOwners) {
-  const ContainerFiles files = written(calibrated(stored(nvfp4(), {4, 32})));
+  const MemoryCheckpoint files = written(calibrated(stored(nvfp4(), {4, 32})));
   const Json& own = files.documents.at("hf_quant_config.json");
   EXPECT_EQ(own["producer"]["name"], "modelopt");
   EXPECT_EQ(own["quantization"]["quant_algo"], "NVFP4");
@@ -145,10 +142,10 @@ TEST(ModelOpt, ConfigurationsAreTheOwners) {
   EXPECT_EQ(written(stored(channel(), {4, 32})).config["quantization_config"]["quant_algo"],
             "FP8_PER_CHANNEL_PER_TOKEN");
   // Either file alone says enough; another library's configuration is not ModelOpt's.
-  ContainerFiles alone = files;
+  MemoryCheckpoint alone = files;
   alone.config.erase("quantization_config");
   check_view(modelopt(), alone.view());
-  ContainerFiles other = files;
+  MemoryCheckpoint other = files;
   other.documents.clear();
   check_view(modelopt(), other.view());
   other.config["quantization_config"]["quant_method"] = "compressed-tensors";
@@ -156,9 +153,9 @@ TEST(ModelOpt, ConfigurationsAreTheOwners) {
 }
 
 TEST(ModelOpt, AlgorithmsMustBeKnownAndAgree) {
-  const ContainerFiles files = written(stored(nvfp4(), {4, 32}));
+  const MemoryCheckpoint files = written(stored(nvfp4(), {4, 32}));
   const auto as = [&](const Json& algorithm) {
-    ContainerFiles changed = files;
+    MemoryCheckpoint changed = files;
     changed.config["quantization_config"]["quant_algo"] = algorithm;
     return code_of_listing(modelopt(), changed);
   };
@@ -168,7 +165,7 @@ TEST(ModelOpt, AlgorithmsMustBeKnownAndAgree) {
   EXPECT_EQ(as("MIXED_PRECISION"), "bad-container");  // no quantized_layers
   EXPECT_EQ(as("W4A8_AWQ"), "unsupported-container");
   EXPECT_EQ(as("NVFP5"), "unsupported-container");
-  ContainerFiles smoothed = files;
+  MemoryCheckpoint smoothed = files;
   smoothed.add({"layer.pre_quant_scale", DType::bf16, {32}}, std::vector<std::byte>(64));
   EXPECT_EQ(code_of_listing(modelopt(), smoothed), "unsupported-container");
 }
@@ -176,7 +173,7 @@ TEST(ModelOpt, AlgorithmsMustBeKnownAndAgree) {
 TEST(ModelOpt, MixedByLayerWithACache) {
   std::vector<StoredTensor> tensors = {calibrated(stored(nvfp4(), {4, 32})), calibrated(stored(tensor(), {4, 32})),
                                        stored(nvfp4(), {4, 32})};
-  ContainerFiles files;
+  MemoryCheckpoint files;
   for (size_t i = 0; i < tensors.size(); ++i) {
     tensors[i].name = "layers." + std::to_string(i) + ".k_proj.weight";
     const auto one = written(tensors[i]);
@@ -216,24 +213,24 @@ TEST(ModelOpt, PiecesAreParts) {
   for (const Scheme& scheme : {channel(), block()}) {
     const StoredTensor t = stored(scheme, {700, 130});
     const int64_t step = row_step(scheme, t.shape).value();
-    check_pieces_are_parts(modelopt(), t, random_weights(t.shape), step, 2 * step);
-    check_pieces_are_parts(modelopt(), t, random_weights(t.shape), 2 * step, 700);
+    const std::vector<std::byte> bytes = as_dtype(t.value_dtype, random_values(t.shape));
+    for (const int64_t rows : {step, 2 * step}) check_pieces(modelopt(), t, {t.value_dtype, bytes}, rows);
   }
   EXPECT_FALSE(row_step(nvfp4(), {700, 144}));  // all groups hang on one number
 }
 
 // Arrays as other versions shape them: blocks [N/128, K/128], rows [N, 1]; MXFP8, which is read only.
 TEST(ModelOpt, OtherShapes) {
-  ContainerFiles blocks = written(stored(block(), {130, 256}));
+  MemoryCheckpoint blocks = written(stored(block(), {130, 256}));
   EXPECT_EQ(blocks.arrays.at("layer.weight_scale").shape, (Shape{2, 1, 2, 1}));
   blocks.arrays.at("layer.weight_scale").shape = {2, 2};
   EXPECT_EQ(code_of_listing(modelopt(), blocks), "none");
-  ContainerFiles rows = written(stored(channel(), {4, 32}));
+  MemoryCheckpoint rows = written(stored(channel(), {4, 32}));
   EXPECT_EQ(rows.arrays.at("layer.weight_scale").shape, Shape{4});
   rows.arrays.at("layer.weight_scale").shape = {4, 1};
   EXPECT_EQ(code_of_listing(modelopt(), rows), "none");
 
-  ContainerFiles micro = written(stored(channel(), {4, 64}));
+  MemoryCheckpoint micro = written(stored(channel(), {4, 64}));
   micro.config["quantization_config"]["quant_algo"] = "MXFP8";
   micro.add({"layer.weight_scale", DType::u8, {4, 2}}, std::vector<std::byte>(8, std::byte{128}));
   const QuantizedTensor t = check_view(modelopt(), micro.view());
@@ -246,7 +243,7 @@ TEST(ModelOpt, PublishedConfigurationsAreRecognised) {
   size_t found = 0;
   for (const auto& path : files_in(shared_dir() / "data" / "quant_configs", "_config.json")) {
     SCOPED_TRACE(path.filename().string());
-    ContainerFiles files;
+    MemoryCheckpoint files;
     const Json json = parse_json(read_file(path), path.string());
     const bool own = path.filename().string().ends_with("hf_quant_config.json");
     if (own)

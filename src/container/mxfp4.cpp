@@ -81,10 +81,8 @@ QuantizedTensor unpack(const StoredTensor& t, const CheckpointView& checkpoint) 
 // ---- reading ----
 
 const Json* declared(const CheckpointView& checkpoint) {
-  const auto config = checkpoint.config.find("quantization_config");
-  const bool here =
-      config != checkpoint.config.end() && config->is_object() && config->value("quant_method", Json()) == kMethod;
-  return here ? &*config : nullptr;
+  const Json& config = quantization_config(checkpoint);
+  return config.value("quant_method", Json()) == kMethod ? &config : nullptr;
 }
 
 bool detect(const CheckpointView& checkpoint) {

@@ -5,6 +5,7 @@
 #include "base/error.hpp"
 #include "container/bits.hpp"
 #include "container/container.hpp"
+#include "container/stored_arrays.hpp"
 
 namespace bitwright {
 namespace {
@@ -165,10 +166,7 @@ StoredTensor read_entry(const CheckpointView& checkpoint, const std::string& nam
   if (tensor.scheme.is_plain()) fail("its scheme is that of a tensor that is not quantized");
   for (const ArraySpec& spec : layout(tensor)) {
     const ArraySpec& found = need_array(checkpoint, name, spec.name);
-    if (found.dtype != spec.dtype || found.shape != spec.shape)
-      bad_container(checkpoint, name,
-                    fmt::format("array '{}' is {} {}, expected {} {}", printable(spec.name), info(found.dtype).name,
-                                to_string(found.shape), info(spec.dtype).name, to_string(spec.shape)));
+    if (found.dtype != spec.dtype || found.shape != spec.shape) wrong_array(checkpoint, name, found, spec);
     tensor.arrays.push_back(spec.name);
   }
   return tensor;

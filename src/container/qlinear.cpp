@@ -6,6 +6,7 @@
 #include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
+#include "container/stored_arrays.hpp"
 
 namespace bitwright::qlinear {
 
@@ -19,8 +20,7 @@ std::string array_of(const std::string& layer, std::string_view suffix) {
 }
 
 const Json& config_of(const CheckpointView& checkpoint, std::span<const std::string_view> documents) {
-  const auto config = checkpoint.config.find("quantization_config");
-  if (config != checkpoint.config.end() && config->is_object()) return *config;
+  if (const Json& config = quantization_config(checkpoint); !config.empty()) return config;
   for (const std::string_view name : documents)
     if (const Json& document = checkpoint.document(name); !document.empty()) return document;
   return checkpoint.document({});

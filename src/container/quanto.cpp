@@ -12,6 +12,7 @@
 #include "container/group_rounding.hpp"
 #include "container/row_parts.hpp"
 #include "container/stored_arrays.hpp"
+#include "container/words.hpp"
 
 namespace bitwright {
 namespace {
@@ -34,15 +35,6 @@ bool is_packed(const Scheme& scheme) { return scheme.element->bits < 8; }
 bool by_columns(const Scheme& scheme) {
   const Grouping& grouping = scheme.scale->grouping;
   return grouping.kind == Grouping::Kind::axis && grouping.axis == -2;
-}
-
-std::string layer_of(std::string_view weight) {
-  constexpr std::string_view kWeight = ".weight";
-  if (weight == kWeight.substr(1)) return "";
-  return std::string(weight.ends_with(kWeight) ? weight.substr(0, weight.size() - kWeight.size()) : weight);
-}
-std::string member(const std::string& layer, std::string_view name) {
-  return layer.empty() ? std::string(name) : fmt::format("{}.{}", layer, name);
 }
 
 /// Groups of a weight, as its packed matrix has them.
@@ -175,12 +167,10 @@ class Layer {
   std::string name_, layer_;
 };
 
-bool is_scale_type(DType dtype) { return dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16; }
-
 StoredTensor Layer::read_bytes() const {
   const ArraySpec &data = need(kBytes), &scale = need(kScale);
   const bool known = data.dtype == DType::i8 || data.dtype == DType::f8_e4m3 || data.dtype == DType::f8_e5m2;
-  if (!known || data.shape.size() != 2)
+  if (!known || data.shape.size() != 2 || element_count(data.shape) == 0)
     fail(fmt::format("'{}' is {} {}, expected a matrix of I8, F8_E4M3 or F8_E5M2", printable(data.name),
                      info(data.dtype).name, to_string(data.shape)));
   const int64_t rows = data.shape[0], columns = data.shape[1];
@@ -192,7 +182,7 @@ StoredTensor Layer::read_bytes() const {
   else if (scale.shape != Shape{rows, 1})
     fail(fmt::format("'{}' has shape {}, expected {}", printable(scale.name), to_string(scale.shape),
                      to_string({rows, 1})));
-  if (!is_scale_type(scale.dtype)) fail(fmt::format("'{}' is {}", printable(scale.name), info(scale.dtype).name));
+  if (!is_plain_float(scale.dtype)) fail(fmt::format("'{}' is {}", printable(scale.name), info(scale.dtype).name));
   const ElementType& element = data.dtype == DType::i8 ? integer_element(8, true) : float_element(data.dtype);
   return {.name = name_,
           .shape = data.shape,
@@ -209,7 +199,7 @@ StoredTensor Layer::read_packed() const {
     fail(fmt::format("'{}' has shape {} and '{}' {}, expected one number a group", printable(scale.name),
                      to_string(scale.shape), printable(shift.name), to_string(shift.shape)));
   const bool known_shift = shift.dtype == scale.dtype || shift.dtype == DType::u8 || shift.dtype == DType::i8;
-  if (!is_scale_type(scale.dtype) || !known_shift)
+  if (!is_plain_float(scale.dtype) || !known_shift)
     fail(fmt::format("its scales are {} and its shifts {}", info(scale.dtype).name, info(shift.dtype).name));
   const int64_t count = element_count(scale.shape);
   if (data.dtype != DType::u8 || data.shape.size() != 2 || element_count(data.shape) == 0)
@@ -281,8 +271,7 @@ std::optional<ActivationScheme> Layer::activation(const ArraySpec& scale, const 
   const auto data = checkpoint_.bytes(scale.name);
   return ActivationScheme{.scheme = bytes_scheme(element, Grouping::tensor(), scale.dtype),
                           .dynamic = false,
-                          .scale = std::make_shared<const QuantizedTensor>(
-                              QuantizedTensor{.scheme = plain(scale.dtype), .codes = {data.begin(), data.end()}})};
+                          .scale = numbers(plain(scale.dtype), {}, data)};
 }
 
 /// Where activations stay as they are the two scales mean nothing.
@@ -294,7 +283,7 @@ void Layer::read_activations(StoredTensor& t) const {
     const auto found = checkpoint_.arrays.find(member(layer_, name));
     if (found == checkpoint_.arrays.end()) continue;
     const ArraySpec& scale = found->second;
-    if (!scale.shape.empty() || !is_scale_type(scale.dtype))
+    if (!scale.shape.empty() || !is_plain_float(scale.dtype))
       fail(fmt::format("'{}' is {} {}, expected one float", printable(scale.name), info(scale.dtype).name,
                        to_string(scale.shape)));
     t.arrays.push_back(scale.name);
@@ -347,11 +336,6 @@ QuantizedModel model(const CheckpointView& checkpoint) {
 }
 
 // ---- layout ----
-
-bool is_plain_float(const Scheme& scheme) {
-  const auto dtype = dtype_of(*scheme.element);
-  return scheme.is_plain() && dtype && is_scale_type(*dtype);
-}
 
 Fit fit_bytes(const Scheme& scheme) {
   const Grouping& grouping = scheme.scale->grouping;
@@ -447,16 +431,6 @@ void for_each_transposed(const StoredTensor& t, const Visit& visit) {
               static_cast<size_t>(i * groups.count + c * in_column + g));
 }
 
-/// Parameters of axis -1: [groups a column, columns] here, [columns, groups a column] there.
-std::vector<std::byte> transposed_bytes(std::span<const std::byte> data, int64_t rows, int64_t columns, size_t size) {
-  std::vector<std::byte> out(data.size());
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0; c < columns; ++c)
-      std::memcpy(&out[static_cast<size_t>(c * rows + r) * size], &data[static_cast<size_t>(r * columns + c) * size],
-                  size);
-  return out;
-}
-
 std::vector<std::byte> pack_codes(const StoredTensor& t, const QuantizedTensor& values) {
   if (!is_packed(t.scheme)) return values.codes;
   const RowParts parts = parts_of(t.scheme.element->bits);
@@ -469,8 +443,9 @@ std::vector<std::byte> pack_codes(const StoredTensor& t, const QuantizedTensor& 
 
 std::vector<std::byte> pack_parameter(const StoredTensor& t, const QuantizedTensor& values) {
   if (!is_packed(t.scheme) || !by_columns(t.scheme)) return values.codes;
-  const int64_t columns = t.shape[1];
-  return transposed_bytes(values.codes, groups_of(t.scheme, t.shape).count / columns, columns,
+  // [groups a column, columns] here, [columns, groups a column] there.
+  const auto columns = static_cast<size_t>(t.shape[1]);
+  return transposed_bytes(values.codes, static_cast<size_t>(groups_of(t.scheme, t.shape).count) / columns, columns,
                           values.scheme.element->code_bytes());
 }
 
@@ -485,14 +460,12 @@ std::vector<NamedArray> pack(const StoredTensor& t, const QuantizedTensor& value
 
 std::shared_ptr<const QuantizedTensor> unpack_parameter(const StoredTensor& t, const Parameter& parameter,
                                                         std::span<const std::byte> data) {
-  QuantizedTensor p = {.scheme = *parameter.scheme, .shape = parameter_shape(parameter.grouping, t.shape)};
-  const int64_t columns = t.shape[1];
-  if (is_packed(t.scheme) && by_columns(t.scheme))
-    p.codes =
-        transposed_bytes(data, columns, groups_of(t.scheme, t.shape).count / columns, p.scheme.element->code_bytes());
-  else
-    p.codes.assign(data.begin(), data.end());
-  return std::make_shared<const QuantizedTensor>(std::move(p));
+  const Shape shape = parameter_shape(parameter.grouping, t.shape);
+  if (!is_packed(t.scheme) || !by_columns(t.scheme)) return numbers(*parameter.scheme, shape, data);
+  const auto columns = static_cast<size_t>(t.shape[1]);
+  return numbers(*parameter.scheme, shape,
+                 transposed_bytes(data, columns, static_cast<size_t>(groups_of(t.scheme, t.shape).count) / columns,
+                                  parameter.scheme->element->code_bytes()));
 }
 
 std::vector<std::byte> unpack_codes(const StoredTensor& t, std::span<const std::byte> data) {
@@ -590,9 +563,7 @@ constexpr std::array<SchemeChoice, 5> kChoices = {
      {.quant_type = "e5m2", .bits = 8, .symmetric = true, .granularity = "channel"}}};
 
 Scheme scheme_of(const SchemeChoice& choice, DType weight) {
-  const DType own = weight == DType::f32 || weight == DType::bf16 ? weight : DType::f16;
-  const DType dtype =
-      choice.scale_dtype == SchemeChoice::kWeightDtype ? own : *dtype_from_name(std::string(choice.scale_dtype));
+  const DType dtype = scale_dtype_of(choice, weight);
   const bool grouped = choice.granularity == "group" || choice.granularity == "flat";
   if (!choice.nested_scales && !choice.symmetric && grouped && choice.bits < 8)
     return packed_scheme(choice.bits, Grouping::flat(choice.group_size), dtype, dtype);

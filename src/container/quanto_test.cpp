@@ -351,18 +351,5 @@ TEST(Quanto, WrongMapsAreRefused) {
   EXPECT_EQ(listed(other), "bad-container");
 }
 
-TEST(Quanto, TruncatedFilesAreRefused) {
-  for (const Scheme& scheme :
-       {eight_bits(integer_element(8, true), DType::bf16), few_bits(4, Grouping::flat(8), DType::bf16)}) {
-    TemporaryDirectory directory;
-    written(scheme, {2, 8}).write(directory.path());
-    EXPECT_EQ(Checkpoint(directory.path()).tensors().size(), 1u);
-    for (auto length = std::filesystem::file_size(directory / "model.safetensors"); length-- > 0;) {
-      std::filesystem::resize_file(directory / "model.safetensors", length);
-      check_refused([&] { const Checkpoint refused(directory.path()); });
-    }
-  }
-}
-
 }  // namespace
 }  // namespace bitwright

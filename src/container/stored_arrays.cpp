@@ -15,17 +15,43 @@ constexpr std::string_view kWeight = "weight";
 
 bool is_weight(std::string_view array) { return array == kWeight || array.ends_with(".weight"); }
 
+}  // namespace
+
 bool is_plain_float(DType dtype) { return dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16; }
 
-}  // namespace
+bool is_plain_float(const Scheme& scheme) {
+  const auto dtype = scheme.is_plain() ? dtype_of(*scheme.element) : std::nullopt;
+  return dtype && is_plain_float(*dtype);
+}
+
+DType scale_dtype_of(const SchemeChoice& choice, DType weight) {
+  if (choice.scale_dtype != SchemeChoice::kWeightDtype) return dtype_from_name(choice.scale_dtype).value();
+  return weight == DType::f32 || weight == DType::bf16 ? weight : DType::f16;
+}
+
+std::string layer_of(std::string_view weight) {
+  constexpr std::string_view kDotted = ".weight";
+  if (weight == kWeight) return {};
+  return std::string(weight.ends_with(kDotted) ? weight.substr(0, weight.size() - kDotted.size()) : weight);
+}
+
+std::string member(const std::string& layer, std::string_view name) {
+  return layer.empty() ? std::string(name) : fmt::format("{}.{}", layer, name);
+}
+
+const Json& quantization_config(const CheckpointView& checkpoint) {
+  static const Json nothing = Json::object();
+  const auto found = checkpoint.config.find("quantization_config");
+  return found != checkpoint.config.end() && found->is_object() ? *found : nothing;
+}
 
 std::shared_ptr<QuantizedTensor> numbers(const Scheme& scheme, const Shape& shape, std::span<const std::byte> data) {
   return std::make_shared<QuantizedTensor>(
       QuantizedTensor{.scheme = scheme, .shape = shape, .codes = {data.begin(), data.end()}});
 }
 
-DType model_dtype(const Json& config) {
-  if (!config.is_object()) return DType::bf16;
+DType model_dtype(const Json& config, DType otherwise) {
+  if (!config.is_object()) return otherwise;
   for (const char* key : {"dtype", "torch_dtype"}) {
     const auto found = config.find(key);
     if (found == config.end() || !found->is_string()) continue;
@@ -33,7 +59,7 @@ DType model_dtype(const Json& config) {
     if (dtype && is_plain_float(*dtype)) return *dtype;
   }
   const auto text = config.find("text_config");
-  return text != config.end() && text->is_object() ? model_dtype(*text) : DType::bf16;
+  return text != config.end() && text->is_object() ? model_dtype(*text, otherwise) : otherwise;
 }
 
 std::vector<std::string> string_list(const Json& object, const char* key) {
@@ -45,14 +71,18 @@ std::vector<std::string> string_list(const Json& object, const char* key) {
   return out;
 }
 
+void wrong_array(const CheckpointView& checkpoint, const std::string& tensor, const ArraySpec& found,
+                 const ArraySpec& expected) {
+  bad_container(checkpoint, tensor,
+                fmt::format("array '{}' is {} {}, expected {} {}", printable(found.name), info(found.dtype).name,
+                            to_string(found.shape), info(expected.dtype).name, to_string(expected.shape)));
+}
+
 void check_stored(const CheckpointView& checkpoint, const std::string& tensor, const ArraySpec& expected) {
   const ArraySpec& found = need_array(checkpoint, tensor, expected.name);
   const auto scalar = [](const Shape& shape) { return shape.empty() || shape == Shape{1}; };
   const bool same = found.shape == expected.shape || (scalar(found.shape) && scalar(expected.shape));
-  if (found.dtype != expected.dtype || !same || found.block != nullptr)
-    bad_container(checkpoint, tensor,
-                  fmt::format("array '{}' is {} {}, expected {} {}", printable(expected.name), info(found.dtype).name,
-                              to_string(found.shape), info(expected.dtype).name, to_string(expected.shape)));
+  if (found.dtype != expected.dtype || !same) wrong_array(checkpoint, tensor, found, expected);
 }
 
 std::shared_ptr<const QuantizedTensor> static_scale(const CheckpointView& checkpoint, const std::string& tensor,

@@ -23,7 +23,7 @@ void check_fits(const TensorFacts& facts, const StoredTensor& tensor, const Cont
                  .what = "cannot quantize",
                  .where = tensor.name,
                  .why = fmt::format("{} cannot hold {}: {}", container.name, describe(tensor.scheme), fit.reason),
-                 .fix = fmt::format("choose another scheme or --format, or keep it: --skip-modules {}", tensor.name)});
+                 .fix = fmt::format("choose another scheme or --format, or keep it: --skip-modules lm_head,{}", tensor.name)});
 }
 
 void check_fit_together(std::span<const StoredTensor> tensors, const Container& container) {

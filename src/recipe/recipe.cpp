@@ -10,6 +10,7 @@
 #include <set>
 #include <span>
 
+#include "container/stored_arrays.hpp"
 #include "recipe/config.hpp"
 
 namespace bitwright {
@@ -236,11 +237,6 @@ const ElementType* element_of(std::string_view quant_type) {
   return find_element(quant_type);
 }
 
-DType scale_dtype_of(const Resolved& r, DType weight) {
-  if (r.scale_dtype != SchemeChoice::kWeightDtype) return *dtype_from_name(r.scale_dtype);
-  return weight == DType::f32 || weight == DType::bf16 ? weight : DType::f16;
-}
-
 /// Refers to `r`.
 SchemeChoice choice_of(const Resolved& r) {
   return {.quant_type = r.quant_type,
@@ -256,7 +252,7 @@ SchemeChoice choice_of(const Resolved& r) {
 Scheme scheme_of(const Resolved& r, const Container* container, DType weight) {
   if (container != nullptr && container->make_scheme != nullptr) return container->make_scheme(choice_of(r), weight);
   const Grouping grouping = grouping_of(r);
-  Scheme scales = plain(r.nested_scales ? DType::f32 : scale_dtype_of(r, weight));
+  Scheme scales = plain(r.nested_scales ? DType::f32 : scale_dtype_of(choice_of(r), weight));
   if (r.nested_scales) scales = nested_scales(r.quant_type != "int");
   Scheme scheme = {.scale = parameter(grouping, std::move(scales))};
   if (r.quant_type != "int") {
