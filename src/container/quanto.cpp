@@ -350,7 +350,10 @@ Fit fit_bytes(const Scheme& scheme) {
 Fit fit(const Scheme& scheme, const Shape& shape) {
   const auto no = [](std::string why) { return Fit{Verdict::impossible, std::move(why)}; };
   if (shape.size() != 2) return no("Quanto quantizes the matrices of linear layers only");
-  if (!scheme.scale || !is_plain_float(*scheme.scale->scheme) || scheme.scale->divides || scheme.factor != 1)
+  if (!scheme.scale)
+    return no(
+        "Quanto holds 2 and 4 bits in groups with a minimum each, and 8 bits as int8 and float8 with a scale a row");
+  if (!is_plain_float(*scheme.scale->scheme) || scheme.scale->divides || scheme.factor != 1)
     return no("Quanto stores scales as float32, float16 or bfloat16");
   if (scheme.element->bits == 8) return fit_bytes(scheme);
   const int bits = scheme.element->bits;

@@ -131,7 +131,10 @@ const SchemeChoice* choose(const QuantizationSettings& s, const Container* conta
   std::optional<int64_t> bits = s.bits;
   if (meaning != nullptr && !kind) kind = meaning->quant_type;
   if (meaning != nullptr && !bits) bits = meaning->bits;
-  if (!kind && !bits) kind = choices.front().quant_type;
+  if (!kind && !bits) {
+    kind = choices.front().quant_type;
+    bits = choices.front().bits;
+  }
   const auto is_kind = [&](const SchemeChoice& choice) { return !kind || *kind == choice.quant_type; };
   const auto has_bits = [&](const SchemeChoice& choice) { return is_kind(choice) && (!bits || *bits == choice.bits); };
   const auto has_all = [&](const SchemeChoice& choice) {
