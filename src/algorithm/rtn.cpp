@@ -1,10 +1,12 @@
 #include "algorithm/algorithm.hpp"
+#include "algorithm/block_search.hpp"
 #include "kernels/encode.hpp"
 
 namespace bitwright {
 namespace {
 
 QuantizedTensor quantize(const Scheme& scheme, const Shape& shape, WeightView weight, const AlgorithmOptions& options) {
+  if (is_block_scheme(scheme)) return search_blocks(scheme, shape, weight);
   if (options.owner != nullptr && options.range == RangeRule::minmax) return options.owner(scheme, shape, weight);
   return encode(scheme, shape, weight, options.range);
 }

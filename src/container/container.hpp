@@ -122,6 +122,14 @@ struct SchemeChoice {
   static constexpr std::string_view kWeightDtype = "weight";  ///< f32, f16 or bf16, as the weight is
 };
 
+/// What a tensor is among those of its model, for containers that choose by it.
+struct TensorRole {
+  std::string name{};  ///< in the words of the container's file: "blk.3.ffn_down.weight"
+  int64_t layers = 0, experts = 0;
+  int64_t queries_a_key = 1;  ///< query heads that share keys and values
+  bool has_output = true;     ///< the output matrix is no embedding
+};
+
 /// One way of laying quantized tensors out as bytes: a row of a table, not a base class.
 struct Container {
   std::string_view name;      ///< as in --format; never renamed once released
@@ -168,6 +176,11 @@ struct Container {
   /// How the owner rounds a float weight to a scheme that fits, bit for bit: what rtn with the range minmax writes.
   /// Null: as scheme/ defines it. Throws what scheme/'s encode throws.
   QuantizedTensor (*encode)(const Scheme& scheme, const Shape& shape, WeightView weight) = nullptr;
+  /// The kind of file (WeightFormat::name) that is a whole model: names, configuration and vocabulary are its own and
+  /// stand in it. Empty: safetensors beside config.json, names as they are.
+  std::string_view model_file{};
+  /// In place of make_scheme, where it depends on what a tensor is for, and on its shape (K-quants of 256).
+  Scheme (*scheme_for)(const SchemeChoice& choice, const TensorRole& role, const Shape& shape) = nullptr;
   std::string_view weights_format = "pt";     ///< "format" in the metadata of its safetensors
   std::span<const std::string_view> files{};  ///< JSON files beside config.json that say how a model is quantized
 };

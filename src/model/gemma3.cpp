@@ -56,7 +56,8 @@ const GgufMapping kGguf = {.architecture = "gemma3",
                            .keys = kGgufLlamaKeys,
                            .tensors = kGgufGemmaTensors,
                            .shared_tensors = kGgufLlamaTensors,
-                           .complete = complete_gguf};
+                           .complete = complete_gguf,
+                           .windows = true};
 
 }  // namespace
 

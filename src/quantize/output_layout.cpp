@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <set>
+#include <utility>
 
 #include "base/error.hpp"
 
@@ -58,8 +59,15 @@ StoredTensor stored_tensor(const TensorEntry& entry, const TensorPlan& plan) {
 }
 
 OutputLayout lay_out(const Checkpoint& source, const QuantizationRequest& request, const Container& container,
-                     uint64_t max_shard_bytes) {
-  OutputLayout layout = {.recipe = resolve(request, facts_of(source), &container), .arrays = {}, .shards = {}};
+                     uint64_t max_shard_bytes, const ForeignNames* foreign) {
+  std::vector<TensorFacts> facts = facts_of(source);
+  if (foreign != nullptr)
+    for (TensorFacts& each : facts) {
+      each.role = foreign->role;
+      each.role.name = std::exchange(each.name, foreign->names.at(each.name));
+    }
+  OutputLayout layout = {.recipe = resolve(request, facts, &container), .arrays = {}, .shards = {}};
+  for (size_t i = 0; i < facts.size(); ++i) layout.recipe.tensors[i].name = source.tensors()[i].name;
   std::set<std::string> names;
   std::vector<StoredTensor> quantized;
   for (size_t i = 0; i < layout.recipe.tensors.size(); ++i) {

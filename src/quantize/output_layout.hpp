@@ -1,5 +1,6 @@
 #pragma once
 
+#include <map>
 #include <string>
 #include <vector>
 
@@ -17,9 +18,14 @@ struct OutputLayout {
   std::vector<std::vector<ArraySpec>> arrays;  ///< of each tensor
   ShardPlan shards;
 };
+/// Of a source whose tensors have the names of the file that is written.
+struct ForeignNames {
+  const std::map<std::string, std::string>& names;  ///< the model's name for each, by which patterns know it
+  TensorRole role;                                  ///< what is the same for all
+};
 /// Throws what resolve does, Error{"does-not-fit"} where the container cannot hold a scheme, and Error{"name-clash"}.
 OutputLayout lay_out(const Checkpoint& source, const QuantizationRequest& request, const Container& container,
-                     uint64_t max_shard_bytes);
+                     uint64_t max_shard_bytes, const ForeignNames* names = nullptr);
 
 /// A tensor of the source as it will be stored.
 StoredTensor stored_tensor(const TensorEntry& entry, const TensorPlan& plan);

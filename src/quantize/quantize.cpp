@@ -19,6 +19,8 @@
 #include "engine/loads.hpp"
 #include "kernels/decode.hpp"
 #include "kernels/encode.hpp"
+#include "model/open_model.hpp"
+#include "quantize/gguf_output.hpp"
 #include "quantize/model_card.hpp"
 #include "quantize/model_files.hpp"
 #include "quantize/output_layout.hpp"
@@ -65,13 +67,17 @@ void check_not_quantized(const Checkpoint& source) {
 
 class Pipeline {
  public:
-  Pipeline(const Checkpoint& source, const QuantizationRequest& request, const QuantizeOptions& options)
-      : source_(source), options_(options) {
-    OutputLayout layout = lay_out(source, request, *options.container, options.output.max_shard_bytes);
+  /// source: `model`, or under the names of the file that is written, as `gguf` has arranged it.
+  Pipeline(const Checkpoint& model, const Checkpoint& source, const GgufOutput* gguf,
+           const QuantizationRequest& request, const QuantizeOptions& options)
+      : model_(model), source_(source), gguf_(gguf), options_(options) {
+    const std::optional<ForeignNames> names = gguf == nullptr ? std::nullopt : std::optional(gguf->names());
+    OutputLayout layout =
+        lay_out(source, request, *options.container, options.output.max_shard_bytes, names ? &*names : nullptr);
     recipe_ = std::move(layout.recipe);
     job_.arrays = std::move(layout.arrays);
-    shards_ = std::move(layout.shards);
-    check_apart(source, options.output.output);
+    shards_ = gguf == nullptr ? std::move(layout.shards) : plan_gguf(job_.arrays, gguf->metadata(job_.arrays));
+    check_apart(model, options.output.output);
     plan();
     if (find_sizes())
       shards_ = plan_shards(job_.arrays, options.output.max_shard_bytes, options.container->weights_format);
@@ -80,7 +86,7 @@ class Pipeline {
         recipe_.tensors, [](const TensorPlan& p) { return p.scheme && p.options.range == RangeRule::mse; });
     estimate_ = estimate(job_, bytes_out_, source.tensors().size(), searches ? kSecondsAByteSearching : kSecondsAByte,
                          options.output.max_memory);
-    if (options.verify) not_judged_ = why_not_judged(source);
+    if (options.verify) not_judged_ = why_not_judged(model);
     if (!not_judged_.empty()) check_no_limits(not_judged_);
   }
 
@@ -95,7 +101,7 @@ class Pipeline {
     job_.identity["model"] = files;
     Journal journal(output.journal(), job_.identity);
     check_resumable(journal, job_, shards_, staging_);
-    copy_side_files(source_, staging_);  // first: one that cannot be read does not cost the work on the weights
+    if (gguf_ == nullptr) copy_side_files(source_, staging_);  // first: one that cannot be read does not cost the work on the weights
     OrderedJson record;
     resumable(output, [&] {
       write_weights(journal);
@@ -323,7 +329,7 @@ class Pipeline {
 
   /// What belongs beside the weights, by name. A container may refuse such a model here.
   std::map<std::string, OrderedJson> metadata(const OrderedJson& record) const {
-    OrderedJson config = read_config(source_);
+    OrderedJson config = read_config(model_);
     std::map<std::string, OrderedJson> files;
     const std::vector<StoredTensor> tensors = quantized_tensors();
     const std::vector<std::string> kept = kept_modules(config);
@@ -336,7 +342,8 @@ class Pipeline {
   /// Returns what was written, by name.
   std::map<std::string, OrderedJson> write_metadata(const OrderedJson& record) const {
     std::map<std::string, OrderedJson> files = metadata(record);
-    for (const auto& [name, json] : files) write_text_file(staging_ / name, json.dump(2) + "\n");
+    if (gguf_ == nullptr)
+      for (const auto& [name, json] : files) write_text_file(staging_ / name, json.dump(2) + "\n");
     return files;
   }
 
@@ -372,8 +379,13 @@ class Pipeline {
     verify_tensors(source_, written, layers_, estimate_.piece_memory);
     std::string reason = not_judged_;
     std::optional<Judgement> judgement;
-    if (reason.empty())
-      judgement = judge(source_, written, options_.output.max_memory.value_or(available_memory()), reason);
+    if (reason.empty()) {
+      const uint64_t memory = options_.output.max_memory.value_or(available_memory());
+      judgement = gguf_ == nullptr
+                      ? judge(model_, written, memory, reason)
+                      : judge(model_, open_model(staging_, Checkpoint::Foreign::refuse, Checkpoint::Unfinished::allow),
+                              memory, reason);
+    }
     if (!judgement) {
       check_no_limits(reason);
       warnings.push_back({"NOT_JUDGED", reason});
@@ -417,7 +429,8 @@ class Pipeline {
                          *options_.max_perplexity_increase_percent));
   }
 
-  const Checkpoint& source_;
+  const Checkpoint &model_, &source_;
+  const GgufOutput* gguf_;  ///< null: the names are the model's own
   const QuantizeOptions& options_;
   Recipe recipe_;
   Job job_;
@@ -435,7 +448,9 @@ class Pipeline {
 OrderedJson quantize(const Checkpoint& source, const QuantizationRequest& request, const QuantizeOptions& options,
                      std::vector<Warning>& warnings) {
   check_not_quantized(source);
-  return Pipeline(source, request, options).run(warnings);
+  if (options.container->model_file.empty()) return Pipeline(source, source, nullptr, request, options).run(warnings);
+  const GgufOutput gguf(source, warnings);
+  return Pipeline(source, gguf.arranged(), &gguf, request, options).run(warnings);
 }
 
 }  // namespace bitwright

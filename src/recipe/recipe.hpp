@@ -31,7 +31,8 @@ struct LayerRule {
 struct QuantizationRequest {
   QuantizationSettings settings;
   std::vector<std::string> skip_modules;
-  bool skip_embeddings = true;  ///< unless a layer rule names them
+  bool skip_embeddings = true;  ///< unless a layer rule names them, or the container's owner quantizes them too
+  bool skips_given = false;     ///< skip_modules are the user's, not the usual ones
   std::vector<LayerRule> rules;
 };
 
@@ -46,6 +47,7 @@ struct TensorFacts {
   bool is_float = true;
   size_t bytes = 2;  ///< of an element
   DType dtype = DType::bf16;
+  TensorRole role{};
 };
 
 /// The reason why norms and biases are kept, which goes without saying.

@@ -1,0 +1,266 @@
+#include "algorithm/block_search.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <vector>
+
+#include "base/error.hpp"
+#include "base/threads.hpp"
+#include "container/gguf_blocks.hpp"
+#include "kernels/encode.hpp"
+#include "kernels/group_search.hpp"
+
+namespace bitwright {
+namespace {
+
+constexpr size_t kMostGroup = 32;
+constexpr size_t kElementsATask = size_t{1} << 15;
+
+/// The grid of a search: how many steps, how wide.
+struct Steps {
+  float first, step;
+  int count;
+};
+
+/// What the search needs to know of a scheme.
+struct Plan {
+  size_t group, groups;  ///< elements of a group, groups that share a scale's scale (1: scales are plain)
+  CodeGrid grid;
+  bool affine = false;
+  float lowest_scale = 0, highest_scale = 0;  ///< codes of scales, as they are multiplied
+  uint8_t scale_mask = 0xff;
+  float scale_shift = 0;
+  Steps steps{};
+  std::array<float, 16> table{};
+  std::array<float, 15> midpoints{};
+};
+
+/// How far the range of codes is stretched over the extremes of a group: found by trying, on normal numbers.
+Steps steps_of(const ElementType& element, bool affine) {
+  if (element.kind == ElementKind::table) return {-8, 2, 12};
+  if (affine) return element.bits == 2 ? Steps{-0.5f, 0.1f, 16} : Steps{-0.6f, 0.25f, 12};
+  return element.bits == 3 ? Steps{-0.9f, 0.15f, 16} : Steps{-1.0f, 0.3f, 10};
+}
+
+void set_table(const ElementType& element, Plan& plan) {
+  for (uint32_t code = 0; code < 16; ++code) plan.table.at(code) = element.decode(element, code);
+  for (size_t i = 0; i + 1 < 16; ++i) plan.midpoints.at(i) = (plan.table.at(i) + plan.table.at(i + 1)) / 2;
+}
+
+/// Not copied afterwards: the grid points into it.
+void make_plan(const Scheme& scheme, Plan& plan) {
+  const ElementType& element = *scheme.element;
+  const Scheme& scale = *scheme.scale->scheme;
+  plan.group = static_cast<size_t>(scheme.scale->grouping.size);
+  plan.groups = scale.scale ? static_cast<size_t>(scale.scale->grouping.size) : 1;
+  plan.affine = scheme.offset_kind == OffsetKind::minimum;
+  plan.steps = steps_of(element, plan.affine);
+  plan.grid = {element.lowest - scheme.shift, element.highest - scheme.shift};
+  if (element.kind == ElementKind::table) {
+    set_table(element, plan);
+    plan.grid = {element.lowest, element.highest, plan.table.data(), plan.midpoints.data()};
+  }
+  if (!scale.scale) return;
+  plan.scale_shift = scale.shift;
+  plan.lowest_scale = scale.element->lowest - scale.shift;
+  plan.highest_scale = scale.element->highest - scale.shift;
+  plan.scale_mask = static_cast<uint8_t>((1u << scale.element->bits) - 1);
+}
+
+/// As f16 holds it; the largest where it does not.
+float to_half(float value) { return round_to(DType::f16, std::clamp(value, -65504.0f, 65504.0f)); }
+void put_half(float value, uint8_t* to) {
+  from_f32(DType::f16, std::span(&value, 1), std::as_writable_bytes(std::span(to, 2)));
+}
+
+using LaneValues = std::array<float, kPanel>;
+
+/// kPanel groups that lie one after the other.
+class PanelSearch {
+ public:
+  PanelSearch(const Plan& plan, const GroupSearch& loops) : plan_(plan), loops_(loops) {}
+
+  float* values() { return values_.data(); }
+  float* weights() { return weights_.data(); }
+
+  /// groups: of the panel's that there are; the others are 0.
+  void run(size_t groups) {
+    used_ = groups;
+    if (plan_.affine) {
+      search_affine();
+    } else {
+      search_symmetric();
+    }
+    loops_.codes(panel(), plan_.grid, scale_.data(), minimum_.data(), codes_.data());
+  }
+
+  void store(const TensorBlocks& parts, size_t first_block) const {
+    for (size_t g = 0; g < used_; ++g) {
+      const BlockParts to = parts.of(first_block + g / plan_.groups);
+      const size_t at = g % plan_.groups;
+      for (size_t i = 0; i < plan_.group; ++i) to.codes[at * plan_.group + i] = codes_[i * kPanel + g];
+      if (to.scale_scale == nullptr) {
+        put_half(scale_[g], to.scale);
+        continue;
+      }
+      to.scale[at] = static_cast<uint8_t>(static_cast<int>(scale_code_[g] + plan_.scale_shift)) & plan_.scale_mask;
+      if (at == 0) put_half(scale_unit_[g], to.scale_scale);
+      if (to.offset == nullptr) continue;
+      to.offset[at] = static_cast<uint8_t>(minimum_code_[g]);
+      if (at == 0) put_half(minimum_unit_[g], to.offset_scale);
+    }
+  }
+
+ private:
+  GroupPanel panel() const { return {values_.data(), weights_.data(), plan_.group}; }
+
+  /// units[g] = what the codes of the block of group g are multiplied by, so that its largest value has the code `top`.
+  void choose_units(const LaneValues& values, float top, LaneValues& units) const {
+    for (size_t first = 0; first < kPanel; first += plan_.groups) {
+      float most = 0;
+      for (size_t g = first; g < first + plan_.groups; ++g)
+        if (std::fabs(values.at(g)) > std::fabs(most)) most = values.at(g);
+      std::fill_n(units.begin() + static_cast<std::ptrdiff_t>(first), plan_.groups, to_half(most / top));
+    }
+  }
+
+  static float code_of(float value, float unit, float low, float high) {
+    return unit == 0 ? std::clamp(0.0f, low, high) : std::clamp(std::nearbyint(value / unit), low, high);
+  }
+
+  void sum_up() {
+    sum_w_ = sum_x_ = {};
+    for (size_t i = 0; i < plan_.group * kPanel; i += kPanel)
+      for (size_t g = 0; g < kPanel; ++g) {
+        sum_w_[g] += weights_[i + g];
+        sum_x_[g] += weights_[i + g] * values_[i + g];
+      }
+  }
+
+  void search_affine() {
+    LaneValues scales{}, minimums{};
+    loops_.fit_affine(panel(), plan_.grid.high, plan_.steps.first, plan_.steps.step, plan_.steps.count, scales.data(),
+                      minimums.data());
+    choose_units(scales, plan_.highest_scale, scale_unit_);
+    choose_units(minimums, plan_.highest_scale, minimum_unit_);
+    sum_up();
+    least_.fill(std::numeric_limits<float>::infinity());
+    for (const float off : {0.0f, -1.0f, 1.0f}) {
+      LaneValues scale_code{}, minimum_code{};
+      for (size_t g = 0; g < kPanel; ++g) {
+        scale_code[g] = code_of(scales[g], scale_unit_[g], 0, plan_.highest_scale) + off;
+        scale_code[g] = std::clamp(scale_code[g], 0.0f, plan_.highest_scale);
+        minimum_code[g] = code_of(minimums[g], minimum_unit_[g], 0, plan_.highest_scale);
+      }
+      // With these codes another minimum may be better, with which others may be: twice.
+      for (int round = 0; round < 2; ++round) {
+        const GroupSums sums = attempt(scale_code, minimum_code);
+        for (size_t g = 0; g < kPanel; ++g) {
+          const float scale = scale_code[g] * scale_unit_[g], w = sum_w_[g];
+          const float best = w > 0 ? (scale * sums.e[g] - sum_x_[g]) / w : 0;
+          minimum_code[g] = code_of(std::max(best, 0.0f), minimum_unit_[g], 0, plan_.highest_scale);
+        }
+      }
+      attempt(scale_code, minimum_code);
+    }
+    set_values();
+  }
+
+  void search_symmetric() {
+    LaneValues scales{};
+    loops_.fit_scale(panel(), plan_.grid, plan_.steps.first, plan_.steps.step, plan_.steps.count, scales.data());
+    minimum_.fill(0);
+    if (plan_.groups == 1) {
+      std::ranges::transform(scales, scale_.begin(), to_half);
+      return;
+    }
+    choose_units(scales, plan_.lowest_scale, scale_unit_);
+    least_.fill(std::numeric_limits<float>::infinity());
+    for (const float off : {0.0f, -1.0f, 1.0f}) {
+      LaneValues scale_code{};
+      for (size_t g = 0; g < kPanel; ++g)
+        scale_code[g] = std::clamp(code_of(scales[g], scale_unit_[g], plan_.lowest_scale, plan_.highest_scale) + off,
+                                   plan_.lowest_scale, plan_.highest_scale);
+      attempt(scale_code, {});
+    }
+    set_values();
+  }
+
+  /// Keeps those codes of scales and minimums that are better than any before.
+  GroupSums attempt(const LaneValues& scale_code, const LaneValues& minimum_code) {
+    LaneValues scale{}, minimum{};
+    for (size_t g = 0; g < kPanel; ++g) {
+      scale[g] = scale_code[g] * scale_unit_[g];
+      minimum[g] = minimum_code[g] * minimum_unit_[g];
+    }
+    GroupSums sums;
+    loops_.evaluate(panel(), plan_.grid, scale.data(), minimum.data(), sums);
+    for (size_t g = 0; g < kPanel; ++g) {
+      if (!(sums.error[g] < least_[g])) continue;
+      least_[g] = sums.error[g];
+      scale_code_[g] = scale_code[g];
+      minimum_code_[g] = minimum_code[g];
+    }
+    return sums;
+  }
+
+  void set_values() {
+    for (size_t g = 0; g < kPanel; ++g) {
+      scale_[g] = scale_code_[g] * scale_unit_[g];
+      minimum_[g] = minimum_code_[g] * minimum_unit_[g];
+    }
+  }
+
+  const Plan& plan_;
+  const GroupSearch& loops_;
+  size_t used_ = 0;
+  std::array<float, kMostGroup * kPanel> values_{}, weights_{};
+  std::array<uint8_t, kMostGroup * kPanel> codes_{};
+  LaneValues scale_{}, minimum_{}, scale_unit_{}, minimum_unit_{}, scale_code_{}, minimum_code_{};
+  LaneValues sum_w_{}, sum_x_{}, least_{};
+};
+
+}  // namespace
+
+bool is_block_scheme(const Scheme& scheme) {
+  if (!scheme.scale || scheme.scale->grouping.kind != Grouping::Kind::axis) return false;
+  const Scheme& scale = *scheme.scale->scheme;
+  if (scheme.element == find_element("iq4")) return true;
+  return scheme.element->kind == ElementKind::integer && scale.scale && scale.element->kind == ElementKind::integer &&
+         find_block_codec(scheme) != nullptr;
+}
+
+QuantizedTensor search_blocks(const Scheme& scheme, const Shape& shape, WeightView weight,
+                              std::span<const float> importance, const KernelLevel& level) {
+  BW_ASSERT(is_block_scheme(scheme));
+  check_finite(weight);
+  Plan plan;
+  make_plan(scheme, plan);
+  const GroupSearch& loops = group_search(level);
+  QuantizedTensor t = block_tensor(scheme, shape);
+  const size_t groups = t.codes.size() / plan.group, bytes = size_bytes(weight.dtype);
+  const TensorBlocks parts(t, groups / plan.groups);
+  const size_t columns = shape.empty() ? 0 : static_cast<size_t>(shape.back());
+  parallel_ranges((groups + kPanel - 1) / kPanel, kElementsATask / (kPanel * plan.group), [&](size_t begin, size_t end) {
+    PanelSearch search(plan, loops);
+    std::array<float, kMostGroup * kPanel> wide{};
+    for (size_t p = begin; p < end; ++p) {
+      const size_t used = std::min(kPanel, groups - p * kPanel), first = p * kPanel * plan.group;
+      const std::span<float> in = std::span(wide).first(used * plan.group);
+      to_f32(weight.dtype, weight.bytes.subspan(first * bytes, in.size() * bytes), in);
+      std::fill(wide.begin() + static_cast<std::ptrdiff_t>(in.size()), wide.end(), 0.0f);
+      for (size_t g = 0; g < kPanel; ++g)
+        for (size_t i = 0; i < plan.group; ++i) {
+          search.values()[i * kPanel + g] = wide[g * plan.group + i];
+          search.weights()[i * kPanel + g] =
+              importance.empty() ? 1.0f : importance[(first + g * plan.group + i) % columns];
+        }
+      search.run(used);
+      search.store(parts, p * kPanel / plan.groups);
+    }
+  });
+  return t;
+}
+
+}  // namespace bitwright

@@ -1,0 +1,99 @@
+// Compiled once per instruction set by Highway's foreach_target.h, like kernels_simd.cpp.
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/group_search.cpp"
+#include <hwy/foreach_target.h>  // IWYU pragma: keep
+#include <hwy/highway.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "base/error.hpp"
+#include "kernels/group_search.hpp"
+
+#if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3
+HWY_BEFORE_NAMESPACE();
+namespace bitwright::HWY_NAMESPACE {
+namespace {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+struct Lanes {
+  using D = hn::CappedTag<float, kPanel>;
+  using V = hn::Vec<D>;
+  using M = hn::Mask<D>;
+  static constexpr size_t kCount = hn::MaxLanes(D());
+  static HWY_INLINE V set(float x) { return hn::Set(D(), x); }
+  static HWY_INLINE V load(const float* from) { return hn::LoadU(D(), from); }
+  static HWY_INLINE void store(V v, float* to) { hn::StoreU(v, D(), to); }
+  static HWY_INLINE V add(V a, V b) { return hn::Add(a, b); }
+  static HWY_INLINE V sub(V a, V b) { return hn::Sub(a, b); }
+  static HWY_INLINE V mul(V a, V b) { return hn::Mul(a, b); }
+  static HWY_INLINE V div(V a, V b) { return hn::Div(a, b); }
+  static HWY_INLINE V mul_add(V a, V b, V c) { return hn::MulAdd(a, b, c); }
+  static HWY_INLINE V min(V a, V b) { return hn::Min(a, b); }
+  static HWY_INLINE V max(V a, V b) { return hn::Max(a, b); }
+  static HWY_INLINE V round(V a) { return hn::Round(a); }
+  static HWY_INLINE M less(V a, V b) { return hn::Lt(a, b); }
+  static HWY_INLINE M less_equal(V a, V b) { return hn::Le(a, b); }
+  static HWY_INLINE M equal(V a, V b) { return hn::Eq(a, b); }
+  static HWY_INLINE M both(M a, M b) { return hn::And(a, b); }
+  static HWY_INLINE V select(M m, V yes, V no) { return hn::IfThenElse(m, yes, no); }
+};
+
+#include "kernels/group_search-inl.hpp"
+
+}  // namespace
+
+extern const GroupSearch search_row;
+const GroupSearch search_row = GroupLoops<Lanes>::row(HWY_TARGET == HWY_AVX2 ? "avx2" : "avx512");
+
+}  // namespace bitwright::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+#endif
+
+#if HWY_ONCE
+namespace bitwright {
+namespace {
+
+/// One lane: the definition.
+struct OneLane {
+  using V = float;
+  static constexpr size_t kCount = 1;
+  static V set(float x) { return x; }
+  static V load(const float* from) { return *from; }
+  static void store(V v, float* to) { *to = v; }
+  static V add(V a, V b) { return a + b; }
+  static V sub(V a, V b) { return a - b; }
+  static V mul(V a, V b) { return a * b; }
+  static V div(V a, V b) { return a / b; }
+  static V mul_add(V a, V b, V c) { return std::fma(a, b, c); }
+  static V min(V a, V b) { return a < b ? a : b; }
+  static V max(V a, V b) { return a > b ? a : b; }
+  static V round(V a) { return std::nearbyint(a); }
+  static bool less(V a, V b) { return a < b; }
+  static bool less_equal(V a, V b) { return a <= b; }
+  static bool equal(V a, V b) { return a == b; }
+  static bool both(bool a, bool b) { return a && b; }
+  static V select(bool m, V yes, V no) { return m ? yes : no; }
+};
+
+#include "kernels/group_search-inl.hpp"
+
+constexpr GroupSearch kScalar = GroupLoops<OneLane>::row("scalar");
+
+}  // namespace
+
+const GroupSearch& group_search(const KernelLevel& level) {
+#if HWY_TARGETS & HWY_AVX3
+  if (level.name == N_AVX3::search_row.name) return N_AVX3::search_row;
+#endif
+#if HWY_TARGETS & HWY_AVX2
+  if (level.name == N_AVX2::search_row.name) return N_AVX2::search_row;
+#endif
+  BW_ASSERT(level.name == kScalar.name);
+  return kScalar;
+}
+
+}  // namespace bitwright
+#endif
