@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <limits>
+#include <numeric>
 #include <vector>
 
 #include "base/error.hpp"
@@ -39,7 +41,7 @@ struct Plan {
 /// How far the range of codes is stretched over the extremes of a group: found by trying, on normal numbers.
 Steps steps_of(const ElementType& element, bool affine) {
   if (element.kind == ElementKind::table) return {-8, 2, 12};
-  if (affine) return element.bits == 2 ? Steps{-0.5f, 0.1f, 16} : Steps{-0.6f, 0.25f, 12};
+  if (affine) return element.bits == 2 ? Steps{-0.5f, 0.1f, 16} : (element.bits == 4 ? Steps{-0.9f, 0.1f, 24} : Steps{-0.6f, 0.15f, 20});
   return element.bits == 3 ? Steps{-0.9f, 0.15f, 16} : Steps{-1.0f, 0.3f, 10};
 }
 
@@ -104,11 +106,11 @@ class PanelSearch {
         put_half(scale_[g], to.scale);
         continue;
       }
-      to.scale[at] = static_cast<uint8_t>(static_cast<int>(scale_code_[g] + plan_.scale_shift)) & plan_.scale_mask;
-      if (at == 0) put_half(scale_unit_[g], to.scale_scale);
+      to.scale[at] = static_cast<uint8_t>(static_cast<int>(found_.scale[g] + plan_.scale_shift)) & plan_.scale_mask;
+      if (at == 0) put_half(found_.scale_unit[g], to.scale_scale);
       if (to.offset == nullptr) continue;
-      to.offset[at] = static_cast<uint8_t>(minimum_code_[g]);
-      if (at == 0) put_half(minimum_unit_[g], to.offset_scale);
+      to.offset[at] = static_cast<uint8_t>(found_.minimum[g]);
+      if (at == 0) put_half(found_.minimum_unit[g], to.offset_scale);
     }
   }
 
@@ -116,99 +118,112 @@ class PanelSearch {
   GroupPanel panel() const { return {values_.data(), weights_.data(), plan_.group}; }
 
   /// units[g] = what the codes of the block of group g are multiplied by, so that its largest value has the code `top`.
-  void choose_units(const LaneValues& values, float top, LaneValues& units) const {
+  void choose_units(const LaneValues& values, float top, float (&units)[kPanel]) const {
     for (size_t first = 0; first < kPanel; first += plan_.groups) {
       float most = 0;
       for (size_t g = first; g < first + plan_.groups; ++g)
         if (std::fabs(values.at(g)) > std::fabs(most)) most = values.at(g);
-      std::fill_n(units.begin() + static_cast<std::ptrdiff_t>(first), plan_.groups, to_half(most / top));
+      std::fill_n(units + first, plan_.groups, to_half(most / top));
     }
   }
 
   static float code_of(float value, float unit, float low, float high) {
-    return unit == 0 ? std::clamp(0.0f, low, high) : std::clamp(std::nearbyint(value / unit), low, high);
-  }
-
-  void sum_up() {
-    sum_w_ = sum_x_ = {};
-    for (size_t i = 0; i < plan_.group * kPanel; i += kPanel)
-      for (size_t g = 0; g < kPanel; ++g) {
-        sum_w_[g] += weights_[i + g];
-        sum_x_[g] += weights_[i + g] * values_[i + g];
-      }
+    constexpr float kRounder = 12582912;  // 1.5 * 2^23: adding it rounds
+    const float code = std::clamp(unit == 0 ? 0 : value / unit, low, high);
+    return code + kRounder - kRounder;
   }
 
   void search_affine() {
     LaneValues scales{}, minimums{};
     loops_.fit_affine(panel(), plan_.grid.high, plan_.steps.first, plan_.steps.step, plan_.steps.count, scales.data(),
                       minimums.data());
-    choose_units(scales, plan_.highest_scale, scale_unit_);
-    choose_units(minimums, plan_.highest_scale, minimum_unit_);
-    sum_up();
-    least_.fill(std::numeric_limits<float>::infinity());
-    for (const float off : {0.0f, -1.0f, 1.0f}) {
-      LaneValues scale_code{}, minimum_code{};
-      for (size_t g = 0; g < kPanel; ++g) {
-        scale_code[g] = code_of(scales[g], scale_unit_[g], 0, plan_.highest_scale) + off;
-        scale_code[g] = std::clamp(scale_code[g], 0.0f, plan_.highest_scale);
-        minimum_code[g] = code_of(minimums[g], minimum_unit_[g], 0, plan_.highest_scale);
-      }
-      // With these codes another minimum may be better, with which others may be: twice.
-      for (int round = 0; round < 2; ++round) {
-        const GroupSums sums = attempt(scale_code, minimum_code);
-        for (size_t g = 0; g < kPanel; ++g) {
-          const float scale = scale_code[g] * scale_unit_[g], w = sum_w_[g];
-          const float best = w > 0 ? (scale * sums.e[g] - sum_x_[g]) / w : 0;
-          minimum_code[g] = code_of(std::max(best, 0.0f), minimum_unit_[g], 0, plan_.highest_scale);
-        }
-      }
-      attempt(scale_code, minimum_code);
+    choose_units(scales, plan_.highest_scale, found_.scale_unit);
+    choose_units(minimums, plan_.highest_scale, found_.minimum_unit);
+    for (size_t g = 0; g < kPanel; ++g) {
+      found_.scale[g] = code_of(scales[g], found_.scale_unit[g], 0, plan_.highest_scale);
+      found_.minimum[g] = code_of(minimums[g], found_.minimum_unit[g], 0, plan_.highest_scale);
     }
-    set_values();
+    improve();
   }
 
   void search_symmetric() {
     LaneValues scales{};
     loops_.fit_scale(panel(), plan_.grid, plan_.steps.first, plan_.steps.step, plan_.steps.count, scales.data());
-    minimum_.fill(0);
     if (plan_.groups == 1) {
       std::ranges::transform(scales, scale_.begin(), to_half);
       return;
     }
-    choose_units(scales, plan_.lowest_scale, scale_unit_);
-    least_.fill(std::numeric_limits<float>::infinity());
-    for (const float off : {0.0f, -1.0f, 1.0f}) {
-      LaneValues scale_code{};
-      for (size_t g = 0; g < kPanel; ++g)
-        scale_code[g] = std::clamp(code_of(scales[g], scale_unit_[g], plan_.lowest_scale, plan_.highest_scale) + off,
-                                   plan_.lowest_scale, plan_.highest_scale);
-      attempt(scale_code, {});
-    }
-    set_values();
+    choose_units(scales, plan_.lowest_scale, found_.scale_unit);
+    for (size_t g = 0; g < kPanel; ++g)
+      found_.scale[g] = code_of(scales[g], found_.scale_unit[g], plan_.lowest_scale, plan_.highest_scale);
+    improve();
   }
 
-  /// Keeps those codes of scales and minimums that are better than any before.
-  GroupSums attempt(const LaneValues& scale_code, const LaneValues& minimum_code) {
-    LaneValues scale{}, minimum{};
-    for (size_t g = 0; g < kPanel; ++g) {
-      scale[g] = scale_code[g] * scale_unit_[g];
-      minimum[g] = minimum_code[g] * minimum_unit_[g];
+  void improve() {
+    constexpr int kRounds = 2;
+    const auto around = [&] {
+      loops_.improve(panel(), plan_.grid, plan_.lowest_scale, plan_.highest_scale, plan_.affine ? kRounds : 1, found_);
+      set_values();
+    };
+    around();
+    // With all codes fixed the best units follow; where they make a block better they are taken, with the codes that
+    // belong to them.
+    constexpr int kAttempts = 2;
+    for (int attempt = 0; attempt < kAttempts; ++attempt) {
+      const ScaleCodes before = found_;
+      GroupSums sums;
+      loops_.sum_up(panel(), plan_.grid, scale_.data(), minimum_.data(), sums);
+      for (size_t first = 0; first < kPanel; first += plan_.groups) solve_units(sums, first);
+      around();
+      for (size_t first = 0; first < kPanel; first += plan_.groups)
+        if (!(error_of(found_, first) < error_of(before, first))) take(before, first);
+      set_values();
     }
-    GroupSums sums;
-    loops_.evaluate(panel(), plan_.grid, scale.data(), minimum.data(), sums);
-    for (size_t g = 0; g < kPanel; ++g) {
-      if (!(sums.error[g] < least_[g])) continue;
-      least_[g] = sums.error[g];
-      scale_code_[g] = scale_code[g];
-      minimum_code_[g] = minimum_code[g];
+  }
+
+  float error_of(const ScaleCodes& codes, size_t first) const {
+    return std::accumulate(codes.error + first, codes.error + first + plan_.groups, 0.0f);
+  }
+
+  void take(const ScaleCodes& other, size_t first) {
+    for (size_t g = first; g < first + plan_.groups; ++g) {
+      found_.scale[g] = other.scale[g];
+      found_.minimum[g] = other.minimum[g];
+      found_.scale_unit[g] = other.scale_unit[g];
+      found_.minimum_unit[g] = other.minimum_unit[g];
+      found_.error[g] = other.error[g];
     }
-    return sums;
+  }
+
+  /// Least squares of d and m in d s e - m n, over the groups of a block: s, n the codes of scale and minimum.
+  void solve_units(const GroupSums& sums, size_t first) {
+    double ss = 0, sn = 0, nn = 0, sx = 0, nx = 0;
+    for (size_t g = first; g < first + plan_.groups; ++g) {
+      const double s = found_.scale[g], n = found_.minimum[g];
+      ss += s * s * static_cast<double>(sums.ee[g]);
+      sn -= s * n * static_cast<double>(sums.e[g]);
+      nn += n * n * static_cast<double>(sums.w[g]);
+      sx += s * static_cast<double>(sums.xe[g]);
+      nx -= n * static_cast<double>(sums.x[g]);
+    }
+    const double determinant = ss * nn - sn * sn;
+    double d = ss > 0 ? sx / ss : 0, m = 0;
+    if (plan_.affine && nn > 0) {
+      if (!(determinant > 1e-6 * ss * nn)) return;
+      d = (sx * nn - nx * sn) / determinant;
+      m = (nx * ss - sx * sn) / determinant;
+    }
+    if (d == 0 || (plan_.affine && (d < 0 || m < 0))) return;
+    for (size_t g = first; g < first + plan_.groups; ++g) {
+      found_.scale_unit[g] = to_half(static_cast<float>(d));
+      if (plan_.affine) found_.minimum_unit[g] = to_half(static_cast<float>(m));
+    }
   }
 
   void set_values() {
     for (size_t g = 0; g < kPanel; ++g) {
-      scale_[g] = scale_code_[g] * scale_unit_[g];
-      minimum_[g] = minimum_code_[g] * minimum_unit_[g];
+      scale_[g] = found_.scale[g] * found_.scale_unit[g];
+      minimum_[g] = found_.minimum[g] * found_.minimum_unit[g];
     }
   }
 
@@ -217,8 +232,8 @@ class PanelSearch {
   size_t used_ = 0;
   std::array<float, kMostGroup * kPanel> values_{}, weights_{};
   std::array<uint8_t, kMostGroup * kPanel> codes_{};
-  LaneValues scale_{}, minimum_{}, scale_unit_{}, minimum_unit_{}, scale_code_{}, minimum_code_{};
-  LaneValues sum_w_{}, sum_x_{}, least_{};
+  ScaleCodes found_{};
+  LaneValues scale_{}, minimum_{};
 };
 
 }  // namespace

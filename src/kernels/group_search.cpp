@@ -26,6 +26,10 @@ struct Lanes {
   static HWY_INLINE V set(float x) { return hn::Set(D(), x); }
   static HWY_INLINE V load(const float* from) { return hn::LoadU(D(), from); }
   static HWY_INLINE void store(V v, float* to) { hn::StoreU(v, D(), to); }
+  static HWY_INLINE void store_code(V v, uint8_t* to) {
+    const hn::Rebind<uint8_t, D> bytes;
+    hn::StoreU(hn::DemoteTo(bytes, hn::ConvertTo(hn::Rebind<int32_t, D>(), v)), bytes, to);
+  }
   static HWY_INLINE V add(V a, V b) { return hn::Add(a, b); }
   static HWY_INLINE V sub(V a, V b) { return hn::Sub(a, b); }
   static HWY_INLINE V mul(V a, V b) { return hn::Mul(a, b); }
@@ -63,6 +67,7 @@ struct OneLane {
   static V set(float x) { return x; }
   static V load(const float* from) { return *from; }
   static void store(V v, float* to) { *to = v; }
+  static void store_code(V v, uint8_t* to) { *to = static_cast<uint8_t>(v); }
   static V add(V a, V b) { return a + b; }
   static V sub(V a, V b) { return a - b; }
   static V mul(V a, V b) { return a * b; }

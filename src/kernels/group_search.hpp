@@ -21,9 +21,15 @@ struct GroupPanel {
   size_t size;
 };
 
-/// Of each lane: sums over its group of w e, w e^2, w x e, and of the weighted squared error.
+/// Of each lane: sums over its group of w, w x, w e, w e^2 and w x e.
 struct GroupSums {
-  float e[kPanel], ee[kPanel], xe[kPanel], error[kPanel];
+  float w[kPanel], x[kPanel], e[kPanel], ee[kPanel], xe[kPanel];
+};
+
+/// Of each lane: whole numbers that scale and minimum are made of, what those are multiplied by, and the weighted
+/// squared error with the codes that follow.
+struct ScaleCodes {
+  float scale[kPanel], minimum[kPanel], scale_unit[kPanel], minimum_unit[kPanel], error[kPanel];
 };
 
 /// The innermost loops of the search for scales: values are scale * e - minimum, e the nearest of the grid. A row for
@@ -37,9 +43,12 @@ struct GroupSearch {
   /// The scale of least error without a minimum; negative ones are tried too. The grid's lowest or highest level meets
   /// the extreme, stretched by first + i * step levels.
   void (*fit_scale)(const GroupPanel& panel, const CodeGrid& grid, float first, float step, int steps, float* scale);
-  /// The codes for these parameters, summed up.
-  void (*evaluate)(const GroupPanel& panel, const CodeGrid& grid, const float* scale, const float* minimum,
-                   GroupSums& sums);
+  /// Looks for better codes of scales, in [low, high], up to one away; with each the minimum, in [0, high], that is best
+  /// for the codes it gives, `rounds` times (1: the minimums stay). Replaces those of `codes` and their errors.
+  void (*improve)(const GroupPanel& panel, const CodeGrid& grid, float low, float high, int rounds, ScaleCodes& codes);
+  /// What the codes of the values sum up to.
+  void (*sum_up)(const GroupPanel& panel, const CodeGrid& grid, const float* scale, const float* minimum,
+                 GroupSums& sums);
   /// codes[i * kPanel + lane], from 0 for the grid's lowest.
   void (*codes)(const GroupPanel& panel, const CodeGrid& grid, const float* scale, const float* minimum,
                 uint8_t* codes);
