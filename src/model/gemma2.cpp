@@ -37,7 +37,8 @@ const GgufMapping kGguf = {.architecture = "gemma2",
                            .tensors = kGgufGemmaTensors,
                            .shared_tensors = kGgufLlamaTensors,
                            .complete = complete_gguf,
-                           .windows = true};
+                           .windows = true,
+                           .activation = Activation::gelu_tanh};
 
 }  // namespace
 

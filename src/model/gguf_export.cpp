@@ -19,6 +19,7 @@
 namespace bitwright {
 namespace {
 
+constexpr size_t kGemma3Pattern = 6;
 constexpr std::array<std::string_view, 2> kEnds = {".weight", ".bias"};
 
 /// "layers.{0}.mlp.experts.{1}.w1" against "layers.3.mlp.experts.7.w1": the numbers.
@@ -48,18 +49,22 @@ std::vector<int64_t> inverse(const std::vector<int64_t>& order) {
 
 class Exporter {
  public:
-  explicit Exporter(const Checkpoint& model) : model_(model), json_(model.config()) {
-    const Architecture* const row = find_architecture(json_);
+  explicit Exporter(const Checkpoint& model)
+      : model_(model),
+        json_(model.config().contains("text_config") ? model.config()["text_config"] : model.config()) {
+    if (model.facts() != nullptr) fail("it is a GGUF file: only directories are read for this yet");
+    const Architecture* const row = find_architecture(model.config());
     if (row == nullptr || row->gguf == nullptr)
-      fail(fmt::format("llama.cpp has no model of the architecture {}",
-                       printable(json_.value("architectures", Json()).dump())));
+      fail(fmt::format("no mapping is known for the architecture {}",
+                       printable(model.config().value("architectures", Json()).dump())));
     mapping_ = row->gguf;
-    config_ = row->configure(json_, model.path().string());
+    config_ = row->configure(model.config(), model.path().string());
     out_.architecture = mapping_->architecture;
     find_prefix();
   }
 
   GgufModel run() {
+    check_computable();
     out_.metadata.add("general.architecture", out_.architecture);
     add_sizes();
     add_rope();
@@ -101,6 +106,29 @@ class Exporter {
         return;
       }
     fail(fmt::format("there is no tensor '{}'", end));
+  }
+
+  /// What llama.cpp has no key for is refused where the model could not run at all, else told.
+  void check_computable() {
+    const ModelConfig& c = config_;
+    const bool tanh_for_erf = c.activation == Activation::gelu && mapping_->activation == Activation::gelu_tanh;
+    if (c.activation != mapping_->activation && !tanh_for_erf) fail("llama.cpp has another activation for it");
+    if (tanh_for_erf) out_.differences.emplace_back("gelu is computed by its tanh approximation");
+    const auto routed = std::ranges::count(c.kinds, true, &LayerKind::experts);
+    if (routed != 0 && routed != c.layers) fail("only some of its layers have experts");
+    int64_t windows = 0;
+    for (const LayerKind& kind : c.kinds) windows += kind.window != 0 && kind.window < c.context ? 1 : 0;
+    const bool gemma3 = out_.architecture == "gemma3";
+    for (size_t i = 0; gemma3 && i < c.kinds.size(); ++i)
+      if ((c.kinds[i].window != 0) != ((i + 1) % kGemma3Pattern != 0))
+        return out_.differences.emplace_back("every sixth layer sees all positions, the others a window"), void();
+    if (!mapping_->windows && windows > 0)
+      out_.differences.emplace_back("the sliding window is ignored: texts longer than it are computed otherwise");
+    const auto head = static_cast<float>(1 / std::sqrt(static_cast<double>(c.head_size)));
+    const auto hidden = static_cast<float>(1 / std::sqrt(static_cast<double>(c.hidden) / static_cast<double>(c.heads)));
+    const bool known = std::abs(c.attention_scale - head) < 1e-6f * head ||
+                       std::abs(c.attention_scale - hidden) < 1e-6f * hidden || c.attention_scale == 0;
+    if (!known) out_.differences.emplace_back("attention is scaled by the size of a head");
   }
 
   // ---- metadata
@@ -257,7 +285,10 @@ class Exporter {
     if (rule->rows == GgufRows::experts) return add_expert(name, numbers[1], entry);
     ArrayView view = {.name = name, .source = entry.name, .shape = entry.shape};
     const bool list = entry.shape.size() < 2;
-    view.as_f32 = list || rule->gguf == "position_embd" || rule->gguf.ends_with("ffn_gate_inp");
+    if (end == ".bias" && !list) fail(fmt::format("tensor '{}' is no list", printable(entry.name)));
+    if (end == ".bias" && !mapping_->biases)
+      fail(fmt::format("llama.cpp's model of it has no tensor '{}'", printable(name)));
+    view.as_f32 = list || entry.dtype == DType::f64 || rule->gguf == "position_embd" || rule->gguf.ends_with("ffn_gate_inp");
     rearrange(rule->rows, entry, view);
     out_.names[name] = entry.name;
     out_.arrays.push_back(std::move(view));

@@ -15,6 +15,7 @@ struct GgufModel {
   GgufMetadata metadata;                     ///< of the network: its architecture and the keys that begin with it
   std::vector<ArrayView> arrays;             ///< tensors as llama.cpp calls and orders them
   std::map<std::string, std::string> names;  ///< of them in the model's own words; of a stack that of its first matrix
+  std::vector<std::string> differences;      ///< in what llama.cpp computes and config.json says
 };
 
 /// From names, types and shapes alone. Matrices keep their type; lists, router matrices and positions become f32,

@@ -76,7 +76,7 @@ void complete_gguf(const GgufFacts& facts, Json& config) {
 }
 
 const GgufMapping kGguf = {
-    .architecture = "gptneox", .keys = kGgufKeys, .tensors = kGgufTensors, .complete = complete_gguf};
+    .architecture = "gptneox", .keys = kGgufKeys, .tensors = kGgufTensors, .complete = complete_gguf, .biases = true, .activation = Activation::gelu_tanh};
 
 }  // namespace
 

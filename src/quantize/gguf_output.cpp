@@ -18,6 +18,7 @@
 namespace bitwright {
 namespace {
 
+constexpr const char* kNoVocabulary = "no_vocab";  // as llama.cpp calls it
 constexpr uint32_t kQuantizationVersion = 2;  // ggml's GGML_QNT_VERSION
 
 std::string chat_template_of(const std::filesystem::path& directory) {
@@ -50,16 +51,22 @@ TensorRole role_of(const Checkpoint& model, const GgufModel& as) {
 
 GgufOutput::GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings)
     : model_(gguf_model(model)), arranged_(open_as_gguf(model, model_)), role_(role_of(model, model_)) {
+  for (const std::string& difference : model_.differences)
+    warnings.push_back({"COMPUTED_OTHERWISE", fmt::format("llama.cpp computes it otherwise: {}", difference)});
   const std::filesystem::path directory = model_directory(model);
   name_ = std::filesystem::weakly_canonical(std::filesystem::absolute(directory)).filename().string();
   const TensorEntry* const embedding = arranged_.find("token_embd.weight");
   const auto rows = static_cast<size_t>(embedding == nullptr || embedding->shape.empty() ? 0 : embedding->shape[0]);
+  chat_template_ = chat_template_of(directory);
+  if (!Tokenizer::exists_in(directory)) {
+    vocabulary_.model = kNoVocabulary;
+    warnings.push_back({"NO_TOKENIZER", "the model has no tokenizer, so the file has no vocabulary"});
+    return;
+  }
   vocabulary_ = gguf_vocabulary_of(directory, rows);
   take_id(model.config(), "bos_token_id", rows, vocabulary_.bos);
   take_id(model.config(), "eos_token_id", rows, vocabulary_.eos);
-  chat_template_ = chat_template_of(directory);
-  const Tokenizer own(directory);
-  const Tokenizer theirs = Tokenizer::from_gguf(vocabulary_, directory.string());
+  const Tokenizer own(directory), theirs = Tokenizer::from_gguf(vocabulary_, directory.string());
   if (own.encode(bundled_text()) != theirs.encode(bundled_text()))
     warnings.push_back({"OTHER_TOKENS", "llama.cpp will cut some texts into other tokens than the model's tokenizer"});
 }

@@ -323,6 +323,7 @@ class Pipeline {
   std::string common_value(const Get& get) const {
     std::map<std::string, size_t> counts;
     for (const LayerResult& layer : layers_) ++counts[get(layer)];
+    if (counts.empty()) return "none";  // a file of floats
     const auto most = std::ranges::max_element(counts, {}, [](const auto& item) { return item.second; });
     return counts.size() == 1 ? most->first : fmt::format("mixed, mostly {}", most->first);
   }

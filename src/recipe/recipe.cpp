@@ -460,7 +460,8 @@ Recipe resolve(const QuantizationRequest& request, std::span<const TensorFacts> 
     recipe.tensors.push_back(resolver.plan(t));
     any = any || recipe.tensors.back().scheme.has_value();
   }
-  if (!any)
+  const bool translates = container != nullptr && !container->model_file.empty();  // worth writing in floats too
+  if (!any && !translates)
     throw Error({.code = "nothing-to-quantize",
                  .what = "nothing to quantize",
                  .why = asks_for_something(request.settings, container) || !request.rules.empty()

@@ -240,8 +240,8 @@ GgufVocabulary gguf_vocabulary_of(const std::filesystem::path& path, size_t size
 
 void add_vocabulary(const GgufVocabulary& v, GgufMetadata& out) {
   out.add("tokenizer.ggml.model", v.model);
-  if (!v.pre.empty()) out.add("tokenizer.ggml.pre", v.pre);
-  if (v.pre.empty()) out.add("tokenizer.ggml.pre", "default");
+  if (v.tokens.empty()) return;
+  out.add("tokenizer.ggml.pre", v.pre.empty() ? "default" : v.pre);
   out.add("tokenizer.ggml.tokens", std::span<const std::string>(v.tokens));
   if (!v.scores.empty()) out.add("tokenizer.ggml.scores", std::span<const float>(v.scores));
   if (!v.types.empty()) out.add("tokenizer.ggml.token_type", std::span<const int32_t>(v.types));
