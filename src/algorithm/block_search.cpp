@@ -41,7 +41,9 @@ struct Plan {
 /// How far the range of codes is stretched over the extremes of a group: found by trying, on normal numbers.
 Steps steps_of(const ElementType& element, bool affine) {
   if (element.kind == ElementKind::table) return {-8, 2, 12};
-  if (affine) return element.bits == 2 ? Steps{-0.5f, 0.1f, 16} : (element.bits == 4 ? Steps{-0.9f, 0.1f, 24} : Steps{-0.6f, 0.15f, 20});
+  if (affine)
+    return element.bits == 2 ? Steps{-0.5f, 0.1f, 16}
+                             : (element.bits == 4 ? Steps{-0.9f, 0.1f, 24} : Steps{-0.6f, 0.15f, 20});
   return element.bits == 3 ? Steps{-0.9f, 0.15f, 16} : Steps{-1.0f, 0.3f, 10};
 }
 
@@ -257,24 +259,25 @@ QuantizedTensor search_blocks(const Scheme& scheme, const Shape& shape, WeightVi
   const size_t groups = t.codes.size() / plan.group, bytes = size_bytes(weight.dtype);
   const TensorBlocks parts(t, groups / plan.groups);
   const size_t columns = shape.empty() ? 0 : static_cast<size_t>(shape.back());
-  parallel_ranges((groups + kPanel - 1) / kPanel, kElementsATask / (kPanel * plan.group), [&](size_t begin, size_t end) {
-    PanelSearch search(plan, loops);
-    std::array<float, kMostGroup * kPanel> wide{};
-    for (size_t p = begin; p < end; ++p) {
-      const size_t used = std::min(kPanel, groups - p * kPanel), first = p * kPanel * plan.group;
-      const std::span<float> in = std::span(wide).first(used * plan.group);
-      to_f32(weight.dtype, weight.bytes.subspan(first * bytes, in.size() * bytes), in);
-      std::fill(wide.begin() + static_cast<std::ptrdiff_t>(in.size()), wide.end(), 0.0f);
-      for (size_t g = 0; g < kPanel; ++g)
-        for (size_t i = 0; i < plan.group; ++i) {
-          search.values()[i * kPanel + g] = wide[g * plan.group + i];
-          search.weights()[i * kPanel + g] =
-              importance.empty() ? 1.0f : importance[(first + g * plan.group + i) % columns];
-        }
-      search.run(used);
-      search.store(parts, p * kPanel / plan.groups);
-    }
-  });
+  parallel_ranges((groups + kPanel - 1) / kPanel, kElementsATask / (kPanel * plan.group),
+                  [&](size_t begin, size_t end) {
+                    PanelSearch search(plan, loops);
+                    std::array<float, kMostGroup * kPanel> wide{};
+                    for (size_t p = begin; p < end; ++p) {
+                      const size_t used = std::min(kPanel, groups - p * kPanel), first = p * kPanel * plan.group;
+                      const std::span<float> in = std::span(wide).first(used * plan.group);
+                      to_f32(weight.dtype, weight.bytes.subspan(first * bytes, in.size() * bytes), in);
+                      std::fill(wide.begin() + static_cast<std::ptrdiff_t>(in.size()), wide.end(), 0.0f);
+                      for (size_t g = 0; g < kPanel; ++g)
+                        for (size_t i = 0; i < plan.group; ++i) {
+                          search.values()[i * kPanel + g] = wide[g * plan.group + i];
+                          search.weights()[i * kPanel + g] =
+                              importance.empty() ? 1.0f : importance[(first + g * plan.group + i) % columns];
+                        }
+                      search.run(used);
+                      search.store(parts, p * kPanel / plan.groups);
+                    }
+                  });
   return t;
 }
 

@@ -14,7 +14,6 @@ bool is_block_scheme(const Scheme& scheme);
 /// errors, one a column; empty: all 1. Every level and any number of threads give the same bits. Rows must be whole
 /// blocks. Throws Error{"not-finite"}.
 QuantizedTensor search_blocks(const Scheme& scheme, const Shape& shape, WeightView weight,
-                              std::span<const float> importance = {},
-                              const KernelLevel& level = active_kernel_level());
+                              std::span<const float> importance = {}, const KernelLevel& level = active_kernel_level());
 
 }  // namespace bitwright

@@ -60,7 +60,8 @@ TEST(BlockSearch, GivesTheSameBitsOnEveryLevel) {
   for (const BlockCodec& codec : all_block_codecs()) {
     if (!is_block_scheme(codec.scheme())) continue;
     const WeightView weight = {DType::f32, std::as_bytes(std::span(values))};
-    const QuantizedTensor expected = search_blocks(codec.scheme(), {7, 512}, weight, importance, kernel_levels().back());
+    const QuantizedTensor expected =
+        search_blocks(codec.scheme(), {7, 512}, weight, importance, kernel_levels().back());
     for (const KernelLevel& level : kernel_levels()) {
       if (!level.usable()) continue;
       EXPECT_TRUE(search_blocks(codec.scheme(), {7, 512}, weight, importance, level) == expected)

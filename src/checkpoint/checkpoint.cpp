@@ -323,8 +323,8 @@ struct Checkpoint::Impl {
     specs.clear();
     order.clear();
     for (ArrayView& wanted : translation.arrays) {
-      const StoredArray& array = views.emplace_back(
-          wanted.source.empty() ? made(wanted) : view_of(*stored_arrays.at(wanted.source), wanted));
+      const StoredArray& array =
+          views.emplace_back(wanted.source.empty() ? made(wanted) : view_of(*stored_arrays.at(wanted.source), wanted));
       if (!arrays.emplace(array.name, &array).second)
         fail("bad-weights", path, fmt::format("two tensors are both the model's '{}'", printable(array.name)));
       specs[array.name] = {array.name, array.dtype, array.shape, array.block};
@@ -351,8 +351,8 @@ struct Checkpoint::Impl {
     for (const StoredArray* part : parts.stacked)
       if (part->dtype != array.dtype || part->block != nullptr ||
           part->data.size() * parts.stacked.size() != specs.at(array.name).bytes())
-        fail("bad-weights", path, fmt::format("tensor '{}' is not of its neighbours' type and shape",
-                                              printable(part->name)));
+        fail("bad-weights", path,
+             fmt::format("tensor '{}' is not of its neighbours' type and shape", printable(part->name)));
   }
 
   void read_stack(const Rearrangement& parts, uint64_t offset, std::span<std::byte> out) const {

@@ -385,7 +385,8 @@ void check_writable(const ArraySpec& spec) {
 ShardPlan plan_gguf(std::span<const std::vector<ArraySpec>> tensors, const GgufMetadata& metadata) {
   ShardPlan plan = {.files = {{.name = "model.gguf", .arrays = {}, .header = {}, .bytes = 0}}, .places = {}};
   ShardPlan::File& file = plan.files.front();
-  for (const std::vector<ArraySpec>& arrays : tensors) file.arrays.insert(file.arrays.end(), arrays.begin(), arrays.end());
+  for (const std::vector<ArraySpec>& arrays : tensors)
+    file.arrays.insert(file.arrays.end(), arrays.begin(), arrays.end());
   std::ranges::for_each(file.arrays, check_writable);
   std::vector<uint64_t> offsets;
   file.header = header_of(file.arrays, metadata, offsets);
@@ -394,7 +395,8 @@ ShardPlan plan_gguf(std::span<const std::vector<ArraySpec>> tensors, const GgufM
   size_t next = 0;
   for (const std::vector<ArraySpec>& arrays : tensors) {
     std::vector<ShardPlan::Place>& places = plan.places.emplace_back();
-    for (size_t a = 0; a < arrays.size(); ++a) places.push_back({.file = 0, .offset = file.header.size() + offsets[next++]});
+    for (size_t a = 0; a < arrays.size(); ++a)
+      places.push_back({.file = 0, .offset = file.header.size() + offsets[next++]});
   }
   return plan;
 }

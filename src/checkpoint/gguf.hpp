@@ -65,8 +65,8 @@ class GgufMetadata {
   uint64_t count_ = 0, alignment_ = 32;
 };
 
-/// A file of version 3 for ShardWriter, "model.gguf": `arrays` of each tensor in their order. Throws Error{"no-gguf"} for
-/// a type, a name or a shape that GGUF has not.
+/// A file of version 3 for ShardWriter, "model.gguf": `arrays` of each tensor in their order. Throws Error{"no-gguf"}
+/// for a type, a name or a shape that GGUF has not.
 ShardPlan plan_gguf(std::span<const std::vector<ArraySpec>> tensors, const GgufMetadata& metadata);
 
 /// Writes a GGUF file of version 3 front to back; arrays must be added in the order of `specs`, whose types are all

@@ -174,9 +174,7 @@ void pack_dense(const BlockParts& from, uint8_t* block) {
 // ---- super-blocks of 256, whose scales are codes themselves
 
 Scheme scale_codes(const ElementType& element, int64_t groups) { return flat(element, groups); }
-Scheme super(int bits, int64_t group, Scheme scale) {
-  return flat(unsigned_element(bits), group, std::move(scale));
-}
+Scheme super(int bits, int64_t group, Scheme scale) { return flat(unsigned_element(bits), group, std::move(scale)); }
 
 /// Code 128 h + 32 s + l is bits 2 s, 2 s + 1 of byte 32 h + l.
 void unpack_twos(const uint8_t* from, uint8_t* codes) {
@@ -233,8 +231,8 @@ void pack_q3_k(const BlockParts& from, uint8_t* block) {
   std::copy_n(from.scale_scale, kHalf, block + 108);
 }
 
-/// Eight scales and minimums of 6 bits in 12 bytes: the first four of each in bytes of their own, whose upper 2 bits are
-/// those of the last four, whose nibbles share the last four bytes.
+/// Eight scales and minimums of 6 bits in 12 bytes: the first four of each in bytes of their own, whose upper 2 bits
+/// are those of the last four, whose nibbles share the last four bytes.
 void unpack_sixes(const uint8_t* from, uint8_t* scale, uint8_t* offset) {
   for (size_t j = 0; j < 4; ++j) {
     scale[j] = from[j] & 63;
@@ -300,8 +298,8 @@ void unpack_q6_k(const uint8_t* block, const BlockParts& to) {
   for (size_t h = 0; h < 2; ++h)
     for (size_t s = 0; s < 4; ++s)
       for (size_t l = 0; l < 32; ++l)
-        to.codes[128 * h + 32 * s + l] = byte((block[64 * h + 32 * (s % 2) + l] >> 4 * (s / 2) & 15) |
-                                              (block[128 + 32 * h + l] >> 2 * s & 3) << 4);
+        to.codes[128 * h + 32 * s + l] =
+            byte((block[64 * h + 32 * (s % 2) + l] >> 4 * (s / 2) & 15) | (block[128 + 32 * h + l] >> 2 * s & 3) << 4);
   std::copy_n(block + 192, 16, to.scale);
   std::copy_n(block + 208, kHalf, to.scale_scale);
 }
@@ -318,9 +316,7 @@ void pack_q6_k(const BlockParts& from, uint8_t* block) {
 }
 
 // IQ4_XS: d | upper 2 bits of the scales | 4 bytes of their nibbles | for each 32 codes 16 bytes of nibbles
-Scheme iq4_xs() {
-  return flat(*find_element("iq4"), 32, shifted(scale_codes(unsigned_element(6), 8), 32));
-}
+Scheme iq4_xs() { return flat(*find_element("iq4"), 32, shifted(scale_codes(unsigned_element(6), 8), 32)); }
 void unpack_iq4_xs(const uint8_t* block, const BlockParts& to) {
   std::copy_n(block, kHalf, to.scale_scale);
   const uint16_t high = u16_at(block + 2);
@@ -352,8 +348,8 @@ void pack_tq2_0(const BlockParts& from, uint8_t* block) {
   std::copy_n(from.scale, kHalf, block + 64);
 }
 
-// TQ1_0: 32 bytes of 5 codes, 16 of 5, 4 of 4 | d. A byte is the fraction 0.c0 c1 c2 c3 c4 in base 3, of 256, rounded up;
-// its codes are apart by the number of bytes.
+// TQ1_0: 32 bytes of 5 codes, 16 of 5, 4 of 4 | d. A byte is the fraction 0.c0 c1 c2 c3 c4 in base 3, of 256, rounded
+// up; its codes are apart by the number of bytes.
 Scheme tq1_0() { return flat(*find_element("ternary"), kSuper); }
 struct Trits {
   size_t first_byte, bytes, first_code, digits;
@@ -547,14 +543,16 @@ void unpack_iq1_s(const uint8_t* block, const BlockParts& to) {
     const unsigned rest = u16_at(block + 34 + 2 * g);
     to.scale[g] = rest >> 12 & 7;
     for (size_t l = 0; l < 4; ++l)
-      unpack_entry(grid, block[2 + 4 * g + l] | (rest >> 3 * l & 7) << 8, (rest >> 15) * 255, to.codes + 32 * g + 8 * l);
+      unpack_entry(grid, block[2 + 4 * g + l] | (rest >> 3 * l & 7) << 8, (rest >> 15) * 255,
+                   to.codes + 32 * g + 8 * l);
   }
 }
 void pack_iq1_s(const BlockParts& from, uint8_t* block) {
   static const GgufGrid& grid = gguf_grid("iq1");
   std::copy_n(from.scale_scale, kHalf, block);
   for (size_t g = 0; g < 8; ++g) {
-    unsigned rest = static_cast<unsigned>(from.scale[g]) << 12 | static_cast<unsigned>(from.codes[32 * g] / kSign) << 15;
+    unsigned rest = static_cast<unsigned>(from.scale[g]) << 12 | static_cast<unsigned>(from.codes[32 * g] / kSign)
+                                                                     << 15;
     for (size_t l = 0; l < 4; ++l) {
       const unsigned index = index_of(grid, from.codes + 32 * g + 8 * l);
       block[2 + 4 * g + l] = byte(index);

@@ -11,9 +11,9 @@ namespace bitwright {
 /// The arrays of a QuantizedTensor where one block of them begins. Those that the scheme lacks are null.
 struct BlockParts {
   uint8_t* codes;
-  uint8_t* scale;         ///< codes of the scales, or the scales themselves
-  uint8_t* scale_scale;   ///< what those codes are multiplied by
-  uint8_t* offset;        ///< likewise
+  uint8_t* scale;        ///< codes of the scales, or the scales themselves
+  uint8_t* scale_scale;  ///< what those codes are multiplied by
+  uint8_t* offset;       ///< likewise
   uint8_t* offset_scale;
 };
 

@@ -10,12 +10,12 @@ namespace bitwright {
 namespace {
 
 constexpr auto kFileTypes = std::to_array<GgufFileType>({
-    {"q8_0", 7, "Q8_0"},      {"q4_0", 2, "Q4_0"},       {"q4_1", 3, "Q4_1"},      {"q5_0", 8, "Q5_0"},
-    {"q5_1", 9, "Q5_1"},      {"q2_k", 10, "Q2_K"},      {"q2_k_s", 21, "Q2_K"},   {"q3_k_s", 11, "Q3_K"},
-    {"q3_k_m", 12, "Q3_K"},   {"q3_k_l", 13, "Q3_K"},    {"q4_k_s", 14, "Q4_K"},   {"q4_k_m", 15, "Q4_K"},
-    {"q5_k_s", 16, "Q5_K"},   {"q5_k_m", 17, "Q5_K"},    {"q6_k", 18, "Q6_K"},     {"iq4_nl", 25, "IQ4_NL"},
-    {"iq4_xs", 30, "IQ4_XS"}, {"tq1_0", 36, "TQ1_0"},    {"tq2_0", 37, "TQ2_0"},   {"mxfp4", 38, "MXFP4"},
-    {"nvfp4", 39, "NVFP4"},
+    {"q8_0", 7, "Q8_0"},      {"q4_0", 2, "Q4_0"},    {"q4_1", 3, "Q4_1"},    {"q5_0", 8, "Q5_0"},
+    {"q5_1", 9, "Q5_1"},      {"q2_k", 10, "Q2_K"},   {"q2_k_s", 21, "Q2_K"}, {"q3_k_s", 11, "Q3_K"},
+    {"q3_k_m", 12, "Q3_K"},   {"q3_k_l", 13, "Q3_K"}, {"q4_k_s", 14, "Q4_K"}, {"q4_k_m", 15, "Q4_K"},
+    {"q5_k_s", 16, "Q5_K"},   {"q5_k_m", 17, "Q5_K"}, {"q6_k", 18, "Q6_K"},   {"iq4_nl", 25, "IQ4_NL"},
+    {"iq4_xs", 30, "IQ4_XS"}, {"tq1_0", 36, "TQ1_0"}, {"tq2_0", 37, "TQ2_0"}, {"mxfp4", 38, "MXFP4"},
+    {"nvfp4", 39, "NVFP4"},   {"f32", 0, "F32"},      {"f16", 1, "F16"},      {"bf16", 32, "BF16"},
 });
 
 // ---- which tensors get another type
@@ -96,8 +96,8 @@ bool is_output(const TensorRole& role) {
 
 /// Mixtral's eight experts share what attends.
 constexpr int64_t kMixtral = 8;
-constexpr auto kFewBits = std::to_array<std::string_view>(
-    {"q2_k", "q3_k_s", "q3_k_m", "iq4_nl", "q4_k_s", "q4_k_m", "iq4_xs"});
+constexpr auto kFewBits =
+    std::to_array<std::string_view>({"q2_k", "q3_k_s", "q3_k_m", "iq4_nl", "q4_k_s", "q4_k_m", "iq4_xs"});
 
 std::string_view wanted(const GgufFileType& file, const TensorRole& role, const Shape& shape) {
   if (role.name.empty()) return file.type;

@@ -48,8 +48,8 @@ void symmetric(const float* x, const BlockParts& out) {
   const float d = extreme(x, 32) / static_cast<float>(-kHalf), id = inverse(d);
   put_half(d, out.scale);
   for (size_t j = 0; j < 32; ++j)
-    out.codes[j] = static_cast<uint8_t>(
-        std::min(2 * kHalf - 1, static_cast<int>(x[j] * id + (static_cast<float>(kHalf) + 0.5f))));
+    out.codes[j] =
+        static_cast<uint8_t>(std::min(2 * kHalf - 1, static_cast<int>(x[j] * id + (static_cast<float>(kHalf) + 0.5f))));
 }
 
 /// From the smallest value up.
@@ -140,16 +140,16 @@ constexpr auto kRoundings = std::to_array<Rounding>({{"Q8_0", eight_bits},
 void check_finite_block(std::span<const float> x, size_t first) {
   for (size_t j = 0; j < x.size(); ++j)
     if (!std::isfinite(x[j]))
-      throw Error({.code = "not-finite",
-                   .what = "cannot quantize",
-                   .why = fmt::format("element {} is {}", first + j, x[j])});
+      throw Error(
+          {.code = "not-finite", .what = "cannot quantize", .why = fmt::format("element {} is {}", first + j, x[j])});
 }
 
 }  // namespace
 
 QuantizedTensor round_to_gguf(const Scheme& scheme, const Shape& shape, WeightView weight) {
   const BlockCodec* const codec = find_block_codec(scheme);
-  const auto rounding = codec == nullptr ? kRoundings.end() : std::ranges::find(kRoundings, codec->type, &Rounding::type);
+  const auto rounding =
+      codec == nullptr ? kRoundings.end() : std::ranges::find(kRoundings, codec->type, &Rounding::type);
   if (rounding == kRoundings.end())
     throw Error({.code = "bad-scheme", .what = "cannot quantize", .why = "no rounding of ggml's is known for it"});
   const auto elements = static_cast<size_t>(find_gguf_type(codec->type)->block.elements);

@@ -4,9 +4,9 @@
 
 namespace bitwright {
 
-/// How ggml (d99724f, quantize_row_*_ref) rounds to the types whose rounding is no search: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0,
-/// MXFP4, NVFP4, TQ1_0, TQ2_0, bit for bit. Needs a scheme of one of them that fits the shape.
-/// Throws Error{"not-finite"}; {"bad-scheme"} for the others.
+/// How ggml (d99724f, quantize_row_*_ref) rounds to the types whose rounding is no search: Q4_0, Q4_1, Q5_0, Q5_1,
+/// Q8_0, MXFP4, NVFP4, TQ1_0, TQ2_0, bit for bit. Needs a scheme of one of them that fits the shape. Throws
+/// Error{"not-finite"}; {"bad-scheme"} for the others.
 QuantizedTensor round_to_gguf(const Scheme& scheme, const Shape& shape, WeightView weight);
 
 }  // namespace bitwright

@@ -58,8 +58,8 @@ void check_rounding(const GoldenCase& c, const QuantizedTensor& expected) {
   EXPECT_TRUE(std::ranges::equal(find_container("gguf")->pack(stored, t).front().data, c.at("data").data));
 }
 
-/// Blocks that ggml wrote: taken apart and put together again, the values they stand for, and where rounding is no search
-/// the blocks from what they were made of.
+/// Blocks that ggml wrote: taken apart and put together again, the values they stand for, and where rounding is no
+/// search the blocks from what they were made of.
 void check_type(const std::string& folder, bool rounded = false) {
   const auto cases = golden_cases(folder, "data");
   if (cases.empty()) GTEST_SKIP() << "no golden cases here";

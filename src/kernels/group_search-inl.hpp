@@ -9,9 +9,7 @@ struct GroupLoops {
   static V infinity() { return L::set(std::numeric_limits<float>::infinity()); }
 
   /// 1 / x, 0 for 0.
-  static V inverse(V x) {
-    return L::select(L::equal(x, L::set(0)), L::set(0), L::div(L::set(1), x));
-  }
+  static V inverse(V x) { return L::select(L::equal(x, L::set(0)), L::set(0), L::div(L::set(1), x)); }
 
   /// The value of the grid nearest to v.
   struct Nearest {
@@ -216,8 +214,7 @@ struct GroupLoops {
     L::store(best_minimum, codes.minimum + lane);
   }
 
-  static void codes(const GroupPanel& p, const CodeGrid& grid, const float* scale, const float* minimum,
-                    uint8_t* out) {
+  static void codes(const GroupPanel& p, const CodeGrid& grid, const float* scale, const float* minimum, uint8_t* out) {
     const Nearest nearest(grid);
     for (size_t lane = 0; lane < kPanel; lane += kStep) {
       const V a = L::load(scale + lane), m = L::load(minimum + lane), inv = inverse(a), shift = L::mul(m, inv);
@@ -229,7 +226,11 @@ struct GroupLoops {
   }
 
   static constexpr GroupSearch row(std::string_view name) {
-    return {.name = name, .fit_affine = fit_affine, .fit_scale = fit_scale, .improve = improve, .sum_up = sum_up,
+    return {.name = name,
+            .fit_affine = fit_affine,
+            .fit_scale = fit_scale,
+            .improve = improve,
+            .sum_up = sum_up,
             .codes = codes};
   }
 };

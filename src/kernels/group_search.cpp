@@ -1,6 +1,8 @@
 // Compiled once per instruction set by Highway's foreach_target.h, like kernels_simd.cpp.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "kernels/group_search.cpp"
+#include "kernels/group_search.hpp"
+
 #include <hwy/foreach_target.h>  // IWYU pragma: keep
 #include <hwy/highway.h>
 
@@ -9,7 +11,6 @@
 #include <limits>
 
 #include "base/error.hpp"
-#include "kernels/group_search.hpp"
 
 #if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3
 HWY_BEFORE_NAMESPACE();

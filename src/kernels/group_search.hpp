@@ -43,8 +43,8 @@ struct GroupSearch {
   /// The scale of least error without a minimum; negative ones are tried too. The grid's lowest or highest level meets
   /// the extreme, stretched by first + i * step levels.
   void (*fit_scale)(const GroupPanel& panel, const CodeGrid& grid, float first, float step, int steps, float* scale);
-  /// Looks for better codes of scales, in [low, high], up to one away; with each the minimum, in [0, high], that is best
-  /// for the codes it gives, `rounds` times (1: the minimums stay). Replaces those of `codes` and their errors.
+  /// Looks for better codes of scales, in [low, high], up to one away; with each the minimum, in [0, high], that is
+  /// best for the codes it gives, `rounds` times (1: the minimums stay). Replaces those of `codes` and their errors.
   void (*improve)(const GroupPanel& panel, const CodeGrid& grid, float low, float high, int rounds, ScaleCodes& codes);
   /// What the codes of the values sum up to.
   void (*sum_up)(const GroupPanel& panel, const CodeGrid& grid, const float* scale, const float* minimum,

@@ -56,8 +56,10 @@ void complete_gguf(const GgufFacts& facts, Json& config) {
 
 const Architecture gemma3 = {
     .name = "Gemma3ForCausalLM", .model_type = "gemma3_text", .configure = configure, .gguf = &kGgufGemma3};
-const Architecture gemma3_with_images = {
-    .name = "Gemma3ForConditionalGeneration", .model_type = "gemma3", .configure = configure_language_model, .gguf = &kGgufGemma3};
+const Architecture gemma3_with_images = {.name = "Gemma3ForConditionalGeneration",
+                                         .model_type = "gemma3",
+                                         .configure = configure_language_model,
+                                         .gguf = &kGgufGemma3};
 
 }  // namespace bitwright::architectures
 

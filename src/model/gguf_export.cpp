@@ -50,8 +50,7 @@ std::vector<int64_t> inverse(const std::vector<int64_t>& order) {
 class Exporter {
  public:
   explicit Exporter(const Checkpoint& model)
-      : model_(model),
-        json_(model.config().contains("text_config") ? model.config()["text_config"] : model.config()) {
+      : model_(model), json_(model.config().contains("text_config") ? model.config()["text_config"] : model.config()) {
     if (model.facts() != nullptr) fail("it is a GGUF file: only directories are read for this yet");
     const Architecture* const row = find_architecture(model.config());
     if (row == nullptr || row->gguf == nullptr)
@@ -212,8 +211,8 @@ class Exporter {
     if (type == "linear") return;
     const Json original = scaling.value("original_max_position_embeddings", Json(config_.context));
     add_integer("rope.scaling.original_context_length", original.get<int64_t>());
-    for (const auto& [key, name] : {std::pair("rope.scaling.yarn_beta_fast", "beta_fast"),
-                                    std::pair("rope.scaling.yarn_beta_slow", "beta_slow")})
+    for (const auto& [key, name] :
+         {std::pair("rope.scaling.yarn_beta_fast", "beta_fast"), std::pair("rope.scaling.yarn_beta_slow", "beta_slow")})
       if (scaling.contains(name)) add_number(key, scaling[name].get<double>());
   }
 
@@ -288,7 +287,8 @@ class Exporter {
     if (end == ".bias" && !list) fail(fmt::format("tensor '{}' is no list", printable(entry.name)));
     if (end == ".bias" && !mapping_->biases)
       fail(fmt::format("llama.cpp's model of it has no tensor '{}'", printable(name)));
-    view.as_f32 = list || entry.dtype == DType::f64 || rule->gguf == "position_embd" || rule->gguf.ends_with("ffn_gate_inp");
+    view.as_f32 =
+        list || entry.dtype == DType::f64 || rule->gguf == "position_embd" || rule->gguf.ends_with("ffn_gate_inp");
     rearrange(rule->rows, entry, view);
     out_.names[name] = entry.name;
     out_.arrays.push_back(std::move(view));
@@ -383,8 +383,7 @@ GgufModel gguf_model(const Checkpoint& model) { return Exporter(model).run(); }
 
 Checkpoint open_as_gguf(const Checkpoint& model, const GgufModel& as) {
   const auto translate = [&](const CheckpointView& stored) {
-    return std::optional(
-        Translation{.config = std::make_shared<const Json>(stored.config), .arrays = as.arrays});
+    return std::optional(Translation{.config = std::make_shared<const Json>(stored.config), .arrays = as.arrays});
   };
   return Checkpoint(model.path(), translate);
 }

@@ -45,8 +45,7 @@ const GgufMapping kGguf = {.architecture = "phi3",
                            .keys = kGgufLlamaKeys,
                            .tensors = kGgufTensors,
                            .shared_tensors = kGgufLlamaTensors,
-                           .complete = complete_gguf,
-                           .windows = true};
+                           .complete = complete_gguf};
 
 }  // namespace
 

@@ -19,7 +19,7 @@ namespace bitwright {
 namespace {
 
 constexpr const char* kNoVocabulary = "no_vocab";  // as llama.cpp calls it
-constexpr uint32_t kQuantizationVersion = 2;  // ggml's GGML_QNT_VERSION
+constexpr uint32_t kQuantizationVersion = 2;       // ggml's GGML_QNT_VERSION
 
 std::string chat_template_of(const std::filesystem::path& directory) {
   if (std::filesystem::exists(directory / "chat_template.jinja"))
@@ -47,6 +47,17 @@ TensorRole role_of(const Checkpoint& model, const GgufModel& as) {
           .has_output = as.names.contains("output.weight")};
 }
 
+const GgufFileType* type_of_most(std::span<const std::vector<ArraySpec>> arrays) {
+  std::map<std::string_view, int64_t> elements;
+  for (const std::vector<ArraySpec>& tensor : arrays)
+    for (const ArraySpec& array : tensor)
+      if (const GgufType* type = gguf_type_of(array)) elements[type->block.name] += element_count(array.shape);
+  const auto most = std::ranges::max_element(elements, {}, [](const auto& item) { return item.second; });
+  if (most == elements.end()) return nullptr;
+  const auto found = std::ranges::find(all_gguf_file_types(), most->first, &GgufFileType::type);
+  return found == all_gguf_file_types().end() ? nullptr : &*found;
+}
+
 }  // namespace
 
 GgufOutput::GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings)
@@ -71,20 +82,13 @@ GgufOutput::GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings)
     warnings.push_back({"OTHER_TOKENS", "llama.cpp will cut some texts into other tokens than the model's tokenizer"});
 }
 
-GgufMetadata GgufOutput::metadata(std::span<const std::vector<ArraySpec>> arrays) const {
-  std::map<std::string_view, int64_t> elements;
-  for (const std::vector<ArraySpec>& tensor : arrays)
-    for (const ArraySpec& array : tensor)
-      if (const GgufType* type = gguf_type_of(array)) elements[type->block.name] += element_count(array.shape);
-  const auto most = std::ranges::max_element(elements, {}, [](const auto& item) { return item.second; });
+GgufMetadata GgufOutput::metadata(std::span<const std::vector<ArraySpec>> arrays, std::string_view file_type) const {
   GgufMetadata out = model_.metadata;
   if (!name_.empty()) out.add("general.name", name_);
   out.add("general.type", "model");
-  for (const GgufFileType& file : all_gguf_file_types())
-    if (most != elements.end() && file.type == most->first) {
-      out.add("general.file_type", file.id);
-      break;
-    }
+  const GgufFileType* type = find_gguf_file_type(file_type);
+  if (type == nullptr) type = type_of_most(arrays);
+  if (type != nullptr) out.add("general.file_type", type->id);
   out.add("general.quantization_version", kQuantizationVersion);
   add_vocabulary(vocabulary_, out);
   if (!chat_template_.empty()) out.add("tokenizer.chat_template", chat_template_);

@@ -10,16 +10,16 @@
 
 namespace bitwright {
 
-/// A model on its way into one GGUF file: its weights under llama.cpp's names and in its order, and all that its metadata
-/// says.
+/// A model on its way into one GGUF file: its weights under llama.cpp's names and in its order, and all that its
+/// metadata says.
 class GgufOutput {
  public:
   /// Adds a warning where llama.cpp would cut text into other tokens. Throws what gguf_model and gguf_vocabulary_of do.
   GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings);
   const Checkpoint& arranged() const { return arranged_; }
   ForeignNames names() const { return {.names = model_.names, .role = role_}; }
-  /// arrays: what the file will hold; of most of its numbers is its general.file_type.
-  GgufMetadata metadata(std::span<const std::vector<ArraySpec>> arrays) const;
+  /// arrays: what the file will hold. file_type: as --method names it; another name: that of most of the numbers.
+  GgufMetadata metadata(std::span<const std::vector<ArraySpec>> arrays, std::string_view file_type) const;
 
  private:
   GgufModel model_;

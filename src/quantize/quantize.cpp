@@ -76,7 +76,9 @@ class Pipeline {
         lay_out(source, request, *options.container, options.output.max_shard_bytes, names ? &*names : nullptr);
     recipe_ = std::move(layout.recipe);
     job_.arrays = std::move(layout.arrays);
-    shards_ = gguf == nullptr ? std::move(layout.shards) : plan_gguf(job_.arrays, gguf->metadata(job_.arrays));
+    shards_ = gguf == nullptr
+                  ? std::move(layout.shards)
+                  : plan_gguf(job_.arrays, gguf->metadata(job_.arrays, recipe_.settings.value("quant_type", "")));
     check_apart(model, options.output.output);
     plan();
     if (find_sizes())
@@ -101,7 +103,8 @@ class Pipeline {
     job_.identity["model"] = files;
     Journal journal(output.journal(), job_.identity);
     check_resumable(journal, job_, shards_, staging_);
-    if (gguf_ == nullptr) copy_side_files(source_, staging_);  // first: one that cannot be read does not cost the work on the weights
+    if (gguf_ == nullptr)
+      copy_side_files(source_, staging_);  // first: one that cannot be read does not cost the work on the weights
     OrderedJson record;
     resumable(output, [&] {
       write_weights(journal);

@@ -145,10 +145,10 @@ const SchemeChoice* choose(const QuantizationSettings& s, const Container* conta
 SchemeChoice common_choice(const QuantizationSettings& s) {
   const Meaning* const meaning = meaning_of(s);
   SchemeChoice c;
-  c.quant_type = s.quant_type        ? std::string_view(*s.quant_type)
-                 : meaning != nullptr ? meaning->quant_type
+  c.quant_type = s.quant_type                                             ? std::string_view(*s.quant_type)
+                 : meaning != nullptr                                     ? meaning->quant_type
                  : s.method && *s.method != "auto" && *s.method != "none" ? std::string_view(*s.method)
-                                      : "int";
+                                                                          : "int";
   const bool integer = c.quant_type == "int", table = c.quant_type == "nf4" || c.quant_type == "fp4";
   const int64_t bits = integer ? s.bits.value_or(meaning != nullptr ? meaning->bits : 4) : bits_of(c.quant_type);
   c.bits = static_cast<int>(bits);

@@ -75,10 +75,10 @@ constexpr ElementType kUe4m3 = {.name = "ue4m3",
                                 .decode = decode_ue4m3,
                                 .nearest = nearest_ue4m3};
 
-constexpr auto kRows = std::to_array<ElementType>({table<kIq4>("iq4"), table<kIq2>("iq2_xxs"), table<kIq2>("iq2_xs"),
-                                                   table<kIq2>("iq2_s"), table<kIq3xxs>("iq3_xxs"),
-                                                   table<kIq3s>("iq3_s"), table<kIq1>("iq1_s"), table<kIq1>("iq1_m"),
-                                                   table<kTernary>("ternary"), table<kSigns>("sign"), kUe4m3});
+constexpr auto kRows =
+    std::to_array<ElementType>({table<kIq4>("iq4"), table<kIq2>("iq2_xxs"), table<kIq2>("iq2_xs"), table<kIq2>("iq2_s"),
+                                table<kIq3xxs>("iq3_xxs"), table<kIq3s>("iq3_s"), table<kIq1>("iq1_s"),
+                                table<kIq1>("iq1_m"), table<kTernary>("ternary"), table<kSigns>("sign"), kUe4m3});
 
 }  // namespace
 

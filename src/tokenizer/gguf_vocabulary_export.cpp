@@ -43,8 +43,8 @@ class Tokens {
   /// What has no token is called as llama.cpp's converter calls it.
   void move_to(GgufVocabulary& out, bool scored) {
     for (size_t id = 0; id < tokens_.size(); ++id) {
-      Token token = tokens_[id] ? std::move(*tokens_[id])
-                                : Token{fmt::format("[PAD{}]", id), kUnusedScore, PieceType::unused};
+      Token token =
+          tokens_[id] ? std::move(*tokens_[id]) : Token{fmt::format("[PAD{}]", id), kUnusedScore, PieceType::unused};
       out.tokens.push_back(std::move(token.text));
       out.types.push_back(static_cast<int32_t>(token.type));
       if (scored) out.scores.push_back(token.score);
@@ -165,9 +165,8 @@ bool holds(const Json& json, std::string_view type, const char* key, const std::
     return std::ranges::any_of(json, [&](const Json& each) { return holds(each, type, key, value); });
   if (!json.is_object()) return false;
   if (json.value("type", "") == type && json.value(key, Json()) == value) return true;
-  return std::ranges::any_of(json, [&](const Json& each) {
-    return (each.is_object() || each.is_array()) && holds(each, type, key, value);
-  });
+  return std::ranges::any_of(
+      json, [&](const Json& each) { return (each.is_object() || each.is_array()) && holds(each, type, key, value); });
 }
 
 /// Does a text begin with a space of its own? Prepend, or Metaspace unless it says never.
@@ -204,8 +203,7 @@ GgufVocabulary from_pieces(const ScoredVocabulary& vocabulary, const std::filesy
     const Json json = parse_json(MappedFile(*added).text(), added->string());
     const JsonPart root = {json, added->string(), "added_tokens.json"};
     for (const auto& [text, id] : json.items())
-      tokens.set(static_cast<size_t>(root.id(id, text)), {text, kAddedScore, PieceType::user_defined},
-                 added->string());
+      tokens.set(static_cast<size_t>(root.id(id, text)), {text, kAddedScore, PieceType::user_defined}, added->string());
   }
   tokens.move_to(out, true);
   out.add_space_prefix = vocabulary.normalization.add_dummy_prefix;
@@ -215,7 +213,8 @@ GgufVocabulary from_pieces(const ScoredVocabulary& vocabulary, const std::filesy
 GgufVocabulary read(const std::filesystem::path& file, size_t size) {
   if (file.extension() == ".json") return from_tokenizer_json(file, size);
   const MappedFile mapped(file);
-  if (file.extension() == ".model") return from_pieces(sentencepiece_vocabulary(mapped.text(), file.string()), file, size);
+  if (file.extension() == ".model")
+    return from_pieces(sentencepiece_vocabulary(mapped.text(), file.string()), file, size);
   if (file.extension() == ".bin") return from_pieces(llama2c_vocabulary(mapped.text(), file.string()), file, size);
   unsupported_tokenizer(file.string(), "this kind of file as GGUF");
 }
@@ -246,8 +245,8 @@ void add_vocabulary(const GgufVocabulary& v, GgufMetadata& out) {
   if (!v.scores.empty()) out.add("tokenizer.ggml.scores", std::span<const float>(v.scores));
   if (!v.types.empty()) out.add("tokenizer.ggml.token_type", std::span<const int32_t>(v.types));
   if (!v.merges.empty()) out.add("tokenizer.ggml.merges", std::span<const std::string>(v.merges));
-  for (const auto& [key, id] : {std::pair("bos_token_id", v.bos), std::pair("eos_token_id", v.eos),
-                                std::pair("unknown_token_id", v.unknown)})
+  for (const auto& [key, id] :
+       {std::pair("bos_token_id", v.bos), std::pair("eos_token_id", v.eos), std::pair("unknown_token_id", v.unknown)})
     if (id && *id >= 0) out.add(fmt::format("tokenizer.ggml.{}", key), static_cast<uint32_t>(*id));
   for (const auto& [key, flag] :
        {std::pair("add_bos_token", v.add_bos), std::pair("add_space_prefix", v.add_space_prefix)})
