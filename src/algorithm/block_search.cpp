@@ -35,7 +35,7 @@ struct Plan {
   float scale_shift = 0;
   Steps steps{};
   std::array<float, 16> table{};
-  std::array<float, 15> midpoints{};
+  std::array<float, 16> midpoints{};
 };
 
 /// How far the range of codes is stretched over the extremes of a group: found by trying, on normal numbers.
@@ -49,6 +49,7 @@ Steps steps_of(const ElementType& element, bool affine) {
 
 void set_table(const ElementType& element, Plan& plan) {
   for (uint32_t code = 0; code < 16; ++code) plan.table.at(code) = element.decode(element, code);
+  plan.midpoints.back() = std::numeric_limits<float>::infinity();
   for (size_t i = 0; i + 1 < 16; ++i) plan.midpoints.at(i) = (plan.table.at(i) + plan.table.at(i + 1)) / 2;
 }
 
@@ -170,7 +171,7 @@ class PanelSearch {
     around();
     // With all codes fixed the best units follow; where they make a block better they are taken, with the codes that
     // belong to them.
-    constexpr int kAttempts = 2;
+    constexpr int kAttempts = 1;
     for (int attempt = 0; attempt < kAttempts; ++attempt) {
       const ScaleCodes before = found_;
       GroupSums sums;

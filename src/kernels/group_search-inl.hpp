@@ -17,19 +17,16 @@ struct GroupLoops {
     const CodeGrid& grid;
     explicit Nearest(const CodeGrid& g) : low(L::set(g.low)), high(L::set(g.high)), grid(g) {}
     V operator()(V v) const {
-      if (grid.table == nullptr) return L::min(L::max(L::round(v), low), high);
-      V e = L::set(grid.table[0]);
-      for (size_t i = 0; i < 15; ++i)
-        e = L::select(L::less(L::set(grid.midpoints[i]), v), L::set(grid.table[i + 1]), e);
-      return e;
+      return grid.table == nullptr ? L::min(L::max(L::round(v), low), high) : L::lookup(grid.table, find(v));
     }
     /// From 0 on.
-    V code(V v) const {
-      if (grid.table == nullptr) return L::sub((*this)(v), low);
-      V code = L::set(0);
-      for (size_t i = 0; i < 15; ++i)
-        code = L::select(L::less(L::set(grid.midpoints[i]), v), L::set(static_cast<float>(i + 1)), code);
-      return code;
+    V code(V v) const { return grid.table == nullptr ? L::sub((*this)(v), low) : L::to_float(find(v)); }
+
+    /// How many of the points between neighbours lie below v.
+    typename L::I find(V v) const {
+      typename L::I at = L::zero_index();
+      for (const int step : {8, 4, 2, 1}) at = L::advance(at, step, grid.midpoints, v);
+      return at;
     }
   };
 

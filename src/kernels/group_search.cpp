@@ -24,12 +24,32 @@ struct Lanes {
   using V = hn::Vec<D>;
   using M = hn::Mask<D>;
   static constexpr size_t kCount = hn::MaxLanes(D());
+  static_assert(kCount == kPanel || 2 * kCount == kPanel);
   static HWY_INLINE V set(float x) { return hn::Set(D(), x); }
   static HWY_INLINE V load(const float* from) { return hn::LoadU(D(), from); }
   static HWY_INLINE void store(V v, float* to) { hn::StoreU(v, D(), to); }
   static HWY_INLINE void store_code(V v, uint8_t* to) {
     const hn::Rebind<uint8_t, D> bytes;
     hn::StoreU(hn::DemoteTo(bytes, hn::ConvertTo(hn::Rebind<int32_t, D>(), v)), bytes, to);
+  }
+  using DI = hn::Rebind<int32_t, D>;
+  using I = hn::Vec<DI>;
+  static HWY_INLINE I zero_index() { return hn::Zero(DI()); }
+  static HWY_INLINE V to_float(I at) { return hn::ConvertTo(D(), at); }
+  static HWY_INLINE V lookup(const float* table, I at) {
+    if constexpr (kCount == kPanel) {
+      return hn::TableLookupLanes(load(table), hn::IndicesFromVec(D(), at));
+    } else {
+      const auto within = hn::IndicesFromVec(D(), hn::And(at, hn::Set(DI(), kCount - 1)));
+      const auto upper = hn::RebindMask(D(), hn::Gt(at, hn::Set(DI(), kCount - 1)));
+      return hn::IfThenElse(upper, hn::TableLookupLanes(load(table + kCount), within),
+                            hn::TableLookupLanes(load(table), within));
+    }
+  }
+  /// at + step where the point before that lies below v.
+  static HWY_INLINE I advance(I at, int step, const float* points, V v) {
+    const V point = lookup(points, hn::Add(at, hn::Set(DI(), step - 1)));
+    return hn::IfThenElse(hn::RebindMask(DI(), hn::Lt(point, v)), hn::Add(at, hn::Set(DI(), step)), at);
   }
   static HWY_INLINE V add(V a, V b) { return hn::Add(a, b); }
   static HWY_INLINE V sub(V a, V b) { return hn::Sub(a, b); }
@@ -69,6 +89,11 @@ struct OneLane {
   static V load(const float* from) { return *from; }
   static void store(V v, float* to) { *to = v; }
   static void store_code(V v, uint8_t* to) { *to = static_cast<uint8_t>(v); }
+  using I = int;
+  static I zero_index() { return 0; }
+  static V to_float(I at) { return static_cast<float>(at); }
+  static V lookup(const float* table, I at) { return table[at]; }
+  static I advance(I at, int step, const float* points, V v) { return points[at + step - 1] < v ? at + step : at; }
   static V add(V a, V b) { return a + b; }
   static V sub(V a, V b) { return a - b; }
   static V mul(V a, V b) { return a * b; }

@@ -12,7 +12,7 @@ namespace bitwright {
 struct CodeGrid {
   float low, high;
   const float* table = nullptr;      ///< [16]
-  const float* midpoints = nullptr;  ///< [15], halfway between neighbours
+  const float* midpoints = nullptr;  ///< [16], halfway between neighbours, the last infinite
 };
 
 /// kPanel groups of `size` values with the weight of each one's squared error: [size][kPanel], a group a lane.
