@@ -84,7 +84,7 @@ using LaneValues = std::array<float, kPanel>;
 /// kPanel groups that lie one after the other.
 class PanelSearch {
  public:
-  PanelSearch(const Plan& plan, const GroupSearch& loops) : plan_(plan), loops_(loops) {}
+  PanelSearch(const Plan& plan, const GroupSearch& loops) : plan_(plan), loops_(loops) { weights_.fill(1); }
 
   float* values() { return values_.data(); }
   float* weights() { return weights_.data(); }
@@ -171,17 +171,14 @@ class PanelSearch {
     around();
     // With all codes fixed the best units follow; where they make a block better they are taken, with the codes that
     // belong to them.
-    constexpr int kAttempts = 1;
-    for (int attempt = 0; attempt < kAttempts; ++attempt) {
-      const ScaleCodes before = found_;
-      GroupSums sums;
-      loops_.sum_up(panel(), plan_.grid, scale_.data(), minimum_.data(), sums);
-      for (size_t first = 0; first < kPanel; first += plan_.groups) solve_units(sums, first);
-      around();
-      for (size_t first = 0; first < kPanel; first += plan_.groups)
-        if (!(error_of(found_, first) < error_of(before, first))) take(before, first);
-      set_values();
-    }
+    const ScaleCodes before = found_;
+    GroupSums sums;
+    loops_.sum_up(panel(), plan_.grid, scale_.data(), minimum_.data(), sums);
+    for (size_t first = 0; first < kPanel; first += plan_.groups) solve_units(sums, first);
+    around();
+    for (size_t first = 0; first < kPanel; first += plan_.groups)
+      if (!(error_of(found_, first) < error_of(before, first))) take(before, first);
+    set_values();
   }
 
   float error_of(const ScaleCodes& codes, size_t first) const {
@@ -260,25 +257,25 @@ QuantizedTensor search_blocks(const Scheme& scheme, const Shape& shape, WeightVi
   const size_t groups = t.codes.size() / plan.group, bytes = size_bytes(weight.dtype);
   const TensorBlocks parts(t, groups / plan.groups);
   const size_t columns = shape.empty() ? 0 : static_cast<size_t>(shape.back());
-  parallel_ranges((groups + kPanel - 1) / kPanel, kElementsATask / (kPanel * plan.group),
-                  [&](size_t begin, size_t end) {
-                    PanelSearch search(plan, loops);
-                    std::array<float, kMostGroup * kPanel> wide{};
-                    for (size_t p = begin; p < end; ++p) {
-                      const size_t used = std::min(kPanel, groups - p * kPanel), first = p * kPanel * plan.group;
-                      const std::span<float> in = std::span(wide).first(used * plan.group);
-                      to_f32(weight.dtype, weight.bytes.subspan(first * bytes, in.size() * bytes), in);
-                      std::fill(wide.begin() + static_cast<std::ptrdiff_t>(in.size()), wide.end(), 0.0f);
-                      for (size_t g = 0; g < kPanel; ++g)
-                        for (size_t i = 0; i < plan.group; ++i) {
-                          search.values()[i * kPanel + g] = wide[g * plan.group + i];
-                          search.weights()[i * kPanel + g] =
-                              importance.empty() ? 1.0f : importance[(first + g * plan.group + i) % columns];
-                        }
-                      search.run(used);
-                      search.store(parts, p * kPanel / plan.groups);
-                    }
-                  });
+  const size_t panels = (groups + kPanel - 1) / kPanel, a_panel = kPanel * plan.group;
+  parallel_ranges(panels, kElementsATask / a_panel, [&](size_t begin, size_t end) {
+    PanelSearch search(plan, loops);
+    std::array<float, kMostGroup * kPanel> wide{};
+    for (size_t p = begin; p < end; ++p) {
+      const size_t used = std::min(kPanel, groups - p * kPanel), first = p * a_panel;
+      std::fill(wide.begin(), wide.end(), 0.0f);
+      to_f32(weight.dtype, weight.bytes.subspan(first * bytes, used * plan.group * bytes),
+             std::span(wide).first(used * plan.group));
+      for (size_t g = 0; g < kPanel; ++g) {
+        for (size_t i = 0; i < plan.group; ++i) search.values()[i * kPanel + g] = wide[g * plan.group + i];
+        if (importance.empty()) continue;
+        const float* const from = &importance[(first + g * plan.group) % columns];  // a group lies within a row
+        for (size_t i = 0; i < plan.group; ++i) search.weights()[i * kPanel + g] = from[i];
+      }
+      search.run(used);
+      search.store(parts, p * kPanel / plan.groups);
+    }
+  });
   return t;
 }
 
