@@ -1,4 +1,5 @@
 #include "algorithm/algorithm.hpp"
+#include "algorithm/block_search.hpp"
 #include "kernels/encode.hpp"
 
 namespace bitwright {
@@ -7,6 +8,7 @@ namespace {
 QuantizedTensor quantize(const Scheme& scheme, const Shape& shape, WeightView weight, const AlgorithmOptions& options) {
   if (options.largest && options.range == RangeRule::minmax)
     return options.fused(scheme, shape, weight, *options.largest);
+  if (is_block_scheme(scheme)) return search_blocks(scheme, shape, weight);
   if (options.owner != nullptr && options.range == RangeRule::minmax) return options.owner(scheme, shape, weight);
   return encode(scheme, shape, weight, options.range);
 }

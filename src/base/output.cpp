@@ -36,9 +36,17 @@ constexpr const char* kComplete = ".bitwright-complete";
 }
 
 /// `--force` replaces models and empty directories, never somebody's home.
+/// A file that is a whole model lies alone, but for what is said of it.
+bool holds_one_file(const fs::path& target) {
+  bool only = true;
+  for (const fs::directory_entry& entry : fs::directory_iterator(target))
+    only = only && (entry.path().filename() == "model.gguf" || entry.path().filename() == "README.md");
+  return only && fs::exists(target / "model.gguf");
+}
+
 bool may_replace(const fs::path& target) {
   if (!fs::is_directory(target)) return false;
-  if (fs::is_empty(target)) return true;
+  if (fs::is_empty(target) || holds_one_file(target)) return true;
   if (!fs::exists(target / "config.json")) return false;
   for (const fs::directory_entry& entry : fs::directory_iterator(target))
     if (entry.path().extension() == ".safetensors") return true;

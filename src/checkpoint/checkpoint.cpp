@@ -192,6 +192,7 @@ struct Checkpoint::Impl {
   struct Rearrangement {
     std::vector<int64_t> rows;
     bool transposed;
+    std::vector<const StoredArray*> stacked{};  ///< the parts of a stack, whose own data is empty
   };
   std::deque<StoredArray> views;              ///< those of a translation
   std::vector<std::vector<std::byte>> owned;  ///< their bytes, where values changed
@@ -212,7 +213,8 @@ struct Checkpoint::Impl {
       path = files[0];
     }
     check_index();
-    if (translator != nullptr && facts() != nullptr) translate(translator(view()));
+    if (translator != nullptr)
+      if (std::optional<Translation> translation = translator(view())) translate(*std::move(translation));
     find_container(foreign);
     make_entries();
   }
@@ -322,26 +324,61 @@ struct Checkpoint::Impl {
     specs.clear();
     order.clear();
     for (ArrayView& wanted : translation.arrays) {
-      const StoredArray& array = views.emplace_back(view_of(*stored_arrays.at(wanted.source), wanted));
+      const StoredArray& array =
+          views.emplace_back(wanted.source.empty() ? made(wanted) : view_of(*stored_arrays.at(wanted.source), wanted));
       if (!arrays.emplace(array.name, &array).second)
         fail("bad-weights", path, fmt::format("two tensors are both the model's '{}'", printable(array.name)));
       specs[array.name] = {array.name, array.dtype, array.shape, array.block};
       order.push_back(&array);
-      file_of[array.name] = file_of.at(wanted.source);
-      if (!wanted.rows.empty() || wanted.transposed)
+      file_of[array.name] = wanted.source.empty() ? 0 : file_of.at(wanted.source);
+      if (!wanted.stacked.empty()) {
+        stack(array, wanted, stored_arrays);
+      } else if (!wanted.rows.empty() || wanted.transposed) {
         rearranged[array.name] = {.rows = std::move(wanted.rows), .transposed = wanted.transposed};
+      }
+    }
+  }
+
+  StoredArray made(const ArrayView& wanted) {
+    const auto bytes = std::as_bytes(std::span(wanted.made));
+    return {wanted.name, DType::f32, wanted.shape, owned.emplace_back(bytes.begin(), bytes.end())};
+  }
+
+  void stack(const StoredArray& array, const ArrayView& wanted,
+             const std::unordered_map<std::string_view, const StoredArray*>& stored_arrays) {
+    Rearrangement& parts = rearranged[array.name];
+    parts.stacked.push_back(stored_arrays.at(wanted.source));
+    for (const std::string& name : wanted.stacked) parts.stacked.push_back(stored_arrays.at(name));
+    for (const StoredArray* part : parts.stacked)
+      if (part->dtype != array.dtype || part->block != nullptr ||
+          part->data.size() * parts.stacked.size() != specs.at(array.name).bytes())
+        fail("bad-weights", path,
+             fmt::format("tensor '{}' is not of its neighbours' type and shape", printable(part->name)));
+  }
+
+  void read_stack(const Rearrangement& parts, uint64_t offset, std::span<std::byte> out) const {
+    const uint64_t each = parts.stacked.front()->data.size();
+    for (uint64_t done = 0; done < out.size();) {
+      const StoredArray& part = *parts.stacked[(offset + done) / each];
+      const uint64_t within = (offset + done) % each, length = std::min<uint64_t>(each - within, out.size() - done);
+      read_stored(file_of.at(part.name), part.data.subspan(within, length), out.subspan(done, length));
+      done += length;
     }
   }
 
   StoredArray view_of(const StoredArray& source, const ArrayView& wanted) {
     StoredArray array = {wanted.name, source.dtype, wanted.shape, source.data, source.block};
+    if (!wanted.stacked.empty()) {
+      array.data = {};
+      return array;
+    }
     const uint64_t bytes = ArraySpec{{}, array.dtype, array.shape, array.block}.bytes();
     if (!wanted.transposed && wanted.rows.empty() && bytes != source.data.size()) {
       const uint64_t row = bytes / static_cast<uint64_t>(std::max<int64_t>(view_rows(wanted.shape), 1));
       array.data = source.data.subspan(static_cast<uint64_t>(wanted.first_row) * row, bytes);
     }
-    BW_ASSERT(array.data.size() == bytes);
-    if (wanted.added == 0) return array;
+    BW_ASSERT(array.data.size() == bytes || !wanted.rows.empty());
+    if (wanted.added == 0 && !wanted.as_f32) return array;
     std::vector<float> values(static_cast<size_t>(element_count(source.shape)));
     to_f32(source.dtype, source.data, values);
     for (float& value : values) value += wanted.added;
@@ -354,15 +391,22 @@ struct Checkpoint::Impl {
   /// Bytes from `offset` on of an array as the model knows it; a transposed array of blocks as it is stored.
   void read_array(const std::string& name, uint64_t offset, std::span<std::byte> out) const {
     const StoredArray& array = *arrays.at(name);
-    BW_ASSERT(offset <= array.data.size() && out.size() <= array.data.size() - offset);
+    const uint64_t size = array_bytes(array);
+    BW_ASSERT(offset <= size && out.size() <= size - offset);
     const auto found = rearranged.find(name);
-    if (found == rearranged.end() || (found->second.transposed && array.block != nullptr)) {
+    if (found != rearranged.end() && !found->second.stacked.empty()) {
+      read_stack(found->second, offset, out);
+    } else if (found == rearranged.end() || (found->second.transposed && array.block != nullptr)) {
       read_stored(file_of.at(name), array.data.subspan(offset, out.size()), out);
     } else if (found->second.transposed) {
       read_transposed(array, offset, out);
     } else {
       gather_rows(array, found->second.rows, offset, out);
     }
+  }
+
+  static uint64_t array_bytes(const StoredArray& array) {
+    return ArraySpec{{}, array.dtype, array.shape, array.block}.bytes();
   }
 
   /// From the file itself where `data` is a part of it.
@@ -375,7 +419,7 @@ struct Checkpoint::Impl {
 
   static void gather_rows(const StoredArray& array, const std::vector<int64_t>& rows, uint64_t offset,
                           std::span<std::byte> out) {
-    const uint64_t row_bytes = array.data.size() / rows.size();
+    const uint64_t row_bytes = array_bytes(array) / rows.size();
     for (uint64_t done = 0; done < out.size();) {
       const uint64_t row = (offset + done) / row_bytes, within = (offset + done) % row_bytes;
       const uint64_t length = std::min<uint64_t>(row_bytes - within, out.size() - done);
@@ -397,7 +441,7 @@ struct Checkpoint::Impl {
   }
 
   std::vector<std::byte> read_array(const std::string& name) const {
-    std::vector<std::byte> bytes(arrays.at(name)->data.size());
+    std::vector<std::byte> bytes(array_bytes(*arrays.at(name)));
     read_array(name, 0, bytes);
     return bytes;
   }
@@ -490,7 +534,7 @@ struct Checkpoint::Impl {
                        .shape = array.shape,
                        .scheme = {.element = element},
                        .dtype = array.dtype,
-                       .stored_bytes = array.data.size(),
+                       .stored_bytes = array_bytes(array),
                        .undecoded = array.block,
                        .rearranged = rearranged.contains(array.name)});
   }

@@ -37,10 +37,10 @@ struct TensorEntry {
   double bits_per_weight() const;
 };
 
-/// An array as the model wants it, made from one that a file stores. Bytes move; only `added` changes values.
+/// An array as the model wants it, made from one that a file stores. Bytes move; only `added` and `as_f32` change them.
 struct ArrayView {
   std::string name;    ///< as the model knows it
-  std::string source;  ///< as the file does
+  std::string source;  ///< as the file does; empty: the array is `made`
   Shape shape;
   /// Row r of this array is row rows[r] of the source, both seen as matrices of their last dimension (as a column where
   /// they have but one). Empty: rows from first_row on, in their order.
@@ -48,6 +48,10 @@ struct ArrayView {
   int64_t first_row = 0;
   bool transposed = false;  ///< `shape` is the source's matrix transposed; excludes the two above
   float added = 0;          ///< to each number of a plain array; the result is f32
+  bool as_f32 = false;      ///< likewise, for small arrays: the numbers are kept in memory
+  /// Of a stack: arrays that follow `source`, of its shape and type; `shape` counts all. Excludes all of the above.
+  std::vector<std::string> stacked{};
+  std::vector<float> made{};  ///< the numbers, where no file stores them
 };
 
 /// What a file that describes its model in its own words says in Hugging Face's.
@@ -55,7 +59,8 @@ struct Translation {
   std::shared_ptr<const Json> config;
   std::vector<ArrayView> arrays;  ///< all there are; what is not among them is not part of the model
 };
-using Translator = std::function<Translation(const CheckpointView& stored)>;
+/// Nothing: all stays as it is stored.
+using Translator = std::function<std::optional<Translation>(const CheckpointView& stored)>;
 
 /// An opened model: configuration and mapped weights. Opening reads headers only; every length, offset, count and name
 /// in them is checked. Weights are read when asked for. Immutable; may be shared between threads.
@@ -69,7 +74,7 @@ class Checkpoint {
   /// A directory (config.json, not needed with GGUF; weights in one file or several, with or without an index; the
   /// links of a Hugging Face cache) or one file of weights of a known kind, with config.json beside it or not.
   /// Throws Error naming the file and what is wrong with it.
-  /// translate: applied where the file has facts of its own (GGUF); null leaves everything as it is stored.
+  /// translate: asked how the arrays appear; null leaves everything as it is stored.
   explicit Checkpoint(const std::filesystem::path& path, const Translator& translate = nullptr,
                       Unfinished unfinished = Unfinished::refuse, Foreign foreign = Foreign::refuse);
   ~Checkpoint();

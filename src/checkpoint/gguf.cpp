@@ -343,15 +343,17 @@ void GgufMetadata::add(const GgufEntry& entry) {
   add_raw(entry.key, entry.type, entry.is_array, entry.count, entry.raw);
 }
 
-GgufWriter::GgufWriter(const std::filesystem::path& path, const GgufMetadata& metadata, std::vector<ArraySpec> specs)
-    : file_(path), specs_(std::move(specs)), alignment_(metadata.alignment()) {
+namespace {
+
+/// All that stands before the data. `offsets`: where each array begins in it; the last one is its end.
+std::string header_of(std::span<const ArraySpec> specs, const GgufMetadata& metadata, std::vector<uint64_t>& offsets) {
   std::string header(kMagic);
   append_number(header, kNewest);
-  append_number<uint64_t>(header, specs_.size());
+  append_number<uint64_t>(header, specs.size());
   append_number(header, metadata.count());
   header += metadata.bytes();
-  uint64_t offset = 0;
-  for (const ArraySpec& spec : specs_) {
+  offsets = {0};
+  for (const ArraySpec& spec : specs) {
     const GgufType* const type = gguf_type_of(spec);
     BW_ASSERT(type != nullptr && spec.shape.size() <= kMaxRank && spec.name.size() <= kLongestName);
     BW_ASSERT(spec.shape.empty() || spec.shape.back() % type->block.elements == 0);
@@ -359,9 +361,50 @@ GgufWriter::GgufWriter(const std::filesystem::path& path, const GgufMetadata& me
     append_number(header, static_cast<uint32_t>(spec.shape.size()));
     for (size_t i = spec.shape.size(); i-- > 0;) append_number(header, spec.shape[i]);
     append_number(header, type->id);
-    append_number(header, offset);
-    offset += *padded(spec.bytes(), alignment_);
+    append_number(header, offsets.back());
+    offsets.push_back(offsets.back() + *padded(spec.bytes(), metadata.alignment()));
   }
+  return header;
+}
+
+void check_writable(const ArraySpec& spec) {
+  const auto fail = [&](const std::string& why) {
+    throw Error({.code = "no-gguf",
+                 .what = "cannot write the model as GGUF",
+                 .where = fmt::format("tensor '{}'", printable(spec.name)),
+                 .why = why,
+                 .fix = "choose another --format"});
+  };
+  if (gguf_type_of(spec) == nullptr) fail(fmt::format("GGUF has no type {}", info(spec.dtype).name));
+  if (spec.shape.size() > kMaxRank) fail(fmt::format("it has {} dimensions", spec.shape.size()));
+  if (spec.name.size() > kLongestName) fail(fmt::format("its name has more than {} bytes", kLongestName));
+}
+
+}  // namespace
+
+ShardPlan plan_gguf(std::span<const std::vector<ArraySpec>> tensors, const GgufMetadata& metadata) {
+  ShardPlan plan = {.files = {{.name = "model.gguf", .arrays = {}, .header = {}, .bytes = 0}}, .places = {}};
+  ShardPlan::File& file = plan.files.front();
+  for (const std::vector<ArraySpec>& arrays : tensors)
+    file.arrays.insert(file.arrays.end(), arrays.begin(), arrays.end());
+  std::ranges::for_each(file.arrays, check_writable);
+  std::vector<uint64_t> offsets;
+  file.header = header_of(file.arrays, metadata, offsets);
+  file.header.resize(*padded(file.header.size(), metadata.alignment()));
+  file.bytes = file.header.size() + offsets.back();
+  size_t next = 0;
+  for (const std::vector<ArraySpec>& arrays : tensors) {
+    std::vector<ShardPlan::Place>& places = plan.places.emplace_back();
+    for (size_t a = 0; a < arrays.size(); ++a)
+      places.push_back({.file = 0, .offset = file.header.size() + offsets[next++]});
+  }
+  return plan;
+}
+
+GgufWriter::GgufWriter(const std::filesystem::path& path, const GgufMetadata& metadata, std::vector<ArraySpec> specs)
+    : file_(path), specs_(std::move(specs)), alignment_(metadata.alignment()) {
+  std::vector<uint64_t> offsets;
+  const std::string header = header_of(specs_, metadata, offsets);
   file_.write(header);
   if (!specs_.empty()) pad(header.size());
 }

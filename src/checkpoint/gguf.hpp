@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "base/output.hpp"
+#include "checkpoint/safetensors.hpp"
 #include "checkpoint/weight_file.hpp"
 #include "container/gguf_types.hpp"
 
@@ -63,6 +64,10 @@ class GgufMetadata {
   std::string bytes_;
   uint64_t count_ = 0, alignment_ = 32;
 };
+
+/// A file of version 3 for ShardWriter, "model.gguf": `arrays` of each tensor in their order. Throws Error{"no-gguf"}
+/// for a type, a name or a shape that GGUF has not.
+ShardPlan plan_gguf(std::span<const std::vector<ArraySpec>> tensors, const GgufMetadata& metadata);
 
 /// Writes a GGUF file of version 3 front to back; arrays must be added in the order of `specs`, whose types are all
 /// GGUF's and whose rows are whole blocks. A file that was read is written to the same bytes.

@@ -130,6 +130,13 @@ enum class InputsFirst : uint8_t {
 };
 /// Is this tensor such a matrix? config: config.json.
 bool has_inputs_first(const Json& config, std::string_view tensor);
+/// What a tensor is among those of its model, for containers that choose by it.
+struct TensorRole {
+  std::string name{};  ///< in the words of the container's file: "blk.3.ffn_down.weight"
+  int64_t layers = 0, experts = 0;
+  int64_t queries_a_key = 1;  ///< query heads that share keys and values
+  bool has_output = true;     ///< the output matrix is no embedding
+};
 
 /// One way of laying quantized tensors out as bytes: a row of a table, not a base class.
 struct Container {
@@ -185,6 +192,11 @@ struct Container {
   /// matrix of, as they take one such scale. Null: its tensors keep their own.
   QuantizedTensor (*encode_fused)(const Scheme& scheme, const Shape& shape, WeightView weight, float largest) = nullptr;
   InputsFirst inputs_first = InputsFirst::refused;
+  /// The kind of file (WeightFormat::name) that is a whole model: names, configuration and vocabulary are its own and
+  /// stand in it. Empty: safetensors beside config.json, names as they are.
+  std::string_view model_file{};
+  /// In place of make_scheme, where it depends on what a tensor is for, and on its shape (K-quants of 256).
+  Scheme (*scheme_for)(const SchemeChoice& choice, const TensorRole& role, const Shape& shape) = nullptr;
   std::string_view weights_format = "pt";     ///< "format" in the metadata of its safetensors
   std::span<const std::string_view> files{};  ///< JSON files beside config.json that say how a model is quantized
 };

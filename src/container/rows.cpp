@@ -45,6 +45,18 @@ StoredTensor rows_of(const StoredTensor& whole, int64_t begin, int64_t end) {
   return piece;
 }
 
+namespace {
+
+/// Do groups of a parameter's own numbers lie within its rows, one row a row of the tensor?
+bool nested_by_rows(const Parameter& p) {
+  const auto along_rows = [](const Grouping& g) { return g.kind == Grouping::Kind::axis && g.axis == -1; };
+  const std::optional<Parameter>& scale = p.scheme->scale;
+  return p.scheme->is_plain() || (along_rows(p.grouping) && scale && along_rows(scale->grouping) &&
+                                  scale->scheme->is_plain() && !p.scheme->offset);
+}
+
+}  // namespace
+
 std::optional<int64_t> row_step(const Scheme& scheme, const Shape& shape) {
   if (shape.size() < 2 || element_count(shape) == 0 || scheme.element->kind == ElementKind::block_code)
     return std::nullopt;
@@ -52,7 +64,7 @@ std::optional<int64_t> row_step(const Scheme& scheme, const Shape& shape) {
   for (const std::optional<Parameter>* p : {&scheme.scale, &scheme.offset}) {
     if (!p->has_value()) continue;
     const int64_t rows = rows_of_groups((*p)->grouping, shape);
-    if (rows == 0 || !(*p)->scheme->is_plain()) return std::nullopt;
+    if (rows == 0 || !nested_by_rows(**p)) return std::nullopt;
     if (rows > kPieceElements) return std::nullopt;
     step = std::lcm(step, rows);
   }

@@ -36,7 +36,9 @@ const GgufMapping kGguf = {.architecture = "gemma2",
                            .own_keys = kGgufKeys,
                            .tensors = kGgufGemmaTensors,
                            .shared_tensors = kGgufLlamaTensors,
-                           .complete = complete_gguf};
+                           .complete = complete_gguf,
+                           .windows = true,
+                           .activation = Activation::gelu_tanh};
 
 }  // namespace
 

@@ -52,17 +52,25 @@ void complete_gguf(const GgufFacts& facts, Json& config) {
   complete_gguf_gemma(facts, config, 62);
 }
 
-const GgufMapping kGguf = {.architecture = "gemma3",
-                           .keys = kGgufLlamaKeys,
-                           .tensors = kGgufGemmaTensors,
-                           .shared_tensors = kGgufLlamaTensors,
-                           .complete = complete_gguf};
-
 }  // namespace
 
 const Architecture gemma3 = {
-    .name = "Gemma3ForCausalLM", .model_type = "gemma3_text", .configure = configure, .gguf = &kGguf};
-const Architecture gemma3_with_images = {
-    .name = "Gemma3ForConditionalGeneration", .model_type = "gemma3", .configure = configure_language_model};
+    .name = "Gemma3ForCausalLM", .model_type = "gemma3_text", .configure = configure, .gguf = &kGgufGemma3};
+const Architecture gemma3_with_images = {.name = "Gemma3ForConditionalGeneration",
+                                         .model_type = "gemma3",
+                                         .configure = configure_language_model,
+                                         .gguf = &kGgufGemma3};
 
 }  // namespace bitwright::architectures
+
+namespace bitwright {
+
+const GgufMapping kGgufGemma3 = {.architecture = "gemma3",
+                                 .keys = kGgufLlamaKeys,
+                                 .tensors = kGgufGemmaTensors,
+                                 .shared_tensors = kGgufLlamaTensors,
+                                 .complete = architectures::complete_gguf,
+                                 .windows = true,
+                                 .activation = Activation::gelu_tanh};
+
+}  // namespace bitwright

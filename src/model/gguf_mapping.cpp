@@ -171,6 +171,26 @@ void set_gguf_rope_factors(const GgufFacts& facts, Json& config) {
       {"rope_type", "longrope"}, {"long_factor", factors}, {"short_factor", factors}, {"attention_factor", 1.0}};
 }
 
+std::vector<int64_t> order_of_pairs(int64_t rows, int64_t heads) {
+  const int64_t size = rows / heads, half = size / 2;
+  std::vector<int64_t> order(static_cast<size_t>(rows));
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t within = r % size;
+    order[static_cast<size_t>(r)] = r - within + within % half * 2 + within / half;
+  }
+  return order;
+}
+
+std::vector<int64_t> order_of_parts(int64_t rows, int64_t heads) {
+  const int64_t size = rows / (3 * heads);
+  std::vector<int64_t> order(static_cast<size_t>(rows));
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t head = r / (3 * size), part = r / size % 3;
+    order[static_cast<size_t>(r)] = (part * heads + head) * size + r % size;
+  }
+  return order;
+}
+
 void set_gguf_window(const GgufFacts& facts, Json& config) {
   const int64_t window = facts.integer("attention.sliding_window", 0, int64_t{1} << 32, 0);
   config["sliding_window"] = window == 0 ? Json() : Json(window);

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "container/container.hpp"
+#include "kernels/elementwise.hpp"
 
 namespace bitwright {
 
@@ -68,7 +69,17 @@ struct GgufMapping {
   std::span<const GgufTensor> shared_tensors{};  ///< looked up after `tensors`
   /// Adds to config.json what does not follow from one key alone. May be null.
   void (*complete)(const GgufFacts& facts, Json& config) = nullptr;
+  // What llama.cpp computes, beside what the keys say.
+  bool windows = false;                      ///< heeds attention.sliding_window
+  bool biases = false;                       ///< matrices may have biases
+  Activation activation = Activation::silu;  ///< of the feed-forward network
 };
+
+/// Row r of the model's tensor is row order[r] of GGUF's: of pairs_of_heads (or of keys), and of parts_of_heads.
+std::vector<int64_t> order_of_pairs(int64_t rows, int64_t heads);
+std::vector<int64_t> order_of_parts(int64_t rows, int64_t heads);
+
+extern const GgufMapping kGgufLlama, kGgufGemma3;  ///< of others too: Mistral; Gemma 3 that sees images
 
 // What most have in common, because they are Llama with differences.
 extern const std::span<const GgufKey> kGgufLlamaKeys;

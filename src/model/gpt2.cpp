@@ -67,7 +67,11 @@ constexpr auto kGgufTensors = std::to_array<GgufTensor>({
     {"blk.{0}.ffn_down", "transformer.h.{0}.mlp.c_proj", GgufRows::transposed},
 });
 
-const GgufMapping kGguf = {.architecture = "gpt2", .keys = kGgufKeys, .tensors = kGgufTensors};
+const GgufMapping kGguf = {.architecture = "gpt2",
+                           .keys = kGgufKeys,
+                           .tensors = kGgufTensors,
+                           .biases = true,
+                           .activation = Activation::gelu_tanh};
 
 }  // namespace
 

@@ -75,8 +75,12 @@ void complete_gguf(const GgufFacts& facts, Json& config) {
   config["rotary_pct"] = static_cast<double>(turning) / static_cast<double>(std::max<int64_t>(size, 1));
 }
 
-const GgufMapping kGguf = {
-    .architecture = "gptneox", .keys = kGgufKeys, .tensors = kGgufTensors, .complete = complete_gguf};
+const GgufMapping kGguf = {.architecture = "gptneox",
+                           .keys = kGgufKeys,
+                           .tensors = kGgufTensors,
+                           .complete = complete_gguf,
+                           .biases = true,
+                           .activation = Activation::gelu_tanh};
 
 }  // namespace
 

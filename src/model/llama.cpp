@@ -33,14 +33,20 @@ void complete_gguf(const GgufFacts& facts, Json& config) {
   set_gguf_rope_factors(facts, config);
 }
 
-const GgufMapping kGguf = {.architecture = "llama",
-                           .keys = kGgufLlamaKeys,
-                           .tensors = kGgufTensors,
-                           .shared_tensors = kGgufLlamaTensors,
-                           .complete = complete_gguf};
-
 }  // namespace
 
-const Architecture llama = {.name = "LlamaForCausalLM", .model_type = "llama", .configure = configure, .gguf = &kGguf};
+const Architecture llama = {
+    .name = "LlamaForCausalLM", .model_type = "llama", .configure = configure, .gguf = &kGgufLlama};
 
 }  // namespace bitwright::architectures
+
+namespace bitwright {
+
+const GgufMapping kGgufLlama = {.architecture = "llama",
+                                .keys = kGgufLlamaKeys,
+                                .tensors = architectures::kGgufTensors,
+                                .shared_tensors = kGgufLlamaTensors,
+                                .complete = architectures::complete_gguf,
+                                .biases = true};
+
+}  // namespace bitwright

@@ -3,6 +3,7 @@
 #include <nlohmann/json.hpp>
 
 #include "model/architectures.hpp"
+#include "model/gguf_mapping.hpp"
 #include "model/standard_config.hpp"
 
 namespace bitwright::architectures {
@@ -18,6 +19,7 @@ ModelConfig configure(const Json& json, const std::string& where) {
 
 }  // namespace
 
-const Architecture mistral = {.name = "MistralForCausalLM", .model_type = "mistral", .configure = configure};
+const Architecture mistral = {
+    .name = "MistralForCausalLM", .model_type = "mistral", .configure = configure, .gguf = &kGgufLlama};
 
 }  // namespace bitwright::architectures

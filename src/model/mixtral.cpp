@@ -59,7 +59,8 @@ const GgufMapping kGguf = {.architecture = "llama",
                            .own_keys = kGgufKeys,
                            .tensors = kGgufTensors,
                            .shared_tensors = kGgufLlamaTensors,
-                           .complete = complete_gguf};
+                           .complete = complete_gguf,
+                           .biases = true};
 
 }  // namespace
 

@@ -172,23 +172,11 @@ class GgufTranslation {
   }
 
   std::vector<int64_t> undo_pairs(const ArraySpec& spec, int64_t heads) const {
-    const int64_t rows = rows_of(spec, 2 * heads), size = rows / heads, half = size / 2;
-    std::vector<int64_t> order(static_cast<size_t>(rows));
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t within = r % size;
-      order[static_cast<size_t>(r)] = r - within + within % half * 2 + within / half;
-    }
-    return order;
+    return order_of_pairs(rows_of(spec, 2 * heads), heads);
   }
 
   std::vector<int64_t> undo_parts(const ArraySpec& spec, int64_t heads) const {
-    const int64_t rows = rows_of(spec, 3 * heads), size = rows / (3 * heads);
-    std::vector<int64_t> order(static_cast<size_t>(rows));
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t head = r / (3 * size), part = r / size % 3;
-      order[static_cast<size_t>(r)] = (part * heads + head) * size + r % size;
-    }
-    return order;
+    return order_of_parts(rows_of(spec, 3 * heads), heads);
   }
 
   void check_experts(const ArraySpec& spec) const {
@@ -210,7 +198,8 @@ Translation untranslated(const GgufFacts& facts) {
   return out;
 }
 
-Translation translate(const CheckpointView& stored) {
+std::optional<Translation> translate(const CheckpointView& stored) {
+  if (stored.facts == nullptr) return std::nullopt;
   const GgufFacts facts(stored);
   const Architecture* const row = find_architecture(facts);
   return row == nullptr ? untranslated(facts) : GgufTranslation(facts, *row).run();
@@ -218,8 +207,9 @@ Translation translate(const CheckpointView& stored) {
 
 }  // namespace
 
-Checkpoint open_model(const std::filesystem::path& path, Checkpoint::Foreign foreign) {
-  return Checkpoint(path, translate, Checkpoint::Unfinished::refuse, foreign);
+Checkpoint open_model(const std::filesystem::path& path, Checkpoint::Foreign foreign,
+                      Checkpoint::Unfinished unfinished) {
+  return Checkpoint(path, translate, unfinished, foreign);
 }
 
 }  // namespace bitwright

@@ -8,6 +8,7 @@ namespace bitwright {
 
 /// Opens a model whatever its file calls things: a GGUF file of an architecture that is known (Architecture::gguf)
 /// appears with Hugging Face's names, rows and config.json; of another one, as it is stored.
-Checkpoint open_model(const std::filesystem::path& path, Checkpoint::Foreign foreign = Checkpoint::Foreign::refuse);
+Checkpoint open_model(const std::filesystem::path& path, Checkpoint::Foreign foreign = Checkpoint::Foreign::refuse,
+                      Checkpoint::Unfinished unfinished = Checkpoint::Unfinished::refuse);
 
 }  // namespace bitwright

@@ -19,8 +19,11 @@ ModelConfig configure(const Json& json, const std::string& where) {
   return c;
 }
 
-const GgufMapping kGguf = {
-    .architecture = "qwen2", .keys = kGgufLlamaKeys, .tensors = kGgufLlamaTensors, .complete = set_gguf_rope};
+const GgufMapping kGguf = {.architecture = "qwen2",
+                           .keys = kGgufLlamaKeys,
+                           .tensors = kGgufLlamaTensors,
+                           .complete = set_gguf_rope,
+                           .biases = true};
 
 }  // namespace
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <set>
+#include <utility>
 
 #include "base/error.hpp"
 
@@ -62,6 +63,16 @@ std::vector<std::string> kept_modules(std::span<const TensorFacts> source, const
                .fix = "skip the module"});
 }
 
+/// As patterns know them.
+std::vector<TensorFacts> renamed(std::span<const TensorFacts> source, const ForeignNames& foreign) {
+  std::vector<TensorFacts> facts(source.begin(), source.end());
+  for (TensorFacts& each : facts) {
+    each.role = foreign.role;
+    each.role.name = std::exchange(each.name, foreign.names.at(each.name));
+  }
+  return facts;
+}
+
 }  // namespace
 
 std::vector<TensorFacts> facts_of(const Checkpoint& source) {
@@ -92,8 +103,12 @@ StoredTensor stored_tensor(const TensorFacts& tensor, const TensorPlan& plan, co
 }
 
 OutputLayout lay_out(std::span<const TensorFacts> source, const QuantizationRequest& request,
-                     const Container& container, uint64_t max_shard_bytes) {
-  OutputLayout layout = {.recipe = resolve(request, source, &container), .arrays = {}, .shards = {}};
+                     const Container& container, uint64_t max_shard_bytes, const ForeignNames* foreign) {
+  OutputLayout layout = {.recipe = foreign == nullptr ? resolve(request, source, &container)
+                                                      : resolve(request, renamed(source, *foreign), &container),
+                         .arrays = {},
+                         .shards = {}};
+  for (size_t i = 0; i < source.size(); ++i) layout.recipe.tensors[i].name = source[i].name;
   std::set<std::string> names;
   std::vector<StoredTensor> quantized;
   for (size_t i = 0; i < source.size(); ++i) {

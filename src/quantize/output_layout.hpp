@@ -20,9 +20,14 @@ struct OutputLayout {
   std::vector<std::vector<ArraySpec>> arrays;  ///< of each tensor
   ShardPlan shards;
 };
+/// Of a source whose tensors have the names of the file that is written.
+struct ForeignNames {
+  const std::map<std::string, std::string>& names;  ///< the model's name for each, by which patterns know it
+  TensorRole role;                                  ///< what is the same for all
+};
 /// Throws what resolve does, Error{"does-not-fit"} where the container cannot hold a scheme, and Error{"name-clash"}.
 OutputLayout lay_out(std::span<const TensorFacts> source, const QuantizationRequest& request,
-                     const Container& container, uint64_t max_shard_bytes);
+                     const Container& container, uint64_t max_shard_bytes, const ForeignNames* names = nullptr);
 
 /// What belongs beside the weights, by name: config.json, which `config` becomes, and further JSON files. record: as
 /// WrittenModel has it. Throws Error where the container cannot describe such a model.

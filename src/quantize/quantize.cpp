@@ -20,6 +20,8 @@
 #include "kernels/decode.hpp"
 #include "kernels/encode.hpp"
 #include "quantize/fused.hpp"
+#include "model/open_model.hpp"
+#include "quantize/gguf_output.hpp"
 #include "quantize/model_card.hpp"
 #include "quantize/model_files.hpp"
 #include "quantize/output_layout.hpp"
@@ -67,13 +69,19 @@ void check_not_quantized(const Checkpoint& source) {
 
 class Pipeline {
  public:
-  Pipeline(const Checkpoint& source, const QuantizationRequest& request, const QuantizeOptions& options)
-      : source_(source), facts_(facts_of(source)), options_(options) {
-    OutputLayout layout = lay_out(facts_, request, *options.container, options.output.max_shard_bytes);
+  /// source: `model`, or under the names of the file that is written, as `gguf` has arranged it.
+  Pipeline(const Checkpoint& model, const Checkpoint& source, const GgufOutput* gguf,
+           const QuantizationRequest& request, const QuantizeOptions& options)
+      : model_(model), source_(source), facts_(facts_of(source)), gguf_(gguf), options_(options) {
+    const std::optional<ForeignNames> names = gguf == nullptr ? std::nullopt : std::optional(gguf->names());
+    OutputLayout layout =
+        lay_out(facts_, request, *options.container, options.output.max_shard_bytes, names ? &*names : nullptr);
     recipe_ = std::move(layout.recipe);
     job_.arrays = std::move(layout.arrays);
-    shards_ = std::move(layout.shards);
-    check_apart(source, options.output.output);
+    shards_ = gguf == nullptr
+                  ? std::move(layout.shards)
+                  : plan_gguf(job_.arrays, gguf->metadata(job_.arrays, recipe_.settings.value("quant_type", "")));
+    check_apart(model, options.output.output);
     plan();
     if (find_sizes())
       shards_ = plan_shards(job_.arrays, options.output.max_shard_bytes, options.container->weights_format);
@@ -82,7 +90,7 @@ class Pipeline {
         recipe_.tensors, [](const TensorPlan& p) { return p.scheme && p.options.range == RangeRule::mse; });
     estimate_ = estimate(job_, bytes_out_, source.tensors().size(), searches ? kSecondsAByteSearching : kSecondsAByte,
                          options.output.max_memory);
-    if (options.verify) not_judged_ = why_not_judged(source);
+    if (options.verify) not_judged_ = why_not_judged(model);
     if (!not_judged_.empty()) check_no_limits(not_judged_);
   }
 
@@ -97,7 +105,8 @@ class Pipeline {
     job_.identity["model"] = files;
     Journal journal(output.journal(), job_.identity);
     check_resumable(journal, job_, shards_, staging_);
-    copy_side_files(source_, staging_);  // first: one that cannot be read does not cost the work on the weights
+    if (gguf_ == nullptr)
+      copy_side_files(source_, staging_);  // first: one that cannot be read does not cost the work on the weights
     OrderedJson record;
     resumable(output, [&] {
       write_weights(journal);
@@ -323,18 +332,20 @@ class Pipeline {
   std::string common_value(const Get& get) const {
     std::map<std::string, size_t> counts;
     for (const LayerResult& layer : layers_) ++counts[get(layer)];
+    if (counts.empty()) return "none";  // a file of floats
     const auto most = std::ranges::max_element(counts, {}, [](const auto& item) { return item.second; });
     return counts.size() == 1 ? most->first : fmt::format("mixed, mostly {}", most->first);
   }
 
   std::map<std::string, OrderedJson> metadata(const OrderedJson& record) const {
-    return metadata_of(facts_, recipe_, *options_.container, read_config(source_), record);
+    return metadata_of(facts_, recipe_, *options_.container, read_config(model_), record);
   }
 
   /// Returns what was written, by name.
   std::map<std::string, OrderedJson> write_metadata(const OrderedJson& record) const {
     std::map<std::string, OrderedJson> files = metadata(record);
-    for (const auto& [name, json] : files) write_text_file(staging_ / name, json.dump(2) + "\n");
+    if (gguf_ == nullptr)
+      for (const auto& [name, json] : files) write_text_file(staging_ / name, json.dump(2) + "\n");
     return files;
   }
 
@@ -356,8 +367,13 @@ class Pipeline {
     verify_tensors(source_, written, layers_, estimate_.piece_memory);
     std::string reason = not_judged_;
     std::optional<Judgement> judgement;
-    if (reason.empty())
-      judgement = judge(source_, written, options_.output.max_memory.value_or(available_memory()), reason);
+    if (reason.empty()) {
+      const uint64_t memory = options_.output.max_memory.value_or(available_memory());
+      judgement = gguf_ == nullptr
+                      ? judge(model_, written, memory, reason)
+                      : judge(model_, open_model(staging_, Checkpoint::Foreign::refuse, Checkpoint::Unfinished::allow),
+                              memory, reason);
+    }
     if (!judgement) {
       check_no_limits(reason);
       warnings.push_back({"NOT_JUDGED", reason});
@@ -401,8 +417,9 @@ class Pipeline {
                          *options_.max_perplexity_increase_percent));
   }
 
-  const Checkpoint& source_;
+  const Checkpoint &model_, &source_;
   std::vector<TensorFacts> facts_;
+  const GgufOutput* gguf_;  ///< null: the names are the model's own
   const QuantizeOptions& options_;
   Recipe recipe_;
   Job job_;
@@ -421,7 +438,9 @@ class Pipeline {
 OrderedJson quantize(const Checkpoint& source, const QuantizationRequest& request, const QuantizeOptions& options,
                      std::vector<Warning>& warnings) {
   check_not_quantized(source);
-  return Pipeline(source, request, options).run(warnings);
+  if (options.container->model_file.empty()) return Pipeline(source, source, nullptr, request, options).run(warnings);
+  const GgufOutput gguf(source, warnings);
+  return Pipeline(source, gguf.arranged(), &gguf, request, options).run(warnings);
 }
 
 }  // namespace bitwright

@@ -130,6 +130,8 @@ const SchemeChoice* choose(const QuantizationSettings& s, const Container* conta
   std::optional<std::string> kind = s.quant_type;
   std::optional<int64_t> bits = s.bits;
   if (meaning != nullptr && !kind) kind = meaning->quant_type;
+  const bool names_one = meaning == nullptr && s.method && *s.method != "none" && *s.method != "auto";
+  if (names_one && !kind) kind = *s.method;  // a kind of the container's own
   if (meaning != nullptr && !bits) bits = meaning->bits;
   if (!kind && !bits) {
     kind = choices.front().quant_type;
@@ -154,7 +156,10 @@ const SchemeChoice* choose(const QuantizationSettings& s, const Container* conta
 SchemeChoice common_choice(const QuantizationSettings& s) {
   const Meaning* const meaning = meaning_of(s);
   SchemeChoice c;
-  c.quant_type = s.quant_type ? std::string_view(*s.quant_type) : meaning != nullptr ? meaning->quant_type : "int";
+  c.quant_type = s.quant_type                                             ? std::string_view(*s.quant_type)
+                 : meaning != nullptr                                     ? meaning->quant_type
+                 : s.method && *s.method != "auto" && *s.method != "none" ? std::string_view(*s.method)
+                                                                          : "int";
   const bool integer = c.quant_type == "int", table = c.quant_type == "nf4" || c.quant_type == "fp4";
   const int64_t bits = integer ? s.bits.value_or(meaning != nullptr ? meaning->bits : 4) : bits_of(c.quant_type);
   c.bits = static_cast<int>(bits);
@@ -184,8 +189,9 @@ Resolved fill_in(const QuantizationSettings& s, const Container* container, cons
   r.quant_type = c.quant_type;
   const Meaning* const meaning = meaning_of(s);
   r.bits = s.bits.value_or(meaning != nullptr && !s.quant_type ? meaning->bits : c.bits);
-  if (r.quant_type != "int" && r.bits != bits_of(r.quant_type))
-    contradiction(fmt::format("{} has {} bits, not {}", r.quant_type, bits_of(r.quant_type), r.bits), "");
+  const int64_t own_bits = chosen != nullptr ? chosen->bits : bits_of(r.quant_type);
+  if (r.quant_type != "int" && r.bits != own_bits)
+    contradiction(fmt::format("{} has {} bits, not {}", r.quant_type, own_bits, r.bits), "");
   r.symmetric = s.symmetric.value_or(c.symmetric);
   if (r.quant_type != "int" && !r.symmetric)
     contradiction(fmt::format("{} has no zero point", r.quant_type), "leave 'symmetric' out");
@@ -339,7 +345,9 @@ class Resolver {
     TensorPlan plan = {.name = t.name};
     plan.reason = why_not_linear(t);
     if (!plan.reason.empty()) return plan;
-    for (size_t i = 0; i < request_.skip_modules.size(); ++i)
+    // A file that is a whole model has the embedding and the head in its own types too.
+    const bool whole = container_ != nullptr && !container_->model_file.empty();
+    for (size_t i = 0; i < request_.skip_modules.size() && (request_.skips_given || !whole); ++i)
       if (matches(request_.skip_modules[i], t.name) ||
           (request_.skip_modules[i] == "lm_head" && matches(kNeoxHead, t.name))) {
         skip_used_[i] = true;
@@ -348,7 +356,7 @@ class Resolver {
     QuantizationSettings settings = request_.settings;
     const LayerRule* rule = plan.reason.empty() ? find_rule(t.name) : nullptr;
     if (rule != nullptr) settings = merge(settings, rule->settings);
-    if (plan.reason.empty() && rule == nullptr && request_.skip_embeddings && is_embedding(t.name))
+    if (plan.reason.empty() && rule == nullptr && request_.skip_embeddings && !whole && is_embedding(t.name))
       plan.reason = "embedding";
     if (plan.reason.empty() && rule == nullptr && is_router(t)) plan.reason = "router of experts";
     if (plan.reason.empty() && container_ != nullptr && container_->takes != nullptr &&
@@ -357,7 +365,9 @@ class Resolver {
     if (plan.reason.empty() && !asks_for_something(settings, container_)) plan.reason = "method none";
     if (!plan.reason.empty()) return plan;
     const Resolved r = fill_in(settings, container_, &t.shape);
-    plan.scheme = scheme_of(r, container_, t.dtype);
+    plan.scheme = container_ != nullptr && container_->scheme_for != nullptr
+                      ? container_->scheme_for(choice_of(r), t.role, t.shape)
+                      : scheme_of(r, container_, t.dtype);
     if (!r.weight_only) plan.linear = container_->make_linear(choice_of(r));
     plan.algorithm = algorithm_of(settings);
     plan.options.range = r.range == "mse" ? RangeRule::mse : RangeRule::minmax;
@@ -436,8 +446,10 @@ QuantizationRequest read_request(const OrderedJson& config) {
   if (section == nullptr) return request;
   const OrderedJson* scheme = find_config(config, "quantization.scheme");
   read_settings(scheme != nullptr ? *scheme : OrderedJson::object(), *section, request.settings);
-  if (const OrderedJson* skip = find_config(config, "quantization.skip_modules"))
+  if (const OrderedJson* skip = find_config(config, "quantization.skip_modules")) {
     request.skip_modules = skip->get<std::vector<std::string>>();
+    request.skips_given = true;
+  }
   if (const OrderedJson* rules = find_config(config, "quantization.layer_configs"))
     for (const auto& [pattern, settings] : rules->items()) {
       LayerRule rule = {.pattern = pattern, .settings = {}};
@@ -456,7 +468,8 @@ Recipe resolve(const QuantizationRequest& request, std::span<const TensorFacts> 
     recipe.tensors.push_back(resolver.plan(t));
     any = any || recipe.tensors.back().scheme.has_value();
   }
-  if (!any)
+  const bool translates = container != nullptr && !container->model_file.empty();  // worth writing in floats too
+  if (!any && !translates)
     throw Error({.code = "nothing-to-quantize",
                  .what = "nothing to quantize",
                  .why = asks_for_something(request.settings, container) || !request.rules.empty()

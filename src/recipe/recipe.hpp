@@ -31,7 +31,8 @@ struct LayerRule {
 struct QuantizationRequest {
   QuantizationSettings settings;
   std::vector<std::string> skip_modules;
-  bool skip_embeddings = true;  ///< unless a layer rule names them
+  bool skip_embeddings = true;  ///< unless a layer rule names them, or the container's owner quantizes them too
+  bool skips_given = false;     ///< skip_modules are the user's, not the usual ones
   std::vector<LayerRule> rules;
 };
 
@@ -47,6 +48,7 @@ struct TensorFacts {
   size_t bytes = 2;  ///< of an element
   DType dtype = DType::bf16;
   bool inputs_first = false;  ///< a matrix that is stored [inputs, outputs]
+  TensorRole role{};
 };
 
 /// The reason why norms and biases are kept, which goes without saying.

@@ -97,7 +97,7 @@ const std::vector<PreTokenization>& pre_tokenizations() {
                  "modern-bert", "jina-v1-en", "jina-v2-code", "roberta-bpe", "mpt", "olmo", "jais", "trillion",
                  "exaone4", "granite-docling"},
        .splits = {kGpt2Split}},
-      {.names = {"llama3", "llama-v3", "llama-bpe", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
+      {.names = {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2",
                  "jina-v5-nano"},
        .splits = {kLlama3Split},
        .ignore_merges = true,
@@ -300,6 +300,13 @@ GgufVocabulary gguf_vocabulary(const GgufContents& contents, const std::string& 
   out.add_space_prefix = flag("add_space_prefix");
   out.remove_extra_whitespaces = flag("remove_extra_whitespaces");
   return out;
+}
+
+std::optional<std::string> gguf_pre_tokenization(std::span<const std::string> splits, bool ignore_merges) {
+  for (const PreTokenization& row : pre_tokenizations())
+    if (row.ignore_merges == ignore_merges && std::ranges::equal(row.splits, splits))
+      return std::string(row.names.front());
+  return std::nullopt;
 }
 
 Tokenizer Tokenizer::from_gguf(const GgufVocabulary& vocabulary, const std::string& file) {

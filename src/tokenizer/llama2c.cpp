@@ -51,7 +51,7 @@ TokenizerPipeline read(const std::filesystem::path& path) {
 
 }  // namespace
 
-TokenizerPipeline read_llama2c(std::string_view bytes, const std::string& file) {
+ScoredVocabulary llama2c_vocabulary(std::string_view bytes, const std::string& file) {
   if (!is_llama2c(bytes)) bad_tokenizer(file, "it does not begin as llama2.c's tokenizers do");
   const uint32_t longest = u32_at(bytes, 0);
   bytes.remove_prefix(kHeader);
@@ -75,7 +75,11 @@ TokenizerPipeline read_llama2c(std::string_view bytes, const std::string& file) 
   vocabulary.eos = kEos;
   vocabulary.adds_bos = true;
   vocabulary.normalization.remove_extra_whitespaces = false;
-  return pipeline_of(std::move(vocabulary), file);
+  return vocabulary;
+}
+
+TokenizerPipeline read_llama2c(std::string_view bytes, const std::string& file) {
+  return pipeline_of(llama2c_vocabulary(bytes, file), file);
 }
 
 extern const TokenizerFormat llama2c_tokenizer;

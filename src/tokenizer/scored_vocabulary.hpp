@@ -31,7 +31,9 @@ struct ScoredVocabulary {
   bool adds_bos = false;
 };
 
-/// file: named in errors.
+/// What a SentencePiece model, and llama2.c's tokenizer.bin, say. file: named in errors, as below.
+ScoredVocabulary sentencepiece_vocabulary(std::string_view bytes, const std::string& file);
+ScoredVocabulary llama2c_vocabulary(std::string_view bytes, const std::string& file);
 TokenizerPipeline pipeline_of(ScoredVocabulary vocabulary, const std::string& file);
 
 }  // namespace bitwright

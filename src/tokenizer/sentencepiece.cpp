@@ -129,7 +129,7 @@ TokenizerPipeline read(const std::filesystem::path& path) {
 
 }  // namespace
 
-TokenizerPipeline read_sentencepiece(std::string_view bytes, const std::string& file) {
+ScoredVocabulary sentencepiece_vocabulary(std::string_view bytes, const std::string& file) {
   ScoredVocabulary vocabulary;
   vocabulary.single_precision = true;
   read_trainer("", file, vocabulary);
@@ -142,7 +142,11 @@ TokenizerPipeline read_sentencepiece(std::string_view bytes, const std::string& 
   }
   // SentencePiece itself leaves BOS to the caller; the models it was made for (Llama, Mistral, Gemma) want it.
   vocabulary.adds_bos = vocabulary.bos >= 0;
-  return pipeline_of(std::move(vocabulary), file);
+  return vocabulary;
+}
+
+TokenizerPipeline read_sentencepiece(std::string_view bytes, const std::string& file) {
+  return pipeline_of(sentencepiece_vocabulary(bytes, file), file);
 }
 
 extern const TokenizerFormat sentencepiece_tokenizer;

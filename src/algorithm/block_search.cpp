@@ -1,0 +1,282 @@
+#include "algorithm/block_search.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "base/error.hpp"
+#include "base/threads.hpp"
+#include "container/gguf_blocks.hpp"
+#include "kernels/encode.hpp"
+#include "kernels/group_search.hpp"
+
+namespace bitwright {
+namespace {
+
+constexpr size_t kMostGroup = 32;
+constexpr size_t kElementsATask = size_t{1} << 15;
+
+/// The grid of a search: how many steps, how wide.
+struct Steps {
+  float first, step;
+  int count;
+};
+
+/// What the search needs to know of a scheme.
+struct Plan {
+  size_t group, groups;  ///< elements of a group, groups that share a scale's scale (1: scales are plain)
+  CodeGrid grid;
+  bool affine = false;
+  float lowest_scale = 0, highest_scale = 0;  ///< codes of scales, as they are multiplied
+  uint8_t scale_mask = 0xff;
+  float scale_shift = 0;
+  Steps steps{};
+  std::array<float, 16> table{};
+  std::array<float, 16> midpoints{};
+};
+
+/// How far the range of codes is stretched over the extremes of a group: found by trying, on normal numbers.
+Steps steps_of(const ElementType& element, bool affine) {
+  if (element.kind == ElementKind::table) return {-8, 2, 12};
+  if (affine)
+    return element.bits == 2 ? Steps{-0.5f, 0.1f, 16}
+                             : (element.bits == 4 ? Steps{-0.9f, 0.1f, 24} : Steps{-0.6f, 0.15f, 20});
+  return element.bits == 3 ? Steps{-0.9f, 0.15f, 16} : Steps{-1.0f, 0.3f, 10};
+}
+
+void set_table(const ElementType& element, Plan& plan) {
+  for (uint32_t code = 0; code < 16; ++code) plan.table.at(code) = element.decode(element, code);
+  plan.midpoints.back() = std::numeric_limits<float>::infinity();
+  for (size_t i = 0; i + 1 < 16; ++i) plan.midpoints.at(i) = (plan.table.at(i) + plan.table.at(i + 1)) / 2;
+}
+
+/// Not copied afterwards: the grid points into it.
+void make_plan(const Scheme& scheme, Plan& plan) {
+  const ElementType& element = *scheme.element;
+  const Scheme& scale = *scheme.scale->scheme;
+  plan.group = static_cast<size_t>(scheme.scale->grouping.size);
+  plan.groups = scale.scale ? static_cast<size_t>(scale.scale->grouping.size) : 1;
+  plan.affine = scheme.offset_kind == OffsetKind::minimum;
+  plan.steps = steps_of(element, plan.affine);
+  plan.grid = {element.lowest - scheme.shift, element.highest - scheme.shift};
+  if (element.kind == ElementKind::table) {
+    set_table(element, plan);
+    plan.grid = {element.lowest, element.highest, plan.table.data(), plan.midpoints.data()};
+  }
+  if (!scale.scale) return;
+  plan.scale_shift = scale.shift;
+  plan.lowest_scale = scale.element->lowest - scale.shift;
+  plan.highest_scale = scale.element->highest - scale.shift;
+  plan.scale_mask = static_cast<uint8_t>((1u << scale.element->bits) - 1);
+}
+
+/// As f16 holds it; the largest where it does not.
+float to_half(float value) { return round_to(DType::f16, std::clamp(value, -65504.0f, 65504.0f)); }
+void put_half(float value, uint8_t* to) {
+  from_f32(DType::f16, std::span(&value, 1), std::as_writable_bytes(std::span(to, 2)));
+}
+
+using LaneValues = std::array<float, kPanel>;
+
+/// kPanel groups that lie one after the other.
+class PanelSearch {
+ public:
+  PanelSearch(const Plan& plan, const GroupSearch& loops) : plan_(plan), loops_(loops) { weights_.fill(1); }
+
+  float* values() { return values_.data(); }
+  float* weights() { return weights_.data(); }
+
+  /// groups: of the panel's that there are; the others are 0.
+  void run(size_t groups) {
+    used_ = groups;
+    if (plan_.affine) {
+      search_affine();
+    } else {
+      search_symmetric();
+    }
+    loops_.codes(panel(), plan_.grid, scale_.data(), minimum_.data(), codes_.data());
+  }
+
+  void store(const TensorBlocks& parts, size_t first_block) const {
+    for (size_t g = 0; g < used_; ++g) {
+      const BlockParts to = parts.of(first_block + g / plan_.groups);
+      const size_t at = g % plan_.groups;
+      for (size_t i = 0; i < plan_.group; ++i) to.codes[at * plan_.group + i] = codes_[i * kPanel + g];
+      if (to.scale_scale == nullptr) {
+        put_half(scale_[g], to.scale);
+        continue;
+      }
+      to.scale[at] = static_cast<uint8_t>(static_cast<int>(found_.scale[g] + plan_.scale_shift)) & plan_.scale_mask;
+      if (at == 0) put_half(found_.scale_unit[g], to.scale_scale);
+      if (to.offset == nullptr) continue;
+      to.offset[at] = static_cast<uint8_t>(found_.minimum[g]);
+      if (at == 0) put_half(found_.minimum_unit[g], to.offset_scale);
+    }
+  }
+
+ private:
+  GroupPanel panel() const { return {values_.data(), weights_.data(), plan_.group}; }
+
+  /// units[g] = what the codes of the block of group g are multiplied by, so that its largest value has the code `top`.
+  void choose_units(const LaneValues& values, float top, float (&units)[kPanel]) const {
+    for (size_t first = 0; first < kPanel; first += plan_.groups) {
+      float most = 0;
+      for (size_t g = first; g < first + plan_.groups; ++g)
+        if (std::fabs(values.at(g)) > std::fabs(most)) most = values.at(g);
+      std::fill_n(units + first, plan_.groups, to_half(most / top));
+    }
+  }
+
+  static float code_of(float value, float unit, float low, float high) {
+    constexpr float kRounder = 12582912;  // 1.5 * 2^23: adding it rounds
+    const float code = std::clamp(unit == 0 ? 0 : value / unit, low, high);
+    return code + kRounder - kRounder;
+  }
+
+  void search_affine() {
+    LaneValues scales{}, minimums{};
+    loops_.fit_affine(panel(), plan_.grid.high, plan_.steps.first, plan_.steps.step, plan_.steps.count, scales.data(),
+                      minimums.data());
+    choose_units(scales, plan_.highest_scale, found_.scale_unit);
+    choose_units(minimums, plan_.highest_scale, found_.minimum_unit);
+    for (size_t g = 0; g < kPanel; ++g) {
+      found_.scale[g] = code_of(scales[g], found_.scale_unit[g], 0, plan_.highest_scale);
+      found_.minimum[g] = code_of(minimums[g], found_.minimum_unit[g], 0, plan_.highest_scale);
+    }
+    improve();
+  }
+
+  void search_symmetric() {
+    LaneValues scales{};
+    loops_.fit_scale(panel(), plan_.grid, plan_.steps.first, plan_.steps.step, plan_.steps.count, scales.data());
+    if (plan_.groups == 1) {
+      std::ranges::transform(scales, scale_.begin(), to_half);
+      return;
+    }
+    choose_units(scales, plan_.lowest_scale, found_.scale_unit);
+    for (size_t g = 0; g < kPanel; ++g)
+      found_.scale[g] = code_of(scales[g], found_.scale_unit[g], plan_.lowest_scale, plan_.highest_scale);
+    improve();
+  }
+
+  void improve() {
+    constexpr int kRounds = 2;
+    const auto around = [&] {
+      loops_.improve(panel(), plan_.grid, plan_.lowest_scale, plan_.highest_scale, plan_.affine ? kRounds : 1, found_);
+      set_values();
+    };
+    around();
+    // With all codes fixed the best units follow; where they make a block better they are taken, with the codes that
+    // belong to them.
+    const ScaleCodes before = found_;
+    GroupSums sums;
+    loops_.sum_up(panel(), plan_.grid, scale_.data(), minimum_.data(), sums);
+    for (size_t first = 0; first < kPanel; first += plan_.groups) solve_units(sums, first);
+    around();
+    for (size_t first = 0; first < kPanel; first += plan_.groups)
+      if (!(error_of(found_, first) < error_of(before, first))) take(before, first);
+    set_values();
+  }
+
+  float error_of(const ScaleCodes& codes, size_t first) const {
+    return std::accumulate(codes.error + first, codes.error + first + plan_.groups, 0.0f);
+  }
+
+  void take(const ScaleCodes& other, size_t first) {
+    for (size_t g = first; g < first + plan_.groups; ++g) {
+      found_.scale[g] = other.scale[g];
+      found_.minimum[g] = other.minimum[g];
+      found_.scale_unit[g] = other.scale_unit[g];
+      found_.minimum_unit[g] = other.minimum_unit[g];
+      found_.error[g] = other.error[g];
+    }
+  }
+
+  /// Least squares of d and m in d s e - m n, over the groups of a block: s, n the codes of scale and minimum.
+  void solve_units(const GroupSums& sums, size_t first) {
+    double ss = 0, sn = 0, nn = 0, sx = 0, nx = 0;
+    for (size_t g = first; g < first + plan_.groups; ++g) {
+      const double s = found_.scale[g], n = found_.minimum[g];
+      ss += s * s * static_cast<double>(sums.ee[g]);
+      sn -= s * n * static_cast<double>(sums.e[g]);
+      nn += n * n * static_cast<double>(sums.w[g]);
+      sx += s * static_cast<double>(sums.xe[g]);
+      nx -= n * static_cast<double>(sums.x[g]);
+    }
+    const double determinant = ss * nn - sn * sn;
+    double d = ss > 0 ? sx / ss : 0, m = 0;
+    if (plan_.affine && nn > 0) {
+      if (!(determinant > 1e-6 * ss * nn)) return;
+      d = (sx * nn - nx * sn) / determinant;
+      m = (nx * ss - sx * sn) / determinant;
+    }
+    if (d == 0 || (plan_.affine && (d < 0 || m < 0))) return;
+    for (size_t g = first; g < first + plan_.groups; ++g) {
+      found_.scale_unit[g] = to_half(static_cast<float>(d));
+      if (plan_.affine) found_.minimum_unit[g] = to_half(static_cast<float>(m));
+    }
+  }
+
+  void set_values() {
+    for (size_t g = 0; g < kPanel; ++g) {
+      scale_[g] = found_.scale[g] * found_.scale_unit[g];
+      minimum_[g] = found_.minimum[g] * found_.minimum_unit[g];
+    }
+  }
+
+  const Plan& plan_;
+  const GroupSearch& loops_;
+  size_t used_ = 0;
+  std::array<float, kMostGroup * kPanel> values_{}, weights_{};
+  std::array<uint8_t, kMostGroup * kPanel> codes_{};
+  ScaleCodes found_{};
+  LaneValues scale_{}, minimum_{};
+};
+
+}  // namespace
+
+bool is_block_scheme(const Scheme& scheme) {
+  if (!scheme.scale || scheme.scale->grouping.kind != Grouping::Kind::axis) return false;
+  const Scheme& scale = *scheme.scale->scheme;
+  if (scheme.element == find_element("iq4")) return true;
+  return scheme.element->kind == ElementKind::integer && scale.scale && scale.element->kind == ElementKind::integer &&
+         find_block_codec(scheme) != nullptr;
+}
+
+QuantizedTensor search_blocks(const Scheme& scheme, const Shape& shape, WeightView weight,
+                              std::span<const float> importance, const KernelLevel& level) {
+  BW_ASSERT(is_block_scheme(scheme));
+  check_finite(weight);
+  Plan plan;
+  make_plan(scheme, plan);
+  const GroupSearch& loops = group_search(level);
+  QuantizedTensor t = block_tensor(scheme, shape);
+  const size_t groups = t.codes.size() / plan.group, bytes = size_bytes(weight.dtype);
+  const TensorBlocks parts(t, groups / plan.groups);
+  const size_t columns = shape.empty() ? 0 : static_cast<size_t>(shape.back());
+  const size_t panels = (groups + kPanel - 1) / kPanel, a_panel = kPanel * plan.group;
+  parallel_ranges(panels, kElementsATask / a_panel, [&](size_t begin, size_t end) {
+    PanelSearch search(plan, loops);
+    std::array<float, kMostGroup * kPanel> wide{};
+    for (size_t p = begin; p < end; ++p) {
+      const size_t used = std::min(kPanel, groups - p * kPanel), first = p * a_panel;
+      std::fill(wide.begin(), wide.end(), 0.0f);
+      to_f32(weight.dtype, weight.bytes.subspan(first * bytes, used * plan.group * bytes),
+             std::span(wide).first(used * plan.group));
+      for (size_t g = 0; g < kPanel; ++g) {
+        for (size_t i = 0; i < plan.group; ++i) search.values()[i * kPanel + g] = wide[g * plan.group + i];
+        if (importance.empty()) continue;
+        const float* const from = &importance[(first + g * plan.group) % columns];  // a group lies within a row
+        for (size_t i = 0; i < plan.group; ++i) search.weights()[i * kPanel + g] = from[i];
+      }
+      search.run(used);
+      search.store(parts, p * kPanel / plan.groups);
+    }
+  });
+  return t;
+}
+
+}  // namespace bitwright

@@ -1,0 +1,32 @@
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "base/error.hpp"
+#include "model/gguf_export.hpp"
+#include "quantize/output_layout.hpp"
+#include "tokenizer/gguf_vocabulary.hpp"
+
+namespace bitwright {
+
+/// A model on its way into one GGUF file: its weights under llama.cpp's names and in its order, and all that its
+/// metadata says.
+class GgufOutput {
+ public:
+  /// Adds a warning where llama.cpp would cut text into other tokens. Throws what gguf_model and gguf_vocabulary_of do.
+  GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings);
+  const Checkpoint& arranged() const { return arranged_; }
+  ForeignNames names() const { return {.names = model_.names, .role = role_}; }
+  /// arrays: what the file will hold. file_type: as --method names it; another name: that of most of the numbers.
+  GgufMetadata metadata(std::span<const std::vector<ArraySpec>> arrays, std::string_view file_type) const;
+
+ private:
+  GgufModel model_;
+  Checkpoint arranged_;
+  TensorRole role_;
+  GgufVocabulary vocabulary_;
+  std::string name_, chat_template_;
+};
+
+}  // namespace bitwright
