@@ -7,9 +7,11 @@
 #include <map>
 #include <optional>
 
+#include "checkpoint/gguf.hpp"
 #include "engine/loads.hpp"
 #include "engine/memory.hpp"
 #include "model/weight_estimate.hpp"
+#include "quantize/gguf_output.hpp"
 #include "quantize/output_layout.hpp"
 #include "quantize/quantize.hpp"
 #include "recipe/config.hpp"
@@ -53,7 +55,8 @@ std::vector<StoredTensor> stored_tensors(const Checkpoint& checkpoint) {
 
 /// A plan's row for a tensor that stays as it is. Member by member: from a list of pairs it takes three times as long,
 /// and models of experts have ninety thousand tensors.
-OrderedJson tensor_row(const TensorEntry& entry, uint64_t bytes) {
+template <class Tensor>  // a TensorEntry, or TensorFacts
+OrderedJson tensor_row(const Tensor& entry, uint64_t bytes) {
   constexpr size_t kMembers = 6;  // with the reason
   OrderedJson row = OrderedJson::object();
   row.get_ref<OrderedJson::object_t&>().reserve(kMembers);
@@ -141,7 +144,7 @@ class Weights {
     }
     if (!model_.checkpoint) return without_weights(*made);
     plan_.file_bytes = static_cast<double>(made->layout.shards.bytes());
-    add_tensors(made->layout);
+    add_tensors(*made);
     if (plan_.container == made->container->name) add_modules(*made);
     warnings_.insert(warnings_.end(), made->layout.recipe.warnings.begin(), made->layout.recipe.warnings.end());
     return std::move(plan_);
@@ -156,8 +159,9 @@ class Weights {
   /// A container, and what would be written in it.
   struct Made {
     const Container* container;
+    std::vector<TensorFacts> tensors;  ///< of the model, or under the names of the one file that it becomes
     OutputLayout layout;
-    ModelDocuments documents;
+    ModelDocuments documents{};
   };
 
   bool is_decoded() const {
@@ -172,12 +176,26 @@ class Weights {
     return read_request(config);
   }
 
+  /// One file that is the whole model.
+  Made make_file(const QuantizationRequest& request, const Container& container) const {
+    std::vector<Warning> of_quantize;
+    const GgufOutput gguf(*model_.checkpoint, of_quantize);
+    const ForeignNames names = gguf.names();
+    std::vector<TensorFacts> tensors = facts_of(gguf.arranged());
+    OutputLayout layout = lay_out(tensors, request, container, OutputOptions::kUsualShard, &names);
+    layout.shards =
+        plan_gguf(layout.arrays, gguf.metadata(layout.arrays, layout.recipe.settings.value("quant_type", "")));
+    return {.container = &container, .tensors = std::move(tensors), .layout = std::move(layout)};
+  }
+
   Made make(const QuantizationRequest& request, const Container& container) const {
-    Made made = {.container = &container,
-                 .layout = lay_out(tensors_, request, container, OutputOptions::kUsualShard),
-                 .documents = {}};
+    const bool is_file = !container.model_file.empty() && model_.checkpoint;
+    Made made = is_file ? make_file(request, container)
+                        : Made{.container = &container,
+                               .tensors = tensors_,
+                               .layout = lay_out(tensors_, request, container, OutputOptions::kUsualShard)};
     for (auto& [name, document] :
-         metadata_of(tensors_, made.layout.recipe, container, OrderedJson(model_.config), OrderedJson::object()))
+         metadata_of(made.tensors, made.layout.recipe, container, OrderedJson(model_.config), OrderedJson::object()))
       made.documents[name] = Json(document);
     return made;
   }
@@ -232,22 +250,26 @@ class Weights {
              : fmt::format("{} as {} is not written here; sizes are those of the codes and scales", what, container)});
   }
 
-  void add_tensors(const OutputLayout& layout) {
+  void add_tensors(const Made& made) {
+    const OutputLayout& layout = made.layout;
     std::map<std::string, size_t> schemes, algorithms;
-    std::vector<StoredTensor> loaded = stored_tensors(*model_.checkpoint);
+    std::vector<StoredTensor> loaded;
     for (size_t i = 0; i < layout.recipe.tensors.size(); ++i) {
       const TensorPlan& tensor = layout.recipe.tensors[i];
-      const TensorEntry& entry = model_.checkpoint->tensors()[i];
+      const TensorFacts& facts = made.tensors[i];
       double bytes = 0;
       for (const ArraySpec& array : layout.arrays[i]) bytes += static_cast<double>(array.bytes());
-      OrderedJson row = tensor_row(entry, static_cast<uint64_t>(bytes));
+      OrderedJson row = tensor_row(facts, static_cast<uint64_t>(bytes));
+      loaded.push_back({.name = facts.name,
+                        .shape = facts.shape,
+                        .scheme = tensor.scheme ? *tensor.scheme : plain(facts.dtype),
+                        .value_dtype = facts.dtype});
       if (tensor.scheme) {
         const std::string scheme = describe(*tensor.scheme);
         row["scheme"] = scheme;
         row["algorithm"] = tensor.algorithm->name;
         ++schemes[scheme];
         ++algorithms[std::string(tensor.algorithm->name)];
-        loaded[i].scheme = *tensor.scheme;
       } else {
         row["reason"] = tensor.reason;
       }
@@ -255,14 +277,15 @@ class Weights {
     }
     plan_.scheme = common(schemes);
     plan_.algorithm = common(algorithms);
-    plan_.loaded_bytes =
-        native_ ? static_cast<double>(estimated_weight_bytes(model_.config, loaded)) : plan_.file_bytes;
+    plan_.loaded_bytes = native_ && made.container->model_file.empty()
+                             ? static_cast<double>(estimated_weight_bytes(model_.config, loaded))
+                             : plan_.file_bytes;
   }
 
   /// What an engine will find: it may refuse layers that each by itself are right.
   void add_modules(const Made& made) {
     plan_.checkpoint = detect_model_quantization(made.documents).method;
-    if (!plan_.checkpoint.empty()) plan_.modules = planned_modules(made.layout.recipe, tensors_);
+    if (!plan_.checkpoint.empty()) plan_.modules = planned_modules(made.layout.recipe, made.tensors);
   }
 
   /// Only sizes are known: linear weights at the method's bits, embeddings and head at 16.
