@@ -135,7 +135,10 @@ class Weights {
     tensors_ = model_.checkpoint ? facts_of(*model_.checkpoint) : std::vector{kLinear};
     const QuantizationRequest request = read_recipe();
     std::optional<Made> made = choose(request, format);
-    if (!made) {
+    if (!made && refused_) {
+      say_refused();
+      made = std::move(refused_);
+    } else if (!made) {
       say_not_written(name_container(format));
       made = stand_in(request);
     } else {
@@ -212,14 +215,21 @@ class Weights {
     return std::nullopt;
   }
 
-  /// In the container that is asked for, or the first of those that the engine loads; none: no such is written.
-  std::optional<Made> choose(const QuantizationRequest& request, const std::string& format) const {
+  /// In the container that is asked for, or the first of those that the engine loads; none: no such is written, or
+  /// (refused_) the engine takes the container, but not such weights in it.
+  std::optional<Made> choose(const QuantizationRequest& request, const std::string& format) {
     if (!format.empty()) return make(request, *find_container(format));
     const PlanRequest engine{.engine = request_.engine, .version = request_.version, .hardware = request_.hardware};
     const Container* const own = find_container(request_.intent.backend_method);
-    for (const Container* container : own != nullptr ? std::vector{own} : loaded_by(request_))
-      if (std::optional<Made> made = try_to_make(request, *container); made && answer_of(engine, made->documents).yes)
-        return made;
+    for (const Container* container : own != nullptr ? std::vector{own} : loaded_by(request_)) {
+      std::optional<Made> made = try_to_make(request, *container);
+      if (!made) continue;
+      const Loads answer = answer_of(engine, made->documents);
+      if (answer.yes) return made;
+      if (refused_) continue;
+      refused_ = std::move(made);
+      refusal_ = answer.reason;
+    }
     return std::nullopt;
   }
 
@@ -237,6 +247,12 @@ class Weights {
     for (const Container* container : loaded_by(request_))
       if (container->write_metadata == nullptr) return std::string(container->name);
     return {};
+  }
+
+  void say_refused() {
+    plan_.container = refused_->container->name;
+    warnings_.push_back({"CONTAINER_REFUSED", fmt::format("{} does not load what would be written as {}: {}",
+                                                          request_.engine, refused_->container->name, refusal_)});
   }
 
   void say_not_written(const std::string& container) {
@@ -312,6 +328,8 @@ class Weights {
   std::vector<Warning>& warnings_;
   std::string method_;
   std::vector<TensorFacts> tensors_;
+  std::optional<Made> refused_;  ///< the likeliest that the engine does not take, and why
+  std::string refusal_;
   bool native_ = false;
   WeightsPlan plan_;
 };
