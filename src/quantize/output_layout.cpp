@@ -13,11 +13,12 @@ namespace {
 void check_fits(const TensorFacts& facts, const StoredTensor& tensor, const Container& container) {
   const Fit fit = fit_of(facts, tensor, container);
   if (fit.verdict == Verdict::impossible)
-    throw Error({.code = "does-not-fit",
-                 .what = "cannot quantize",
-                 .where = tensor.name,
-                 .why = fmt::format("{} cannot hold {}: {}", container.name, describe(tensor.scheme), fit.reason),
-                 .fix = fmt::format("choose another scheme or --format, or keep it: --skip-modules lm_head,{}", tensor.name)});
+    throw Error(
+        {.code = "does-not-fit",
+         .what = "cannot quantize",
+         .where = tensor.name,
+         .why = fmt::format("{} cannot hold {}: {}", container.name, describe(tensor.scheme), fit.reason),
+         .fix = fmt::format("choose another scheme or --format, or keep it: --skip-modules lm_head,{}", tensor.name)});
 }
 
 void check_fit_together(std::span<const StoredTensor> tensors, const Container& container) {
