@@ -8,6 +8,7 @@
 #include <functional>
 #include <limits>
 #include <set>
+#include <utility>
 
 #include "base/error.hpp"
 #include "base/progress.hpp"
@@ -186,12 +187,15 @@ class Planner {
     const Candidates tried = candidates(i);
     TensorConversion best = {
         .verdict = ConversionVerdict::impossible, .plan = {.name = entry(i).name}, .reason = tried.reason};
+    bool tried_one = false;
     for (const Scheme& scheme : tried.schemes) {
       const bool possible = best.plan.scheme.has_value();
       if (possible && !request_.exact && scheme.element->bits > best.plan.scheme->element->bits) break;
       if (!filter(scheme)) continue;
       TensorConversion found = trial(i, scheme);
-      if (found.verdict < best.verdict || !possible) best = std::move(found);
+      if (found.verdict < best.verdict) best = std::move(found);
+      // Of what is impossible the way that takes the fewest bytes says why.
+      if (!std::exchange(tried_one, true) && !best.plan.scheme) best.reason = std::move(found.reason);
       if (best.verdict == ConversionVerdict::exact) break;
     }
     return best;
