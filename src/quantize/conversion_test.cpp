@@ -48,7 +48,7 @@ Distance distance(const QuantizedTensor& a, const QuantizedTensor& b) {
 
 TEST(Regrid, EveryPairOfEveryContainerMovesNoValueByMoreThanHalfAStep) {
   size_t made = 0, exact = 0;
-  for (const Shape& shape : {Shape{32, 128}, Shape{64, 64}, Shape{32, 256}}) {
+  for (const Shape& shape : {Shape{32, 128}, Shape{32, 64}}) {
     const auto schemes = all_schemes(shape, DType::f16);
     std::vector<Scheme> targets;
     for (const auto& [container, scheme] : schemes)

@@ -86,8 +86,8 @@ class Converter {
       check_unchanged(source_, files);
       write_metadata(OrderedJson::object());  // the written model must open before it can be verified
       if (options_.verify) verify();
-      OrderedJson record = {{"tool", {{"name", "bitwright"}, {"version", BITWRIGHT_VERSION}}}};
-      record.update(report());
+      OrderedJson record = {{"tool", {{"name", "bitwright"}, {"version", BITWRIGHT_VERSION}}},
+                            {"conversion", report()}};
       record["files"] = digests_of(staging_);
       engines_ = engines_json(write_metadata(record));
       output.commit();
