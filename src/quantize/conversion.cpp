@@ -306,6 +306,10 @@ class Planner {
       return impossible(error.report().why);
     }
     if (!result.plan.scheme) return impossible(result.plan.reason);
+    // One scale for all the layers that an engine fuses is found from plain weights alone (fused_magnitudes).
+    const std::optional<Parameter>& scale = result.plan.scheme->scale;
+    if (result.plan.options.fused != nullptr && scale && scale->scheme->scale)
+      return impossible("NVFP4 is quantized from floats: `bitwright dequantize`, then `quantize`");
     if (std::string reason = why_not(i, stored_tensor(facts_[i], result.plan, container_)); !reason.empty())
       return impossible(std::move(reason));
     return result;
