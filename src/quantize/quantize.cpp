@@ -16,7 +16,6 @@
 #include "base/threads.hpp"
 #include "checkpoint/safetensors.hpp"
 #include "container/rows.hpp"
-#include "engine/loads.hpp"
 #include "kernels/decode.hpp"
 #include "kernels/encode.hpp"
 #include "quantize/fused.hpp"
