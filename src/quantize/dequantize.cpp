@@ -113,8 +113,7 @@ class Plain {
 
 void write_config(const Checkpoint& source, const std::filesystem::path& directory, DType dtype) {
   OrderedJson config = read_config(source);
-  config.erase("quantization_config");
-  config.erase("quantization");  // MLX
+  drop_quantization(config);
   for (const char* key : {"torch_dtype", "dtype"})
     if (config.contains(key)) config[key] = info(dtype).name;
   write_text_file(directory / "config.json", config.dump(2) + "\n");

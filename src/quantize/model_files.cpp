@@ -11,7 +11,9 @@
 #include "base/error.hpp"
 #include "base/mapped_file.hpp"
 #include "base/output.hpp"
+#include "base/threads.hpp"
 #include "container/container.hpp"
+#include "engine/loads.hpp"
 
 namespace bitwright {
 namespace {
@@ -83,6 +85,40 @@ void copy_side_files(const Checkpoint& model, const fs::path& to) {
       files.push_back(entry.path());
   }
   for (const fs::path& file : files) write_text_file(to / file.filename(), MappedFile(file).text());
+}
+
+OrderedJson digests_of(const std::filesystem::path& directory) {
+  std::map<std::string, OrderedJson> sorted;
+  for (const auto& entry : std::filesystem::directory_iterator(directory)) {
+    const std::string name = entry.path().filename().string();
+    bool rewritten = name == "config.json" || name == "quantization_metadata.json" || name == "README.md";
+    for (const Container* container : all_containers())
+      rewritten = rewritten || std::ranges::find(container->files, name) != container->files.end();
+    if (!name.starts_with(".") && !rewritten) sorted[name] = OrderedJson::object();
+  }
+  std::vector<std::pair<const std::string, OrderedJson>*> files;
+  for (auto& item : sorted) files.push_back(&item);
+  parallel_for(files.size(), [&](size_t i) {
+    const MappedFile file(directory / files[i]->first);
+    files[i]->second = {{"bytes", file.bytes().size()}, {"sha256", file.digest()}};
+  });
+  return sorted;
+}
+
+OrderedJson engines_json(const std::map<std::string, OrderedJson>& files) {
+  ModelDocuments documents;
+  for (const auto& [name, json] : files) documents[name] = json;
+  OrderedJson engines = OrderedJson::array();
+  for (const Loads& answer : engines_that_load(documents)) {
+    engines.push_back({{"name", answer.engine}, {"loads", answer.yes}});
+    if (!answer.reason.empty()) engines.back()["reason"] = answer.reason;
+  }
+  return engines;
+}
+
+void drop_quantization(OrderedJson& config) {
+  config.erase("quantization_config");
+  config.erase("quantization");  // MLX
 }
 
 void check_apart(const Checkpoint& model, const fs::path& output) {

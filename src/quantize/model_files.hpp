@@ -1,7 +1,9 @@
 #pragma once
 
 #include <filesystem>
+#include <map>
 #include <nlohmann/json.hpp>
+#include <string>
 
 #include "base/json.hpp"
 #include "checkpoint/checkpoint.hpp"
@@ -20,6 +22,16 @@ OrderedJson read_config(const Checkpoint& model);
 /// Copies what belongs to a model beside weights and configuration: tokenizer files, generation settings, templates.
 /// No program code and no README.
 void copy_side_files(const Checkpoint& model, const std::filesystem::path& to);
+
+/// Size and SHA-256 of each file so far: weights and what belongs to them. Not of what is written afterwards, nor of
+/// hidden files, which are ours.
+OrderedJson digests_of(const std::filesystem::path& directory);
+
+/// Which engines load a model with these files: [{name, loads, reason}].
+OrderedJson engines_json(const std::map<std::string, OrderedJson>& files);
+
+/// Takes out of config.json what says how a model is quantized.
+void drop_quantization(OrderedJson& config);
 
 /// An output may be neither the model, nor hold it, nor lie in it. Throws Error.
 void check_apart(const Checkpoint& model, const std::filesystem::path& output);

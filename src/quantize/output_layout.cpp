@@ -11,12 +11,6 @@
 namespace bitwright {
 namespace {
 
-Fit fit_of(const TensorFacts& tensor, const StoredTensor& stored, const Container& container) {
-  if (container.inputs_first == InputsFirst::refused && tensor.inputs_first)
-    return {Verdict::impossible, "it is stored [inputs, outputs], and its owner knows linear layers alone"};
-  return container.fit(stored.scheme, stored.shape);
-}
-
 void check_fits(const TensorFacts& facts, const StoredTensor& tensor, const Container& container) {
   const Fit fit = fit_of(facts, tensor, container);
   if (fit.verdict == Verdict::impossible)
@@ -75,15 +69,24 @@ std::vector<TensorFacts> renamed(std::span<const TensorFacts> source, const Fore
 
 }  // namespace
 
+Fit fit_of(const TensorFacts& tensor, const StoredTensor& stored, const Container& container) {
+  if (container.inputs_first == InputsFirst::refused && tensor.inputs_first)
+    return {Verdict::impossible, "it is stored [inputs, outputs], and its owner knows linear layers alone"};
+  return container.fit(stored.scheme, stored.shape);
+}
+
 std::vector<TensorFacts> facts_of(const Checkpoint& source) {
   std::vector<TensorFacts> facts;
-  for (const TensorEntry& entry : source.tensors())
+  for (const TensorEntry& entry : source.tensors()) {
+    Shape shape = entry.shape;
+    if (entry.transposed) std::swap(shape[0], shape[1]);
     facts.push_back({.name = entry.name,
-                     .shape = entry.shape,
+                     .shape = std::move(shape),
                      .is_float = info(entry.dtype).is_float,
                      .bytes = size_bytes(entry.dtype),
                      .dtype = entry.dtype,
                      .inputs_first = entry.shape.size() == 2 && has_inputs_first(source.config(), entry.name)});
+  }
   return facts;
 }
 
@@ -104,11 +107,15 @@ StoredTensor stored_tensor(const TensorFacts& tensor, const TensorPlan& plan, co
 
 OutputLayout lay_out(std::span<const TensorFacts> source, const QuantizationRequest& request,
                      const Container& container, uint64_t max_shard_bytes, const ForeignNames* foreign) {
-  OutputLayout layout = {.recipe = foreign == nullptr ? resolve(request, source, &container)
-                                                      : resolve(request, renamed(source, *foreign), &container),
-                         .arrays = {},
-                         .shards = {}};
-  for (size_t i = 0; i < source.size(); ++i) layout.recipe.tensors[i].name = source[i].name;
+  Recipe recipe = foreign == nullptr ? resolve(request, source, &container)
+                                     : resolve(request, renamed(source, *foreign), &container);
+  for (size_t i = 0; i < source.size(); ++i) recipe.tensors[i].name = source[i].name;
+  return lay_out(source, std::move(recipe), container, max_shard_bytes);
+}
+
+OutputLayout lay_out(std::span<const TensorFacts> source, Recipe recipe, const Container& container,
+                     uint64_t max_shard_bytes) {
+  OutputLayout layout = {.recipe = std::move(recipe), .arrays = {}, .shards = {}};
   std::set<std::string> names;
   std::vector<StoredTensor> quantized;
   for (size_t i = 0; i < source.size(); ++i) {
@@ -125,6 +132,26 @@ OutputLayout lay_out(std::span<const TensorFacts> source, const QuantizationRequ
   check_fit_together(quantized, container);
   layout.shards = plan_shards(layout.arrays, max_shard_bytes, container.weights_format);
   return layout;
+}
+
+std::vector<Slice> packed_rows(const Container& container, const StoredTensor& whole, std::span<const ArraySpec> specs,
+                               RowRange rows, const QuantizedTensor& values) {
+  const bool all = rows.begin == 0 && rows.end == row_count(whole.shape);
+  std::vector<ArraySpec> before;
+  if (!all) before = container.layout(rows_of(whole, 0, rows.begin));
+  std::vector<Slice> slices;
+  size_t a = 0;
+  for (NamedArray& array : container.pack(all ? whole : rows_of(whole, rows.begin, rows.end), values)) {
+    Slice slice = {.array = a, .offset = 0, .data = std::move(array.data)};
+    if (!all) {
+      const Placement at = place(specs[a], before[a], array.spec);
+      slice = {slice.array, at.offset, std::move(slice.data), at.runs > 1 ? at.run : 0, at.stride};
+    }
+    // What does not depend on rows comes with the first of them.
+    if (all || rows.begin == 0 || specs[a].row_axis != ArraySpec::kNoRows) slices.push_back(std::move(slice));
+    ++a;
+  }
+  return slices;
 }
 
 std::map<std::string, OrderedJson> metadata_of(std::span<const TensorFacts> source, const Recipe& recipe,

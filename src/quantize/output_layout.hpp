@@ -9,6 +9,7 @@
 #include "checkpoint/checkpoint.hpp"
 #include "checkpoint/safetensors.hpp"
 #include "container/container.hpp"
+#include "quantize/stream.hpp"
 #include "recipe/recipe.hpp"
 
 namespace bitwright {
@@ -29,6 +30,17 @@ struct ForeignNames {
 OutputLayout lay_out(std::span<const TensorFacts> source, const QuantizationRequest& request,
                      const Container& container, uint64_t max_shard_bytes, const ForeignNames* names = nullptr);
 
+/// The same of a recipe that is known.
+OutputLayout lay_out(std::span<const TensorFacts> source, Recipe recipe, const Container& container,
+                     uint64_t max_shard_bytes);
+
+/// Can the container hold this tensor as `stored`? Asked of the tensor alone, not of the model.
+Fit fit_of(const TensorFacts& tensor, const StoredTensor& stored, const Container& container);
+
+/// The arrays of rows [rows.begin, rows.end) of `whole`, packed, and where they belong in its arrays `specs`.
+std::vector<Slice> packed_rows(const Container& container, const StoredTensor& whole, std::span<const ArraySpec> specs,
+                               RowRange rows, const QuantizedTensor& values);
+
 /// What belongs beside the weights, by name: config.json, which `config` becomes, and further JSON files. record: as
 /// WrittenModel has it. Throws Error where the container cannot describe such a model.
 std::map<std::string, OrderedJson> metadata_of(std::span<const TensorFacts> source, const Recipe& recipe,
@@ -41,7 +53,7 @@ bool is_stored_transposed(const TensorFacts& tensor, const Container& container)
 /// A tensor of the source as it will be stored. Needs plan.scheme.
 StoredTensor stored_tensor(const TensorFacts& tensor, const TensorPlan& plan, const Container& container);
 
-/// What a recipe needs to know of the tensors.
+/// What a recipe needs to know of the tensors; shapes as the model has them.
 std::vector<TensorFacts> facts_of(const Checkpoint& source);
 
 }  // namespace bitwright

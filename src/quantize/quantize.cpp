@@ -16,7 +16,6 @@
 #include "base/threads.hpp"
 #include "checkpoint/safetensors.hpp"
 #include "container/rows.hpp"
-#include "engine/loads.hpp"
 #include "kernels/decode.hpp"
 #include "kernels/encode.hpp"
 #include "quantize/fused.hpp"
@@ -37,26 +36,6 @@ double rounded(double value) { return std::strtod(fmt::format("{:.7g}", value).c
 
 // Rates of estimates, on one thread of a common machine; the search for ranges is what takes time.
 constexpr double kSecondsAByte = 1 / 0.5e9, kSecondsAByteSearching = 1 / 0.4e9;
-
-/// Size and digest of each file so far: weights and what belongs to them. Hidden files are ours, and what is written
-/// afterwards is not digested.
-OrderedJson digests_of(const std::filesystem::path& directory) {
-  std::map<std::string, OrderedJson> sorted;
-  for (const auto& entry : std::filesystem::directory_iterator(directory)) {
-    const std::string name = entry.path().filename().string();
-    bool rewritten = name == "config.json" || name == "quantization_metadata.json" || name == "README.md";
-    for (const Container* container : all_containers())
-      rewritten = rewritten || std::ranges::find(container->files, name) != container->files.end();
-    if (!name.starts_with(".") && !rewritten) sorted[name] = OrderedJson::object();
-  }
-  std::vector<std::pair<const std::string, OrderedJson>*> files;
-  for (auto& item : sorted) files.push_back(&item);
-  parallel_for(files.size(), [&](size_t i) {
-    const MappedFile file(directory / files[i]->first);
-    files[i]->second = {{"bytes", file.bytes().size()}, {"sha256", file.digest()}};
-  });
-  return sorted;
-}
 
 void check_not_quantized(const Checkpoint& source) {
   if (source.container() == nullptr) return;
@@ -83,7 +62,7 @@ class Pipeline {
                   : plan_gguf(job_.arrays, gguf->metadata(job_.arrays, recipe_.settings.value("quant_type", "")));
     check_apart(model, options.output.output);
     plan();
-    if (find_sizes())
+    if (find_sizes(job_, options.output.max_memory))
       shards_ = plan_shards(job_.arrays, options.output.max_shard_bytes, options.container->weights_format);
     bytes_out_ = shards_.bytes();
     const bool searches = std::ranges::any_of(
@@ -173,30 +152,6 @@ class Pipeline {
     }
   }
 
-  /// Of arrays whose length depends on their values: those tensors are quantized once more, for it alone. Are there
-  /// any?
-  bool find_sizes() {
-    std::vector<const Piece*> unknown;
-    for (const Piece& piece : job_.pieces)
-      if (std::ranges::any_of(job_.arrays[piece.tensor], &ArraySpec::sized_by_value)) unknown.push_back(&piece);
-    if (unknown.empty()) return false;
-    uint64_t most = options_.output.max_memory.value_or(0);
-    for (const Piece* piece : unknown) most = std::max(most, 2 * piece->memory);
-    parallel_within(
-        unknown.size(), most, [&](size_t i) { return unknown[i]->memory; },
-        [&](size_t i) {
-          throw_if_interrupted();
-          const Piece& piece = *unknown[i];
-          BW_ASSERT(piece.rows.begin == 0 && piece.rows.end == row_count(source_.tensors()[piece.tensor].shape));
-          const Produced produced = produce(piece);
-          for (const Slice& slice : produced.slices) {
-            ArraySpec& spec = job_.arrays[piece.tensor][slice.array];
-            if (spec.sized_by_value) spec.shape = {static_cast<int64_t>(slice.data.size() / size_bytes(spec.dtype))};
-          }
-        });
-    return true;
-  }
-
   /// Elements of a row; a kept tensor's pieces are ranges of elements.
   int64_t width(const Piece& piece) const {
     const Shape& shape = source_.tensors()[piece.tensor].shape;
@@ -264,23 +219,9 @@ class Pipeline {
     AlgorithmOptions options = plan.options;
     if (!largest_.empty()) options.largest = largest_[piece.tensor];
     const QuantizedTensor t = plan.algorithm->quantize(*plan.scheme, part.shape, {entry.dtype, bytes}, options);
-    Produced produced = {.slices = {}, .error = squared_error({entry.dtype, bytes}, t)};
-    std::vector<ArraySpec> before;
-    if (!whole) before = options_.container->layout(rows_of(all, 0, piece.rows.begin));
-    size_t a = 0;
-    for (NamedArray& array : options_.container->pack(part, t)) {
-      const ArraySpec& spec = job_.arrays[piece.tensor][a];
-      Slice slice = {.array = a, .offset = 0, .data = std::move(array.data)};
-      if (!whole) {
-        const Placement at = place(spec, before[a], array.spec);
-        slice = {slice.array, at.offset, std::move(slice.data), at.runs > 1 ? at.run : 0, at.stride};
-      }
-      ++a;
-      // What does not depend on rows comes with the first of them.
-      if (whole || piece.rows.begin == 0 || spec.row_axis != ArraySpec::kNoRows)
-        produced.slices.push_back(std::move(slice));
-    }
-    return produced;
+    return {.slices = packed_rows(*options_.container, all, job_.arrays[piece.tensor],
+                                  whole ? RowRange{0, row_count(all.shape)} : piece.rows, t),
+            .error = squared_error({entry.dtype, bytes}, t)};
   }
 
   void warn_of_lost_layers(std::vector<Warning>& warnings) const {
@@ -347,18 +288,6 @@ class Pipeline {
     if (gguf_ == nullptr)
       for (const auto& [name, json] : files) write_text_file(staging_ / name, json.dump(2) + "\n");
     return files;
-  }
-
-  /// Which engines take the result.
-  static OrderedJson engines_json(const std::map<std::string, OrderedJson>& files) {
-    ModelDocuments documents;
-    for (const auto& [name, json] : files) documents[name] = json;
-    OrderedJson engines = OrderedJson::array();
-    for (const Loads& answer : engines_that_load(documents)) {
-      engines.push_back({{"name", answer.engine}, {"loads", answer.yes}});
-      if (!answer.reason.empty()) engines.back()["reason"] = answer.reason;
-    }
-    return engines;
   }
 
   OrderedJson verify(std::vector<Warning>& warnings) const {

@@ -10,6 +10,7 @@
 #include "base/output.hpp"
 #include "checkpoint/checkpoint.hpp"
 #include "container/container.hpp"
+#include "quantize/conversion.hpp"
 #include "recipe/recipe.hpp"
 
 namespace bitwright {
@@ -37,6 +38,17 @@ struct QuantizeOptions {
 /// directory that a run with Existing::resume goes on with, to the same bytes.
 OrderedJson quantize(const Checkpoint& source, const QuantizationRequest& request, const QuantizeOptions& options,
                      std::vector<Warning>& warnings);
+
+struct ConvertOptions {
+  OutputOptions output{};
+  ConversionRequest request{};  ///< container: one with write_metadata
+  bool verify = true;
+  bool dry_run = false;
+};
+/// Writes a quantized model as another container has it, and compares every value of the result with the source's.
+/// Returns what INTERFACES.md lists for `convert`; with dry_run only the verdicts, and nothing is written. Adds to
+/// `warnings`. Throws Error{"does-not-fit"} where a tensor is impossible, {"not-exact"}, and as quantize does.
+OrderedJson convert(const Checkpoint& source, const ConvertOptions& options, std::vector<Warning>& warnings);
 
 /// Writes `source` as plain floats of `dtype` (f32, f16, bf16), without a trace of quantization. Tensors that are not
 /// floats are kept. Returns what INTERFACES.md lists for `dequantize`. Throws as quantize does.

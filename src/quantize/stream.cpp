@@ -130,6 +130,29 @@ std::vector<RowRange> element_pieces(const Shape& shape) {
   return pieces;
 }
 
+bool find_sizes(Job& job, std::optional<uint64_t> most_memory) {
+  std::vector<const Piece*> unknown;
+  for (const Piece& piece : job.pieces)
+    if (std::ranges::any_of(job.arrays[piece.tensor], &ArraySpec::sized_by_value)) unknown.push_back(&piece);
+  uint64_t most = most_memory.value_or(0);
+  for (size_t i = 0; i < unknown.size(); ++i) {
+    most = std::max(most, 2 * unknown[i]->memory);
+    BW_ASSERT(i == 0 || unknown[i]->tensor != unknown[i - 1]->tensor);
+  }
+  parallel_within(
+      unknown.size(), most, [&](size_t i) { return unknown[i]->memory; },
+      [&](size_t i) {
+        throw_if_interrupted();
+        const Piece& piece = *unknown[i];
+        const Produced produced = job.produce(piece);
+        for (const Slice& slice : produced.slices) {
+          ArraySpec& spec = job.arrays[piece.tensor][slice.array];
+          if (spec.sized_by_value) spec.shape = {static_cast<int64_t>(slice.data.size() / size_bytes(spec.dtype))};
+        }
+      });
+  return !unknown.empty();
+}
+
 Estimate estimate(const Job& job, uint64_t output_bytes, size_t tensors, double seconds_a_byte,
                   std::optional<uint64_t> most_memory) {
   const uint64_t fixed = kProgramMemory + tensors * kTensorMemory, largest = largest_piece(job);

@@ -49,6 +49,10 @@ struct Job {
   std::function<void(const Piece&)> prefetch;
 };
 
+/// Finds the lengths of arrays that depend on their values (ArraySpec::sized_by_value): those tensors, of one piece
+/// each, are produced once more, for it alone. Are there any?
+bool find_sizes(Job& job, std::optional<uint64_t> most_memory);
+
 /// What a run takes, known before it starts.
 struct Estimate {
   uint64_t memory_bytes;  ///< at most, at the limit that was set

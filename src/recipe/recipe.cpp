@@ -422,6 +422,19 @@ OrderedJson settings_json(const QuantizationRequest& request, const Container* c
 
 }  // namespace
 
+Scheme scheme_of(const SchemeChoice& choice, const Container& container, DType weight) {
+  const Resolved all = {.quant_type = std::string(choice.quant_type),
+                        .granularity = std::string(choice.granularity),
+                        .scale_dtype = std::string(choice.scale_dtype),
+                        .range = {},
+                        .bits = choice.bits,
+                        .group_size = choice.group_size,
+                        .symmetric = choice.symmetric,
+                        .nested_scales = choice.nested_scales,
+                        .weight_only = choice.weight_only};
+  return scheme_of(all, &container, weight);
+}
+
 bool matches(std::string_view pattern, std::string_view tensor) {
   const std::string_view module = module_of(tensor);
   if (pattern.find_first_of("*?[") != std::string_view::npos) {

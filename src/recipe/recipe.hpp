@@ -76,6 +76,9 @@ struct Recipe {
 Recipe resolve(const QuantizationRequest& request, std::span<const TensorFacts> tensors,
                const Container* container = nullptr);
 
+/// What a row of the container's table of choices makes of a weight of this type; the container may refuse it.
+Scheme scheme_of(const SchemeChoice& choice, const Container& container, DType weight);
+
 /// Does `pattern` name this tensor's module? A glob (*, ?) is compared with the whole name, with and without ".weight";
 /// other patterns match whole components in a row: "model.layers.0", "down_proj".
 bool matches(std::string_view pattern, std::string_view tensor);
