@@ -111,6 +111,7 @@ struct Metadata {
 /// A kind of code that a container holds, with all that belongs to it: a row of its table of defaults, and the request
 /// for one tensor with every default filled in.
 struct SchemeChoice {
+  std::string_view name{};              ///< as --gguf-type has it; empty: it is known by what it is
   std::string_view quant_type = "int";  ///< as in the configuration: int, nf4, fp4, e4m3, e5m2, mxfp4, nvfp4
   int bits = 4;
   bool symmetric = false;

@@ -82,40 +82,57 @@ QuantizedTensor unpack(const StoredTensor& tensor, const CheckpointView& checkpo
 /// Rows of 32 have a type whatever is asked for; others are kept.
 bool takes(std::string_view /*name*/, const Shape& shape) { return shape.back() % 32 == 0; }
 
-/// A file's type for `--method q4_k_m`, or integers by their bits.
+/// The types of files. Of integers the first of its bits is what a method means.
 constexpr auto kChoices = [] {
   struct Row {
-    std::string_view name;
+    std::string_view name, quant_type;
     int bits;
+    bool symmetric;
+    int64_t group_size;
+    bool nested_scales;
   };
-  constexpr auto kRows = std::to_array<Row>(
-      {{"q8_0", 8},   {"q4_0", 4},   {"q4_1", 4},   {"q5_0", 5},   {"q5_1", 5},   {"nvfp4", 4},  {"mxfp4", 4},
-       {"tq1_0", 2},  {"tq2_0", 2},  {"q2_k", 2},   {"q2_k_s", 2}, {"q3_k_s", 3}, {"q3_k_m", 3}, {"q3_k_l", 3},
-       {"q4_k_s", 4}, {"q4_k_m", 4}, {"q5_k_s", 5}, {"q5_k_m", 5}, {"q6_k", 6},   {"iq4_nl", 4}, {"iq4_xs", 4}});
-  std::array<SchemeChoice, kRows.size() + 5> all{};
-  size_t n = 0;
-  const auto add = [&](std::string_view name, int bits, bool symmetric) {
-    all.at(n++) = {
-        .quant_type = name, .bits = bits, .symmetric = symmetric, .group_size = 32, .scale_dtype = "float16"};
-  };
-  add("int", 8, true);
-  add("int", 4, true);
-  add("int", 4, false);
-  add("int", 5, true);
-  add("int", 5, false);
-  for (const Row& row : kRows) add(row.name, row.bits, true);
+  constexpr auto kRows = std::to_array<Row>({
+      {"q4_k_m", "int", 4, false, 32, true},   {"q8_0", "int", 8, true, 32, false},
+      {"q6_k", "int", 6, true, 16, true},      {"q5_k_m", "int", 5, false, 32, true},
+      {"q3_k_m", "int", 3, true, 16, true},    {"q2_k", "int", 2, false, 16, true},
+      {"q4_0", "int", 4, true, 32, false},     {"q4_1", "int", 4, false, 32, false},
+      {"q5_0", "int", 5, true, 32, false},     {"q5_1", "int", 5, false, 32, false},
+      {"q2_k_s", "int", 2, false, 16, true},   {"q3_k_s", "int", 3, true, 16, true},
+      {"q3_k_l", "int", 3, true, 16, true},    {"q4_k_s", "int", 4, false, 32, true},
+      {"q5_k_s", "int", 5, false, 32, true},   {"iq4_nl", "iq4_nl", 4, true, 32, false},
+      {"iq4_xs", "iq4_xs", 4, true, 32, true}, {"nvfp4", "nvfp4", 4, true, 16, false},
+      {"mxfp4", "mxfp4", 4, true, 32, false},  {"tq1_0", "tq1_0", 2, true, 256, false},
+      {"tq2_0", "tq2_0", 2, true, 256, false},
+  });
+  std::array<SchemeChoice, kRows.size()> all{};
+  for (size_t i = 0; i < kRows.size(); ++i) {
+    const Row& row = kRows.at(i);
+    all.at(i) = {.name = row.name,
+                 .quant_type = row.quant_type,
+                 .bits = row.bits,
+                 .symmetric = row.symmetric,
+                 .group_size = row.group_size,
+                 .scale_dtype = "float16",
+                 .nested_scales = row.nested_scales};
+  }
   return all;
 }();
 
-std::string_view file_type_of(const SchemeChoice& choice) {
-  if (choice.quant_type != "int") return choice.quant_type;
-  if (choice.bits == 8) return "q8_0";
-  if (choice.bits == 5) return choice.symmetric ? "q5_0" : "q5_1";
-  return choice.symmetric ? "q4_0" : "q4_1";
-}
-
+/// Throws Error where the choice was given what its type has not.
 Scheme scheme_for(const SchemeChoice& choice, const TensorRole& role, const Shape& shape) {
-  return find_block_codec(gguf_type_for(*find_gguf_file_type(file_type_of(choice)), role, shape))->scheme();
+  const auto row = std::ranges::find(kChoices, choice.name, &SchemeChoice::name);
+  const bool as_it_is = row != kChoices.end() && choice.bits == row->bits && choice.symmetric == row->symmetric &&
+                        choice.granularity == row->granularity && choice.group_size == row->group_size &&
+                        choice.scale_dtype == row->scale_dtype && choice.nested_scales == row->nested_scales;
+  if (!as_it_is)
+    throw Error({.code = "does-not-fit",
+                 .what = "cannot quantize",
+                 .where = "quantization",
+                 .why = fmt::format("no type of GGUF is {} of {} bits{} by {} of {}", choice.quant_type, choice.bits,
+                                    choice.symmetric ? "" : " with zero points", choice.granularity, choice.group_size),
+                 .fix = "give --gguf-type, or less",
+                 .status = ExitStatus::usage});
+  return find_block_codec(gguf_type_for(*find_gguf_file_type(row->name), role, shape))->scheme();
 }
 
 /// The file says all; engines are asked about a configuration that names it.
@@ -129,6 +146,9 @@ extern const Container gguf_container;
 const Container gguf_container = {.name = "gguf",
                                   .summary = "every block type of ggml decoded",
                                   .source = "ggml (d99724f), src/ggml-common.h and src/ggml-quants.c",
+                                  .rounding =
+                                      "as ggml's reference: Q4_0 to Q8_0, TQ1_0, TQ2_0, MXFP4, NVFP4; codes of the "
+                                      "other types are searched, with no more error than ggml's",
                                   .detect = detect,
                                   .list = list,
                                   .takes = takes,

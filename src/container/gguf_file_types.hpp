@@ -9,7 +9,7 @@ namespace bitwright {
 
 /// A file type of llama.cpp: a type of blocks, and the tensors that get another. A row of a table.
 struct GgufFileType {
-  std::string_view name;  ///< as in --method: "q4_k_m"
+  std::string_view name;  ///< as in --gguf-type: "q4_k_m"
   uint32_t id;            ///< general.file_type
   std::string_view type;  ///< of blocks: "Q4_K"
 };

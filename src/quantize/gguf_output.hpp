@@ -18,7 +18,7 @@ class GgufOutput {
   GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings);
   const Checkpoint& arranged() const { return arranged_; }
   ForeignNames names() const { return {.names = model_.names, .role = role_}; }
-  /// arrays: what the file will hold. file_type: as --method names it; another name: that of most of the numbers.
+  /// arrays: what the file will hold. file_type: as --gguf-type names it; another name: that of most of the numbers.
   GgufMetadata metadata(std::span<const std::vector<ArraySpec>> arrays, std::string_view file_type) const;
 
  private:

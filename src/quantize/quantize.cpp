@@ -18,8 +18,8 @@
 #include "container/rows.hpp"
 #include "kernels/decode.hpp"
 #include "kernels/encode.hpp"
-#include "quantize/fused.hpp"
 #include "model/open_model.hpp"
+#include "quantize/fused.hpp"
 #include "quantize/gguf_output.hpp"
 #include "quantize/model_card.hpp"
 #include "quantize/model_files.hpp"
@@ -59,7 +59,7 @@ class Pipeline {
     job_.arrays = std::move(layout.arrays);
     shards_ = gguf == nullptr
                   ? std::move(layout.shards)
-                  : plan_gguf(job_.arrays, gguf->metadata(job_.arrays, recipe_.settings.value("quant_type", "")));
+                  : plan_gguf(job_.arrays, gguf->metadata(job_.arrays, recipe_.settings.value("gguf_type", "")));
     check_apart(model, options.output.output);
     plan();
     if (find_sizes(job_, options.output.max_memory))

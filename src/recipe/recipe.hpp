@@ -17,7 +17,7 @@ namespace bitwright {
 
 /// What the user asked for one tensor: explicit values, else what intent leaves open.
 struct QuantizationSettings {
-  std::optional<std::string> method{}, algorithm{}, range{}, granularity{}, scale_dtype{}, quant_type{};
+  std::optional<std::string> method{}, gguf_type{}, algorithm{}, range{}, granularity{}, scale_dtype{}, quant_type{};
   std::optional<int64_t> bits{}, group_size{};
   std::optional<bool> symmetric{}, nested_scales{}, weight_only{};
 };
