@@ -197,8 +197,8 @@ void pack_twos(const uint8_t* codes, uint8_t* to) {
 template <unsigned kBit>
 void pack_highest(const uint8_t* codes, uint8_t* to) {
   std::array<uint8_t, 32> bytes{};
-  for (size_t k = 0; k < 8; ++k)
-    for (size_t l = 0; l < 32; ++l) bytes[l] = byte(bytes[l] | codes[32 * k + l] >> kBit << k);
+  for (size_t k = 8; k-- > 0;)
+    for (size_t l = 0; l < 32; ++l) bytes[l] = byte(bytes[l] << 1 | codes[32 * k + l] >> kBit);
   std::ranges::copy(bytes, to);
 }
 

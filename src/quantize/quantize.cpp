@@ -18,8 +18,8 @@
 #include "container/rows.hpp"
 #include "kernels/decode.hpp"
 #include "kernels/encode.hpp"
-#include "quantize/fused.hpp"
 #include "model/open_model.hpp"
+#include "quantize/fused.hpp"
 #include "quantize/gguf_output.hpp"
 #include "quantize/model_card.hpp"
 #include "quantize/model_files.hpp"
@@ -93,7 +93,7 @@ class Pipeline {
       warn_of_lost_layers(warnings);
       write_metadata(OrderedJson::object());  // the written model must open before it can be verified
       record = make_record();
-      record["files"] = digests_of(staging_);
+      if (gguf_ == nullptr) record["files"] = digests_of(staging_);  // the file itself has no place for its digest
       record["verification"] = verify(warnings);
       engines_ = engines_json(write_metadata(record));
       write_text_file(staging_ / "README.md", model_card(record));
