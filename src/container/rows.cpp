@@ -8,7 +8,7 @@
 namespace bitwright {
 namespace {
 
-constexpr int64_t kPieceElements = int64_t{1} << 20;  // with its codes it stays in the caches of one core
+constexpr int64_t kPieceElements = int64_t{1} << 18;  // f32, with its codes: it stays in the cache of one core
 constexpr int64_t kStep = 32;  // of so many rows, of any width and any code, a row or a column ends at a whole word
 
 /// Multiples of how many rows hold whole groups; 0: none.

@@ -35,6 +35,8 @@ struct Lanes {
   using DI = hn::Rebind<int32_t, D>;
   using I = hn::Vec<DI>;
   static HWY_INLINE I zero_index() { return hn::Zero(DI()); }
+  static HWY_INLINE I multiples(size_t of) { return hn::Mul(hn::Iota(DI(), 0), hn::Set(DI(), static_cast<int>(of))); }
+  static HWY_INLINE V gather(const float* from, I at) { return hn::GatherIndex(D(), from, at); }
   static HWY_INLINE V to_float(I at) { return hn::ConvertTo(D(), at); }
   static HWY_INLINE V lookup(const float* table, I at) {
     if constexpr (kCount == kPanel) {
@@ -56,6 +58,7 @@ struct Lanes {
   static HWY_INLINE V mul(V a, V b) { return hn::Mul(a, b); }
   static HWY_INLINE V div(V a, V b) { return hn::Div(a, b); }
   static HWY_INLINE V mul_add(V a, V b, V c) { return hn::MulAdd(a, b, c); }
+  static HWY_INLINE V mul_sub(V a, V b, V c) { return hn::MulSub(a, b, c); }
   static HWY_INLINE V min(V a, V b) { return hn::Min(a, b); }
   static HWY_INLINE V max(V a, V b) { return hn::Max(a, b); }
   static HWY_INLINE V round(V a) { return hn::Round(a); }
@@ -91,6 +94,8 @@ struct OneLane {
   static void store_code(V v, uint8_t* to) { *to = static_cast<uint8_t>(v); }
   using I = int;
   static I zero_index() { return 0; }
+  static I multiples(size_t /*of*/) { return 0; }
+  static V gather(const float* from, I at) { return from[at]; }
   static V to_float(I at) { return static_cast<float>(at); }
   static V lookup(const float* table, I at) { return table[at]; }
   static I advance(I at, int step, const float* points, V v) { return points[at + step - 1] < v ? at + step : at; }
@@ -99,6 +104,7 @@ struct OneLane {
   static V mul(V a, V b) { return a * b; }
   static V div(V a, V b) { return a / b; }
   static V mul_add(V a, V b, V c) { return std::fma(a, b, c); }
+  static V mul_sub(V a, V b, V c) { return std::fma(a, b, -c); }
   static V min(V a, V b) { return a < b ? a : b; }
   static V max(V a, V b) { return a > b ? a : b; }
   static V round(V a) { return std::nearbyint(a); }

@@ -93,7 +93,7 @@ class Pipeline {
       warn_of_lost_layers(warnings);
       write_metadata(OrderedJson::object());  // the written model must open before it can be verified
       record = make_record();
-      record["files"] = digests_of(staging_);
+      if (gguf_ == nullptr) record["files"] = digests_of(staging_);  // the file itself has no place for its digest
       record["verification"] = verify(warnings);
       engines_ = engines_json(write_metadata(record));
       write_text_file(staging_ / "README.md", model_card(record));
