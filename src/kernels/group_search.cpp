@@ -11,6 +11,7 @@
 #include <limits>
 
 #include "base/error.hpp"
+#include "kernels/codebook_search.hpp"
 
 #if HWY_TARGET == HWY_AVX2 || HWY_TARGET == HWY_AVX3
 HWY_BEFORE_NAMESPACE();
@@ -66,12 +67,19 @@ struct Lanes {
   static HWY_INLINE V select(M m, V yes, V no) { return hn::IfThenElse(m, yes, no); }
 };
 
+// clang-format off
 #include "kernels/group_search-inl.hpp"
+#include "kernels/codebook_search-inl.hpp"
+// clang-format on
+
+constexpr std::string_view kName = HWY_TARGET == HWY_AVX2 ? "avx2" : "avx512";
 
 }  // namespace
 
 extern const GroupSearch search_row;
-const GroupSearch search_row = GroupLoops<Lanes>::row(HWY_TARGET == HWY_AVX2 ? "avx2" : "avx512");
+const GroupSearch search_row = GroupLoops<Lanes>::row(kName);
+extern const CodebookSearch codebook_row;
+const CodebookSearch codebook_row = CodebookLoops<Lanes>::row(kName);
 
 }  // namespace bitwright::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
@@ -109,9 +117,13 @@ struct OneLane {
   static V select(bool m, V yes, V no) { return m ? yes : no; }
 };
 
+// clang-format off
 #include "kernels/group_search-inl.hpp"
+#include "kernels/codebook_search-inl.hpp"
+// clang-format on
 
 constexpr GroupSearch kScalar = GroupLoops<OneLane>::row("scalar");
+constexpr CodebookSearch kScalarCodebooks = CodebookLoops<OneLane>::row("scalar");
 
 }  // namespace
 
@@ -124,6 +136,17 @@ const GroupSearch& group_search(const KernelLevel& level) {
 #endif
   BW_ASSERT(level.name == kScalar.name);
   return kScalar;
+}
+
+const CodebookSearch& codebook_search(const KernelLevel& level) {
+#if HWY_TARGETS & HWY_AVX3
+  if (level.name == N_AVX3::codebook_row.name) return N_AVX3::codebook_row;
+#endif
+#if HWY_TARGETS & HWY_AVX2
+  if (level.name == N_AVX2::codebook_row.name) return N_AVX2::codebook_row;
+#endif
+  BW_ASSERT(level.name == kScalarCodebooks.name);
+  return kScalarCodebooks;
 }
 
 }  // namespace bitwright

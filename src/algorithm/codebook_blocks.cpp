@@ -1,0 +1,330 @@
+#include "algorithm/codebook_blocks.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "base/error.hpp"
+#include "base/threads.hpp"
+#include "container/gguf_blocks.hpp"
+#include "container/gguf_grids.hpp"
+#include "kernels/codebook_search.hpp"
+#include "kernels/encode.hpp"
+
+namespace bitwright {
+namespace {
+
+constexpr size_t kMostGroup = 32, kMostVectors = 8;
+constexpr size_t kElementsATask = size_t{1} << 13;
+constexpr float kHalfMost = 65504, kScaleCodes = 16;
+/// No type reaches it, and its square is a number.
+constexpr float kMost = 1e15f;
+constexpr uint8_t kSign = 8;
+
+/// What the search needs to know of a scheme.
+struct Plan {
+  size_t group, groups;  ///< elements of a group, groups of a block
+  float factor;          ///< a group's scale is (code + 1/2) * factor * the block's
+  float first, step;     ///< the scales tried first, of the root mean square of a group
+  std::vector<float> levels;
+  std::vector<Codebook::Run> runs;
+  std::vector<uint8_t> second;
+  std::vector<std::array<uint8_t, 8>> codes;  ///< of an entry's neighbours
+  Codebook book;
+};
+
+/// Not copied afterwards: the book points into it.
+void make_plan(const Scheme& scheme, Plan& plan) {
+  const std::string_view name = scheme.element->name;
+  const GgufGrid& grid = gguf_grid(name);
+  const auto neighbours = static_cast<size_t>(grid.neighbours), half = neighbours / 2;
+  plan.group = static_cast<size_t>(scheme.scale->grouping.size);
+  plan.groups = static_cast<size_t>(scheme.scale->scheme->scale->grouping.size);
+  plan.factor = scheme.scale->scheme->factor;
+  const uint32_t levels = grid.level_bits == 2 ? 3 : 8;
+  for (uint32_t l = 0; l < levels; ++l) plan.levels.push_back(scheme.element->decode(*scheme.element, l));
+
+  std::vector<std::array<size_t, 3>> entries;  // first half, second half, index
+  for (size_t i = 0; i < grid.entries.size(); ++i) {
+    size_t first = 0, second = 0;
+    for (size_t j = half; j-- > 0;) {
+      first = first * levels + grid.level(grid.entries[i], static_cast<int>(j));
+      second = second * levels + grid.level(grid.entries[i], static_cast<int>(j + half));
+    }
+    entries.push_back({first, second, i});
+  }
+  std::ranges::sort(entries);
+  for (const auto& [first, second, index] : entries) {
+    const auto at = static_cast<uint16_t>(plan.second.size());
+    if (plan.runs.empty() || plan.runs.back().first != first)
+      plan.runs.push_back({.first = static_cast<uint16_t>(first), .begin = at, .end = at});
+    ++plan.runs.back().end;
+    plan.second.push_back(static_cast<uint8_t>(second));
+    auto& codes = plan.codes.emplace_back();
+    for (size_t j = 0; j < neighbours; ++j) codes.at(j) = grid.level(grid.entries[index], static_cast<int>(j));
+  }
+  const bool any = name == "iq2_s" || name == "iq3_s";
+  plan.book = {.neighbours = neighbours,
+               .signs = any ? Codebook::Signs::any : Codebook::Signs::even,
+               .levels = plan.levels,
+               .runs = plan.runs,
+               .second = plan.second};
+  plan.first = levels == 3 ? 1.35f : 1.5f;
+  plan.step = levels == 3 ? 1.12f : 1.13f;
+}
+
+float to_half(float value) { return round_to(DType::f16, std::clamp(value, 0.0f, kHalfMost)); }
+void put_half(float value, uint8_t* to) {
+  from_f32(DType::f16, std::span(&value, 1), std::as_writable_bytes(std::span(to, 2)));
+}
+
+using LaneValues = std::array<float, kPanel>;
+
+/// kPanel groups that lie one after the other.
+class PanelSearch {
+ public:
+  PanelSearch(const Plan& plan, const CodebookSearch& loops) : plan_(plan), loops_(loops) {}
+
+  /// values, weights: of group g from g * plan.group on; weights may be null. The groups from `used` on are 0.
+  void load(const float* values, const float* weights, size_t used);
+  void run();
+  void store(const TensorBlocks& parts, size_t first_block) const;
+
+ private:
+  static constexpr size_t kTried = 2 * CodebookSearch::kAtOnce;
+
+  MagnitudePanel panel() const { return {values_.data(), weights_.data(), plan_.group}; }
+  float scale_of(float code, float unit) const { return (code + 0.5f) * plan_.factor * unit; }
+  float code_of(float scale, float unit) const {
+    return std::clamp(std::nearbyint(scale / (plan_.factor * unit) - 0.5f), 0.0f, kScaleCodes - 1);
+  }
+  void make_even(size_t group, size_t eight);
+
+  void estimate();
+  void choose_unit(size_t first);
+  void try_codes();
+  void choose();
+  void set_codes(size_t group);
+  void improve_unit(size_t first);
+
+  const Plan& plan_;
+  const CodebookSearch& loops_;
+  size_t used_ = 0;
+  std::array<float, kMostGroup * kPanel> values_{}, weights_{};  ///< as a MagnitudePanel has them
+  std::array<uint8_t, kMostGroup * kPanel> negative_{};          ///< the sign that a value has, a bit of a code
+  LaneValues mean_{};                                            ///< root of the weighted mean square
+  LaneValues ideal_{}, curvature_{};  ///< scale of least error, and how the error grows with the square of what is off
+  LaneValues unit_{}, code_{};
+  std::array<uint16_t, kMostVectors * kPanel> entries_{};
+  std::array<uint8_t, kMostVectors * kPanel> flips_{};
+  std::array<uint8_t, kMostGroup * kPanel> codes_{};
+  LaneValues xe_{}, ee_{};
+};
+
+void PanelSearch::load(const float* values, const float* weights, size_t used) {
+  used_ = used;
+  for (size_t g = 0; g < kPanel; ++g) {
+    float squares = 0, sum = 0;
+    for (size_t i = 0; i < plan_.group; ++i) {
+      const float x = g < used ? values[g * plan_.group + i] : 0.0f;
+      const float w = weights == nullptr || g >= used ? 1.0f : weights[g * plan_.group + i];
+      const float magnitude = std::min(std::fabs(x), kMost);
+      values_[i * kPanel + g] = magnitude;
+      weights_[i * kPanel + g] = w;
+      negative_[i * kPanel + g] = x < 0 ? kSign : 0;
+      squares += w * magnitude * magnitude;
+      sum += w;
+    }
+    mean_[g] = sum > 0 ? std::sqrt(squares / sum) : 0;
+    if (plan_.book.signs == Codebook::Signs::even)
+      for (size_t i = 0; i < plan_.group; i += 8) make_even(g, i);
+  }
+}
+
+void PanelSearch::make_even(size_t group, size_t eight) {
+  size_t negative = 0, least = 0;
+  float cost = std::numeric_limits<float>::infinity();
+  for (size_t i = eight; i < eight + 8; ++i) {
+    const size_t at = i * kPanel + group;
+    negative += negative_[at] / kSign;
+    const float is = weights_[at] * values_[at];
+    if (is < cost) {
+      cost = is;
+      least = at;
+    }
+  }
+  if (negative % 2 == 1) values_[least] = -values_[least];
+}
+
+void PanelSearch::estimate() {
+  std::array<float, kTried * kPanel> scales{}, errors{};
+  for (size_t g = 0; g < kPanel; ++g) {
+    float scale = mean_[g] * plan_.first / plan_.levels.back();
+    for (size_t c = 0; c < kTried; ++c, scale *= plan_.step) scales[c * kPanel + g] = scale;
+  }
+  for (size_t c = 0; c < kTried; c += CodebookSearch::kAtOnce)
+    loops_.errors(panel(), plan_.book, &scales[c * kPanel], &errors[c * kPanel]);
+  for (size_t g = 0; g < kPanel; ++g) {
+    size_t best = 0;
+    for (size_t c = 1; c < kTried; ++c)
+      if (errors[c * kPanel + g] < errors[best * kPanel + g]) best = c;
+    const size_t middle = std::clamp<size_t>(best, 1, kTried - 2);
+    // The parabola through three points.
+    const float a = scales[(middle - 1) * kPanel + g], b = scales[middle * kPanel + g],
+                c = scales[(middle + 1) * kPanel + g];
+    const float fa = errors[(middle - 1) * kPanel + g], fb = errors[middle * kPanel + g],
+                fc = errors[(middle + 1) * kPanel + g];
+    const float ab = (fb - fa) / (b - a), bc = (fc - fb) / (c - b), second = (bc - ab) / (c - a);
+    ideal_[g] = scales[best * kPanel + g];
+    curvature_[g] = 1;
+    if (second > 0 && b > 0) {
+      const float lowest = (a + b) / 2 - ab / (2 * second);
+      if (best == middle) ideal_[g] = std::clamp(lowest, a, c);
+      curvature_[g] = second;
+    }
+  }
+}
+
+void PanelSearch::choose_unit(size_t first) {
+  constexpr int kUnits = 16;
+  float most = 0;
+  for (size_t g = first; g < first + plan_.groups; ++g) most = std::max(most, ideal_[g]);
+  float best = std::numeric_limits<float>::infinity(), unit = 0;
+  for (int k = 0; k < kUnits; ++k) {
+    const float tried = to_half(most / (plan_.factor * (kScaleCodes + 0.5f - 0.25f * static_cast<float>(k))));
+    if (tried == 0) continue;
+    float error = 0;
+    for (size_t g = first; g < first + plan_.groups; ++g) {
+      const float off = scale_of(code_of(ideal_[g], tried), tried) - ideal_[g];
+      error += curvature_[g] * off * off;
+    }
+    if (error < best) {
+      best = error;
+      unit = tried;
+    }
+  }
+  for (size_t g = first; g < first + plan_.groups; ++g) {
+    unit_[g] = unit;
+    code_[g] = unit == 0 ? 0 : code_of(ideal_[g], unit);
+  }
+}
+
+void PanelSearch::try_codes() {
+  constexpr size_t kAround = CodebookSearch::kAtOnce;
+  std::array<float, kAround * kPanel> scales{}, errors{}, codes{};
+  for (size_t g = 0; g < kPanel; ++g)
+    for (size_t c = 0; c < kAround; ++c) {
+      codes[c * kPanel + g] = std::clamp(code_[g] + static_cast<float>(c) - 1, 0.0f, kScaleCodes - 1);
+      scales[c * kPanel + g] = scale_of(codes[c * kPanel + g], unit_[g]);
+    }
+  loops_.errors(panel(), plan_.book, scales.data(), errors.data());
+  for (size_t g = 0; g < kPanel; ++g) {
+    size_t best = 1;
+    for (size_t c = 0; c < kAround; ++c)
+      if (errors[c * kPanel + g] < errors[best * kPanel + g]) best = c;
+    code_[g] = codes[best * kPanel + g];
+  }
+}
+
+void PanelSearch::choose() {
+  LaneValues scale{};
+  for (size_t g = 0; g < kPanel; ++g) scale[g] = scale_of(code_[g], unit_[g]);
+  loops_.choose(panel(), plan_.book, scale.data(), entries_.data(), flips_.data());
+  for (size_t g = 0; g < kPanel; ++g) set_codes(g);
+}
+
+void PanelSearch::set_codes(size_t group) {
+  const size_t n = plan_.book.neighbours;
+  float xe = 0, ee = 0;
+  for (size_t v = 0; v * n < plan_.group; ++v) {
+    const std::array<uint8_t, 8>& entry = plan_.codes[entries_[v * kPanel + group]];
+    size_t least = 0;
+    float cost = std::numeric_limits<float>::infinity();
+    for (size_t j = 0; j < n; ++j) {
+      const size_t at = (v * n + j) * kPanel + group;
+      const float level = plan_.levels[entry[j]], we = weights_[at] * level, wxe = we * std::fabs(values_[at]);
+      codes_[at] = entry[j] | negative_[at];
+      xe += wxe;
+      ee += we * level;
+      if (wxe < cost) {
+        cost = wxe;
+        least = at;
+      }
+    }
+    if (flips_[v * kPanel + group] == 0) continue;
+    codes_[least] ^= kSign;
+    xe -= 2 * cost;
+  }
+  xe_[group] = xe;
+  ee_[group] = ee;
+}
+
+/// Least squares with all codes as they are.
+void PanelSearch::improve_unit(size_t first) {
+  double xs = 0, ss = 0;
+  for (size_t g = first; g < first + plan_.groups; ++g) {
+    const double s = static_cast<double>(scale_of(code_[g], 1));
+    xs += s * static_cast<double>(xe_[g]);
+    ss += s * s * static_cast<double>(ee_[g]);
+  }
+  if (ss > 0) std::fill_n(&unit_[first], plan_.groups, to_half(static_cast<float>(xs / ss)));
+}
+
+void PanelSearch::run() {
+  estimate();
+  for (size_t first = 0; first < kPanel; first += plan_.groups) choose_unit(first);
+  try_codes();
+  choose();
+  for (size_t first = 0; first < kPanel; first += plan_.groups) improve_unit(first);
+  choose();
+}
+
+void PanelSearch::store(const TensorBlocks& parts, size_t first_block) const {
+  for (size_t g = 0; g < used_; ++g) {
+    const BlockParts to = parts.of(first_block + g / plan_.groups);
+    const size_t at = g % plan_.groups;
+    if (at == 0) put_half(unit_[g], to.scale_scale);
+    to.scale[at] = static_cast<uint8_t>(code_[g]);
+    for (size_t i = 0; i < plan_.group; ++i) to.codes[at * plan_.group + i] = codes_[i * kPanel + g];
+  }
+}
+
+}  // namespace
+
+bool is_codebook_scheme(const Scheme& scheme) {
+  const std::string_view name = scheme.element->name;
+  return (name.starts_with("iq2_") || name.starts_with("iq3_")) && find_block_codec(scheme) != nullptr;
+}
+
+QuantizedTensor search_codebooks(const Scheme& scheme, const Shape& shape, WeightView weight,
+                                 std::span<const float> importance, const KernelLevel& level) {
+  BW_ASSERT(is_codebook_scheme(scheme));
+  check_finite(weight);
+  Plan plan;
+  make_plan(scheme, plan);
+  const CodebookSearch& loops = codebook_search(level);
+  QuantizedTensor t = block_tensor(scheme, shape);
+  const size_t groups = t.codes.size() / plan.group, bytes = size_bytes(weight.dtype);
+  const TensorBlocks parts(t, groups / plan.groups);
+  const size_t columns = shape.empty() ? 0 : static_cast<size_t>(shape.back());
+  const size_t panels = (groups + kPanel - 1) / kPanel, a_panel = kPanel * plan.group;
+  parallel_ranges(panels, kElementsATask / a_panel, [&](size_t begin, size_t end) {
+    PanelSearch search(plan, loops);
+    std::array<float, kMostGroup * kPanel> wide{}, weights{};
+    for (size_t p = begin; p < end; ++p) {
+      const size_t used = std::min(kPanel, groups - p * kPanel), first = p * a_panel, count = used * plan.group;
+      to_f32(weight.dtype, weight.bytes.subspan(first * bytes, count * bytes), std::span(wide).first(count));
+      if (!importance.empty())
+        for (size_t i = 0; i < count; ++i) weights[i] = importance[(first + i) % columns];
+      search.load(wide.data(), importance.empty() ? nullptr : weights.data(), used);
+      search.run();
+      search.store(parts, p * kPanel / plan.groups);
+    }
+  });
+  return t;
+}
+
+}  // namespace bitwright
