@@ -21,7 +21,7 @@ constexpr size_t kMostGroup = 32, kMostVectors = 8;
 constexpr size_t kElementsATask = size_t{1} << 13;
 constexpr float kHalfMost = 65504, kScaleCodes = 16;
 /// No type reaches it, and its square is a number.
-constexpr float kMost = 1e15f;
+constexpr float kMost = 1e7f;
 constexpr uint8_t kSign = 8;
 
 /// What the search needs to know of a scheme.
@@ -47,24 +47,36 @@ void make_plan(const Scheme& scheme, Plan& plan) {
   const uint32_t levels = grid.level_bits == 2 ? 3 : 8;
   for (uint32_t l = 0; l < levels; ++l) plan.levels.push_back(scheme.element->decode(*scheme.element, l));
 
-  std::vector<std::array<size_t, 3>> entries;  // first half, second half, index
+  struct Entry {
+    size_t run;  ///< entries of its run
+    size_t first, second, index;
+    auto operator<=>(const Entry&) const = default;
+  };
+  std::vector<Entry> entries;
+  std::vector<size_t> runs(Codebook::kMostHalves);
   for (size_t i = 0; i < grid.entries.size(); ++i) {
     size_t first = 0, second = 0;
     for (size_t j = half; j-- > 0;) {
       first = first * levels + grid.level(grid.entries[i], static_cast<int>(j));
       second = second * levels + grid.level(grid.entries[i], static_cast<int>(j + half));
     }
-    entries.push_back({first, second, i});
+    entries.push_back({0, first, second, i});
+    ++runs[first];
   }
-  std::ranges::sort(entries);
-  for (const auto& [first, second, index] : entries) {
-    const auto at = static_cast<uint16_t>(plan.second.size());
-    if (plan.runs.empty() || plan.runs.back().first != first)
-      plan.runs.push_back({.first = static_cast<uint16_t>(first), .begin = at, .end = at});
-    ++plan.runs.back().end;
-    plan.second.push_back(static_cast<uint8_t>(second));
+  const auto add = [&](const Entry& entry) {
+    plan.second.push_back(static_cast<uint8_t>(entry.second));
     auto& codes = plan.codes.emplace_back();
-    for (size_t j = 0; j < neighbours; ++j) codes.at(j) = grid.level(grid.entries[index], static_cast<int>(j));
+    for (size_t j = 0; j < neighbours; ++j) codes.at(j) = grid.level(grid.entries[entry.index], static_cast<int>(j));
+  };
+  for (Entry& entry : entries) entry.run = runs[entry.first];
+  std::ranges::sort(entries);  // runs of a length together: a processor foresees where they end
+  for (size_t i = 0; i < entries.size(); ++i) {
+    if (plan.runs.empty() || plan.runs.back().first != entries[i].first)
+      plan.runs.push_back({.first = static_cast<uint16_t>(entries[i].first), .begin = static_cast<uint16_t>(plan.second.size()), .end = 0});
+    add(entries[i]);
+    const bool last = i + 1 == entries.size() || entries[i + 1].first != entries[i].first;
+    if (last && (plan.second.size() - plan.runs.back().begin) % 2 == 1) add(entries[i]);
+    plan.runs.back().end = static_cast<uint16_t>(plan.second.size());
   }
   const bool any = name == "iq2_s" || name == "iq3_s";
   plan.book = {.neighbours = neighbours,
@@ -72,8 +84,8 @@ void make_plan(const Scheme& scheme, Plan& plan) {
                .levels = plan.levels,
                .runs = plan.runs,
                .second = plan.second};
-  plan.first = levels == 3 ? 1.35f : 1.5f;
-  plan.step = levels == 3 ? 1.12f : 1.13f;
+  plan.first = levels == 3 ? 0.75f : 0.95f;
+  plan.step = levels == 3 ? 1.15f : 1.11f;
 }
 
 float to_half(float value) { return round_to(DType::f16, std::clamp(value, 0.0f, kHalfMost)); }
@@ -106,7 +118,8 @@ class PanelSearch {
   void estimate();
   void choose_unit(size_t first);
   void try_codes();
-  void choose();
+  void choose(const LaneValues& scales);
+  LaneValues scales() const;
   void set_codes(size_t group);
   void improve_unit(size_t first);
 
@@ -115,8 +128,8 @@ class PanelSearch {
   size_t used_ = 0;
   std::array<float, kMostGroup * kPanel> values_{}, weights_{};  ///< as a MagnitudePanel has them
   std::array<uint8_t, kMostGroup * kPanel> negative_{};          ///< the sign that a value has, a bit of a code
-  LaneValues mean_{};                                            ///< root of the weighted mean square
-  LaneValues ideal_{}, curvature_{};  ///< scale of least error, and how the error grows with the square of what is off
+  LaneValues high_{};                                            ///< where the larger values are
+  LaneValues ideal_{};  ///< scale of least error
   LaneValues unit_{}, code_{};
   std::array<uint16_t, kMostVectors * kPanel> entries_{};
   std::array<uint8_t, kMostVectors * kPanel> flips_{};
@@ -127,7 +140,7 @@ class PanelSearch {
 void PanelSearch::load(const float* values, const float* weights, size_t used) {
   used_ = used;
   for (size_t g = 0; g < kPanel; ++g) {
-    float squares = 0, sum = 0;
+    float fourth = 0, fifth = 0;
     for (size_t i = 0; i < plan_.group; ++i) {
       const float x = g < used ? values[g * plan_.group + i] : 0.0f;
       const float w = weights == nullptr || g >= used ? 1.0f : weights[g * plan_.group + i];
@@ -135,10 +148,11 @@ void PanelSearch::load(const float* values, const float* weights, size_t used) {
       values_[i * kPanel + g] = magnitude;
       weights_[i * kPanel + g] = w;
       negative_[i * kPanel + g] = x < 0 ? kSign : 0;
-      squares += w * magnitude * magnitude;
-      sum += w;
+      const float square = magnitude * magnitude;
+      fourth += w * square * square;
+      fifth += w * square * square * magnitude;
     }
-    mean_[g] = sum > 0 ? std::sqrt(squares / sum) : 0;
+    high_[g] = fourth > 0 ? fifth / fourth : 0;
     if (plan_.book.signs == Codebook::Signs::even)
       for (size_t i = 0; i < plan_.group; i += 8) make_even(g, i);
   }
@@ -159,10 +173,11 @@ void PanelSearch::make_even(size_t group, size_t eight) {
   if (negative % 2 == 1) values_[least] = -values_[least];
 }
 
+/// The best of a few scales, then least squares for the codes that it gives.
 void PanelSearch::estimate() {
   std::array<float, kTried * kPanel> scales{}, errors{};
   for (size_t g = 0; g < kPanel; ++g) {
-    float scale = mean_[g] * plan_.first / plan_.levels.back();
+    float scale = high_[g] * plan_.first / plan_.levels.back();
     for (size_t c = 0; c < kTried; ++c, scale *= plan_.step) scales[c * kPanel + g] = scale;
   }
   for (size_t c = 0; c < kTried; c += CodebookSearch::kAtOnce)
@@ -171,21 +186,11 @@ void PanelSearch::estimate() {
     size_t best = 0;
     for (size_t c = 1; c < kTried; ++c)
       if (errors[c * kPanel + g] < errors[best * kPanel + g]) best = c;
-    const size_t middle = std::clamp<size_t>(best, 1, kTried - 2);
-    // The parabola through three points.
-    const float a = scales[(middle - 1) * kPanel + g], b = scales[middle * kPanel + g],
-                c = scales[(middle + 1) * kPanel + g];
-    const float fa = errors[(middle - 1) * kPanel + g], fb = errors[middle * kPanel + g],
-                fc = errors[(middle + 1) * kPanel + g];
-    const float ab = (fb - fa) / (b - a), bc = (fc - fb) / (c - b), second = (bc - ab) / (c - a);
     ideal_[g] = scales[best * kPanel + g];
-    curvature_[g] = 1;
-    if (second > 0 && b > 0) {
-      const float lowest = (a + b) / 2 - ab / (2 * second);
-      if (best == middle) ideal_[g] = std::clamp(lowest, a, c);
-      curvature_[g] = second;
-    }
   }
+  choose(ideal_);
+  for (size_t g = 0; g < kPanel; ++g)
+    if (ee_[g] > 0) ideal_[g] = xe_[g] / ee_[g];
 }
 
 void PanelSearch::choose_unit(size_t first) {
@@ -199,7 +204,7 @@ void PanelSearch::choose_unit(size_t first) {
     float error = 0;
     for (size_t g = first; g < first + plan_.groups; ++g) {
       const float off = scale_of(code_of(ideal_[g], tried), tried) - ideal_[g];
-      error += curvature_[g] * off * off;
+      error += ee_[g] * off * off;
     }
     if (error < best) {
       best = error;
@@ -210,6 +215,12 @@ void PanelSearch::choose_unit(size_t first) {
     unit_[g] = unit;
     code_[g] = unit == 0 ? 0 : code_of(ideal_[g], unit);
   }
+}
+
+LaneValues PanelSearch::scales() const {
+  LaneValues scales{};
+  for (size_t g = 0; g < kPanel; ++g) scales[g] = scale_of(code_[g], unit_[g]);
+  return scales;
 }
 
 void PanelSearch::try_codes() {
@@ -229,10 +240,8 @@ void PanelSearch::try_codes() {
   }
 }
 
-void PanelSearch::choose() {
-  LaneValues scale{};
-  for (size_t g = 0; g < kPanel; ++g) scale[g] = scale_of(code_[g], unit_[g]);
-  loops_.choose(panel(), plan_.book, scale.data(), entries_.data(), flips_.data());
+void PanelSearch::choose(const LaneValues& scales) {
+  loops_.choose(panel(), plan_.book, scales.data(), entries_.data(), flips_.data());
   for (size_t g = 0; g < kPanel; ++g) set_codes(g);
 }
 
@@ -277,9 +286,9 @@ void PanelSearch::run() {
   estimate();
   for (size_t first = 0; first < kPanel; first += plan_.groups) choose_unit(first);
   try_codes();
-  choose();
+  choose(scales());
   for (size_t first = 0; first < kPanel; first += plan_.groups) improve_unit(first);
-  choose();
+  choose(scales());
 }
 
 void PanelSearch::store(const TensorBlocks& parts, size_t first_block) const {

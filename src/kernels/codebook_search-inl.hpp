@@ -60,27 +60,34 @@ struct CodebookLoops {
     V best[kAtOnce];
     for (size_t c = 0; c < kAtOnce; ++c) best[c] = infinity();
     for (const Codebook::Run& run : book.runs) {
-      V least[kAtOnce];
-      for (size_t c = 0; c < kAtOnce; ++c) least[c] = infinity();
-      for (size_t e = run.begin; e < run.end; ++e)
-        for (size_t c = 0; c < kAtOnce; ++c) least[c] = L::min(least[c], load(second[c].of, book.second[e]));
+      V even[kAtOnce], odd[kAtOnce];  // two, so that one need not wait for the other
+      for (size_t c = 0; c < kAtOnce; ++c) {
+        even[c] = load(second[c].of, book.second[run.begin]);
+        odd[c] = load(second[c].of, book.second[run.begin + 1]);
+      }
+      for (size_t e = run.begin + 2; e < run.end; e += 2)
+        for (size_t c = 0; c < kAtOnce; ++c) {
+          even[c] = L::min(even[c], load(second[c].of, book.second[e]));
+          odd[c] = L::min(odd[c], load(second[c].of, book.second[e + 1]));
+        }
       for (size_t c = 0; c < kAtOnce; ++c)
-        best[c] = L::min(best[c], L::add(load(first[c].of, run.first), least[c]));
+        best[c] = L::min(best[c], L::add(load(first[c].of, run.first), L::min(even[c], odd[c])));
     }
     for (size_t c = 0; c < kAtOnce; ++c) sum[c] = L::add(sum[c], best[c]);
   }
 
   // ---- the entries at one scale
 
-  /// What each half costs, and with one sign turned over where it costs least.
+  /// What each half costs, and with one sign turned over where that costs least.
   struct BothCosts {
     Costs plain, flipped;
   };
 
-  /// flip: what turning over costs is multiplied by this, 0 or 1.
-  static void fill_both(const Codebook& book, const float* x, const float* w, V a, V flip, BothCosts& costs) {
+  /// turn: what turning over costs is multiplied by this, 0 or 1. Without kEven nothing is turned over.
+  template <bool kEven>
+  static void fill_both(const Codebook& book, const float* x, const float* w, V a, V turn, BothCosts& costs) {
     store(L::set(0), costs.plain.of, 0);
-    store(infinity(), costs.flipped.of, 0);
+    if constexpr (kEven) store(infinity(), costs.flipped.of, 0);
     size_t count = 1;
     for (size_t j = 0; j < book.neighbours / 2; ++j, count *= book.levels.size()) {
       const V weight = L::load(w + j * kPanel), value = L::load(x + j * kPanel);
@@ -88,61 +95,62 @@ struct CodebookLoops {
       for (size_t l = book.levels.size(); l-- > 0;) {
         const float level = book.levels[l];
         const V square = L::mul(weight, L::set(level * level)), twice = L::mul(product, L::set(2 * level));
-        const V more = L::sub(L::mul(a, square), twice), turned = L::mul_add(flip, L::add(twice, twice), more);
+        const V more = L::sub(L::mul(a, square), twice), turned = L::mul_add(turn, L::add(twice, twice), more);
         for (size_t i = 0; i < count; ++i) {
           const V plain = load(costs.plain.of, i);
-          store(L::min(L::add(load(costs.flipped.of, i), more), L::add(plain, turned)), costs.flipped.of,
-                l * count + i);
+          if constexpr (kEven)
+            store(L::min(L::add(load(costs.flipped.of, i), more), L::add(plain, turned)), costs.flipped.of,
+                  l * count + i);
           store(L::add(plain, more), costs.plain.of, l * count + i);
         }
       }
     }
   }
 
-  /// Of each lane the run that has the best entry, as a number.
-  struct Best {
-    V cost, run;
-  };
-  static Best none() { return {infinity(), L::set(0)}; }
-  static void take(V cost, float run, Best& best) {
-    const auto better = L::less(cost, best.cost);
-    best.cost = L::select(better, cost, best.cost);
-    best.run = L::select(better, L::set(run), best.run);
-  }
-
-  /// A vector's halves, and the best runs without and with a sign turned over.
+  /// A vector's halves, and the least cost and the run that has it, as a number: without and with a sign turned over.
   struct Choice {
     BothCosts first, second;
-    Best plain, flipped;
+    V cost[2], run[2];
   };
 
-  static void search(const Codebook& book, const float* x, const float* w, V a, V flip, Choice& choice) {
+  static void take(V cost, float run, size_t flip, Choice& choice) {
+    const auto better = L::less(cost, choice.cost[flip]);
+    choice.cost[flip] = L::select(better, cost, choice.cost[flip]);
+    choice.run[flip] = L::select(better, L::set(run), choice.run[flip]);
+  }
+
+  template <bool kEven>
+  static void search(const Codebook& book, const float* x, const float* w, V a, V turn, Choice& choice) {
     const size_t half = book.neighbours / 2 * kPanel;
-    fill_both(book, x, w, a, flip, choice.first);
-    fill_both(book, x + half, w + half, a, flip, choice.second);
-    choice.plain = choice.flipped = none();
+    fill_both<kEven>(book, x, w, a, turn, choice.first);
+    fill_both<kEven>(book, x + half, w + half, a, turn, choice.second);
+    for (size_t flip = 0; flip < 2; ++flip) {
+      choice.cost[flip] = infinity();
+      choice.run[flip] = L::set(0);
+    }
     float number = 0;
     for (const Codebook::Run& run : book.runs) {
       V plain = infinity(), flipped = plain;
-      for (size_t e = run.begin; e < run.end; ++e) {
-        plain = L::min(plain, load(choice.second.plain.of, book.second[e]));
-        flipped = L::min(flipped, load(choice.second.flipped.of, book.second[e]));
+      for (size_t e = run.begin; e < run.end; e += 2) {
+        const size_t even = book.second[e], odd = book.second[e + 1];
+        plain = L::min(plain, L::min(load(choice.second.plain.of, even), load(choice.second.plain.of, odd)));
+        if constexpr (kEven)
+          flipped = L::min(flipped, L::min(load(choice.second.flipped.of, even), load(choice.second.flipped.of, odd)));
       }
       const V first = load(choice.first.plain.of, run.first);
-      take(L::add(first, plain), number, choice.plain);
-      take(L::min(L::add(first, flipped), L::add(load(choice.first.flipped.of, run.first), plain)), number,
-           choice.flipped);
+      take(L::add(first, plain), number, 0, choice);
+      if constexpr (kEven)
+        take(L::min(L::add(first, flipped), L::add(load(choice.first.flipped.of, run.first), plain)), number, 1,
+             choice);
       ++number;
     }
   }
 
   /// The entry of lane `lane`, in the run that is known to have it.
-  static uint16_t entry_of(const Codebook& book, const Choice& choice, bool flip, size_t lane) {
-    alignas(kAlignment) float runs[kStep];
-    L::store(flip ? choice.flipped.run : choice.plain.run, runs);
-    const Codebook::Run& run = book.runs[static_cast<size_t>(runs[lane])];
+  static uint16_t entry_of(const Codebook& book, const Choice& choice, const Codebook::Run& run, bool flip,
+                           size_t lane) {
     const float plain = choice.first.plain.of[run.first * kStep + lane];
-    const float flipped = choice.first.flipped.of[run.first * kStep + lane];
+    const float flipped = flip ? choice.first.flipped.of[run.first * kStep + lane] : 0;
     size_t best = run.begin;
     float least = std::numeric_limits<float>::infinity();
     for (size_t e = run.begin; e < run.end; ++e) {
@@ -157,41 +165,53 @@ struct CodebookLoops {
     return static_cast<uint16_t>(best);
   }
 
+  /// flips: null where signs may be any.
+  static void write(const Codebook& book, const Choice& choice, V flip, uint16_t* entries, uint8_t* flips) {
+    alignas(kAlignment) float flipped[kStep], runs[kStep];
+    const auto is_flipped = L::less(L::set(0), flip);
+    L::store(flip, flipped);
+    L::store(L::select(is_flipped, choice.run[1], choice.run[0]), runs);
+    for (size_t lane = 0; lane < kStep; ++lane) {
+      const bool turned = flipped[lane] > 0;
+      entries[lane] = entry_of(book, choice, book.runs[static_cast<size_t>(runs[lane])], turned, lane);
+      flips[lane] = turned ? 1 : 0;
+    }
+  }
+
   static void choose(const MagnitudePanel& p, const Codebook& book, const float* scales, uint16_t* entries,
                      uint8_t* flips) {
-    const size_t together = 8 / book.neighbours, a_vector = book.neighbours * kPanel;
+    const size_t together = book.signs == Codebook::Signs::any ? book.neighbours : 8;
     for (size_t lane = 0; lane < kPanel; lane += kStep) {
       const V a = L::load(scales + lane);
-      for (size_t at = 0; at < p.size * kPanel; at += together * a_vector)
-        choose_eight(p.values + at + lane, p.weights + at + lane, book, a, entries + at / book.neighbours + lane,
-                     flips + at / book.neighbours + lane);
+      for (size_t at = 0; at < p.size; at += together) {
+        const float *const x = p.values + at * kPanel + lane, *const w = p.weights + at * kPanel + lane;
+        const size_t to = at / book.neighbours * kPanel + lane;
+        if (book.signs == Codebook::Signs::any) {
+          Choice choice;
+          search<false>(book, x, w, a, L::set(0), choice);
+          write(book, choice, L::set(0), entries + to, flips + to);
+        } else {
+          choose_even(x, w, book, a, entries + to, flips + to);
+        }
+      }
     }
   }
 
   /// One vector, or two that share their signs: one of them is turned over where the other need not be.
-  static void choose_eight(const float* x, const float* w, const Codebook& book, V a, uint16_t* entries,
-                           uint8_t* flips) {
-    alignas(kAlignment) float odd[kStep], in_first[kStep];
+  static void choose_even(const float* x, const float* w, const Codebook& book, V a, uint16_t* entries,
+                          uint8_t* flips) {
     const V zero = L::set(0), one = L::set(1);
-    V is_odd = zero;
-    for (size_t j = 0; j < 8; ++j) is_odd = L::select(L::less(L::load(x + j * kPanel), zero), one, is_odd);
-    L::store(is_odd, odd);
+    V odd = zero;
+    for (size_t j = 0; j < 8; ++j) odd = L::select(L::less(L::load(x + j * kPanel), zero), one, odd);
     Choice choices[2];
-    search(book, x, w, a, is_odd, choices[0]);
-    V first = one;
-    if (book.neighbours == 4) {
-      search(book, x + 4 * kPanel, w + 4 * kPanel, a, is_odd, choices[1]);
-      first = L::select(L::less(L::add(choices[0].plain.cost, choices[1].flipped.cost),
-                                L::add(choices[0].flipped.cost, choices[1].plain.cost)),
-                        zero, one);
-    }
-    L::store(first, in_first);
-    for (size_t lane = 0; lane < kStep; ++lane)
-      for (size_t k = 0; k < 8 / book.neighbours; ++k) {
-        const bool flip = odd[lane] > 0 && (in_first[lane] > 0) == (k == 0);
-        entries[k * kPanel + lane] = entry_of(book, choices[k], flip, lane);
-        flips[k * kPanel + lane] = flip;
-      }
+    search<true>(book, x, w, a, odd, choices[0]);
+    if (book.neighbours == 8) return write(book, choices[0], odd, entries, flips);
+    search<true>(book, x + 4 * kPanel, w + 4 * kPanel, a, odd, choices[1]);
+    const auto in_second = L::less(L::add(choices[0].cost[0], choices[1].cost[1]),
+                                   L::add(choices[0].cost[1], choices[1].cost[0]));
+    const V first = L::select(in_second, zero, odd);
+    write(book, choices[0], first, entries, flips);
+    write(book, choices[1], L::sub(odd, first), entries + kPanel, flips + kPanel);
   }
 
   static constexpr CodebookSearch row(std::string_view name) {

@@ -14,7 +14,8 @@ struct Codebook {
   static constexpr size_t kMostHalves = 81;
   /// How many signs of eight neighbours in a row may be negative.
   enum class Signs : uint8_t { any, even };
-  /// Entries that begin with the same half: those of `second` from `begin` to `end`, at least one.
+  /// Entries that begin with the same half: those of `second` from `begin` to `end`, an even number: one
+  /// may be there twice.
   struct Run {
     uint16_t first, begin, end;
   };
