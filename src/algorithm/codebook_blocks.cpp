@@ -32,7 +32,7 @@ struct Plan {
   std::vector<float> levels;
   std::vector<Codebook::Run> runs;
   std::vector<uint8_t> second;
-  std::vector<std::array<uint8_t, 8>> codes;  ///< of an entry's neighbours
+  std::vector<std::array<uint8_t, 4>> half_codes;  ///< of the neighbours of a half
   Codebook book;
 };
 
@@ -47,36 +47,32 @@ void make_plan(const Scheme& scheme, Plan& plan) {
   const uint32_t levels = grid.level_bits == 2 ? 3 : 8;
   for (uint32_t l = 0; l < levels; ++l) plan.levels.push_back(scheme.element->decode(*scheme.element, l));
 
-  struct Entry {
-    size_t run;  ///< entries of its run
-    size_t first, second, index;
-    auto operator<=>(const Entry&) const = default;
-  };
-  std::vector<Entry> entries;
-  std::vector<size_t> runs(Codebook::kMostHalves);
-  for (size_t i = 0; i < grid.entries.size(); ++i) {
+  for (uint32_t h = 0, count = half == 2 ? levels * levels : levels * levels * levels * levels; h < count; ++h) {
+    auto& codes = plan.half_codes.emplace_back();
+    for (uint32_t j = 0, rest = h; j < half; ++j, rest /= levels) codes.at(j) = static_cast<uint8_t>(rest % levels);
+  }
+  std::vector<std::vector<uint8_t>> seconds(plan.half_codes.size());  // by first half
+  for (const uint16_t entry : grid.entries) {
     size_t first = 0, second = 0;
     for (size_t j = half; j-- > 0;) {
-      first = first * levels + grid.level(grid.entries[i], static_cast<int>(j));
-      second = second * levels + grid.level(grid.entries[i], static_cast<int>(j + half));
+      first = first * levels + grid.level(entry, static_cast<int>(j));
+      second = second * levels + grid.level(entry, static_cast<int>(j + half));
     }
-    entries.push_back({0, first, second, i});
-    ++runs[first];
+    seconds[first].push_back(static_cast<uint8_t>(second));
   }
-  const auto add = [&](const Entry& entry) {
-    plan.second.push_back(static_cast<uint8_t>(entry.second));
-    auto& codes = plan.codes.emplace_back();
-    for (size_t j = 0; j < neighbours; ++j) codes.at(j) = grid.level(grid.entries[entry.index], static_cast<int>(j));
-  };
-  for (Entry& entry : entries) entry.run = runs[entry.first];
-  std::ranges::sort(entries);  // runs of a length together: a processor foresees where they end
-  for (size_t i = 0; i < entries.size(); ++i) {
-    if (plan.runs.empty() || plan.runs.back().first != entries[i].first)
-      plan.runs.push_back({.first = static_cast<uint16_t>(entries[i].first), .begin = static_cast<uint16_t>(plan.second.size()), .end = 0});
-    add(entries[i]);
-    const bool last = i + 1 == entries.size() || entries[i + 1].first != entries[i].first;
-    if (last && (plan.second.size() - plan.runs.back().begin) % 2 == 1) add(entries[i]);
-    plan.runs.back().end = static_cast<uint16_t>(plan.second.size());
+  for (std::vector<uint8_t>& run : seconds)
+    if (run.size() % 2 == 1) run.push_back(run.back());
+  std::vector<size_t> order(seconds.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  // Runs of a length together: a processor foresees where they end.
+  std::ranges::stable_sort(order, std::less(), [&](size_t first) { return seconds[first].size(); });
+  for (const size_t first : order) {
+    if (seconds[first].empty()) continue;
+    const size_t begin = plan.second.size();
+    plan.second.insert(plan.second.end(), seconds[first].begin(), seconds[first].end());
+    plan.runs.push_back({.first = static_cast<uint16_t>(first),
+                         .begin = static_cast<uint16_t>(begin),
+                         .end = static_cast<uint16_t>(plan.second.size())});
   }
   const bool any = name == "iq2_s" || name == "iq3_s";
   plan.book = {.neighbours = neighbours,
@@ -113,7 +109,7 @@ class PanelSearch {
   float code_of(float scale, float unit) const {
     return std::clamp(std::nearbyint(scale / (plan_.factor * unit) - 0.5f), 0.0f, kScaleCodes - 1);
   }
-  void make_even(size_t group, size_t eight);
+  void make_even(size_t eight);
 
   void estimate();
   void choose_unit(size_t first);
@@ -121,6 +117,7 @@ class PanelSearch {
   void choose(const LaneValues& scales);
   LaneValues scales() const;
   void set_codes(size_t group);
+  float turn_over(size_t begin);
   void improve_unit(size_t first);
 
   const Plan& plan_;
@@ -131,46 +128,44 @@ class PanelSearch {
   LaneValues high_{};                                            ///< where the larger values are
   LaneValues ideal_{};  ///< scale of least error
   LaneValues unit_{}, code_{};
-  std::array<uint16_t, kMostVectors * kPanel> entries_{};
-  std::array<uint8_t, kMostVectors * kPanel> flips_{};
+  std::array<uint8_t, kMostVectors * kPanel> first_{}, second_{}, turned_{};  ///< as ChosenHalves has them
   std::array<uint8_t, kMostGroup * kPanel> codes_{};
   LaneValues xe_{}, ee_{};
 };
 
 void PanelSearch::load(const float* values, const float* weights, size_t used) {
   used_ = used;
-  for (size_t g = 0; g < kPanel; ++g) {
-    float fourth = 0, fifth = 0;
-    for (size_t i = 0; i < plan_.group; ++i) {
-      const float x = g < used ? values[g * plan_.group + i] : 0.0f;
-      const float w = weights == nullptr || g >= used ? 1.0f : weights[g * plan_.group + i];
-      const float magnitude = std::min(std::fabs(x), kMost);
-      values_[i * kPanel + g] = magnitude;
-      weights_[i * kPanel + g] = w;
-      negative_[i * kPanel + g] = x < 0 ? kSign : 0;
-      const float square = magnitude * magnitude;
-      fourth += w * square * square;
-      fifth += w * square * square * magnitude;
+  LaneValues fourth{}, fifth{};
+  for (size_t i = 0; i < plan_.group; ++i)
+    for (size_t g = 0; g < kPanel; ++g) {
+      const size_t at = i * kPanel + g, from = g * plan_.group + i;
+      const float magnitude = std::min(std::fabs(values[from]), kMost);
+      values_[at] = magnitude;
+      negative_[at] = values[from] < 0 ? kSign : 0;
+      weights_[at] = weights == nullptr ? 1.0f : weights[from];
+      const float square = magnitude * magnitude, weighted = weights_[at] * square * square;
+      fourth[g] += weighted;
+      fifth[g] += weighted * magnitude;
     }
-    high_[g] = fourth > 0 ? fifth / fourth : 0;
-    if (plan_.book.signs == Codebook::Signs::even)
-      for (size_t i = 0; i < plan_.group; i += 8) make_even(g, i);
-  }
+  for (size_t g = 0; g < kPanel; ++g) high_[g] = fourth[g] > 0 ? fifth[g] / fourth[g] : 0;
+  if (plan_.book.signs == Codebook::Signs::even)
+    for (size_t i = 0; i < plan_.group; i += 8) make_even(i * kPanel);
 }
 
-void PanelSearch::make_even(size_t group, size_t eight) {
-  size_t negative = 0, least = 0;
-  float cost = std::numeric_limits<float>::infinity();
-  for (size_t i = eight; i < eight + 8; ++i) {
-    const size_t at = i * kPanel + group;
-    negative += negative_[at] / kSign;
-    const float is = weights_[at] * values_[at];
-    if (is < cost) {
-      cost = is;
-      least = at;
+/// Of eight values with an odd number of signs the one that matters least becomes negative.
+void PanelSearch::make_even(size_t eight) {
+  for (size_t begin = eight; begin < eight + kPanel; ++begin) {
+    unsigned negative = 0;
+    size_t least = begin;
+    float cost = std::numeric_limits<float>::infinity();
+    for (size_t j = 0, at = begin; j < 8; ++j, at += kPanel) {
+      const float is = weights_[at] * values_[at];
+      negative ^= negative_[at];
+      least = is < cost ? at : least;
+      cost = std::min(cost, is);
     }
+    values_[least] = negative != 0 ? -values_[least] : values_[least];
   }
-  if (negative % 2 == 1) values_[least] = -values_[least];
 }
 
 /// The best of a few scales, then least squares for the codes that it gives.
@@ -241,34 +236,40 @@ void PanelSearch::try_codes() {
 }
 
 void PanelSearch::choose(const LaneValues& scales) {
-  loops_.choose(panel(), plan_.book, scales.data(), entries_.data(), flips_.data());
+  loops_.choose(panel(), plan_.book, scales.data(), {first_.data(), second_.data(), turned_.data()});
   for (size_t g = 0; g < kPanel; ++g) set_codes(g);
 }
 
 void PanelSearch::set_codes(size_t group) {
-  const size_t n = plan_.book.neighbours;
+  const size_t half = plan_.book.neighbours / 2;
   float xe = 0, ee = 0;
-  for (size_t v = 0; v * n < plan_.group; ++v) {
-    const std::array<uint8_t, 8>& entry = plan_.codes[entries_[v * kPanel + group]];
-    size_t least = 0;
-    float cost = std::numeric_limits<float>::infinity();
-    for (size_t j = 0; j < n; ++j) {
-      const size_t at = (v * n + j) * kPanel + group;
-      const float level = plan_.levels[entry[j]], we = weights_[at] * level, wxe = we * std::fabs(values_[at]);
-      codes_[at] = entry[j] | negative_[at];
-      xe += wxe;
-      ee += we * level;
-      if (wxe < cost) {
-        cost = wxe;
-        least = at;
+  for (size_t v = 0, at = group; v * 2 * half < plan_.group; ++v) {
+    const size_t begin = at;
+    for (const uint8_t number : {first_[v * kPanel + group], second_[v * kPanel + group]})
+      for (size_t j = 0; j < half; ++j, at += kPanel) {
+        const uint8_t code = plan_.half_codes[number][j];
+        const float level = plan_.levels[code], we = weights_[at] * level;
+        codes_[at] = code | negative_[at];
+        xe += we * std::fabs(values_[at]);
+        ee += we * level;
       }
-    }
-    if (flips_[v * kPanel + group] == 0) continue;
-    codes_[least] ^= kSign;
-    xe -= 2 * cost;
+    if (turned_[v * kPanel + group] != 0) xe -= 2 * turn_over(begin);
   }
   xe_[group] = xe;
   ee_[group] = ee;
+}
+
+/// Of the vector from `begin` on the sign that matters least: what it gives to the sum of w x e.
+float PanelSearch::turn_over(size_t begin) {
+  size_t least = begin;
+  float cost = std::numeric_limits<float>::infinity();
+  for (size_t j = 0, at = begin; j < plan_.book.neighbours; ++j, at += kPanel) {
+    const float is = weights_[at] * plan_.levels[codes_[at] & ~kSign] * std::fabs(values_[at]);
+    least = is < cost ? at : least;
+    cost = std::min(cost, is);
+  }
+  codes_[least] ^= kSign;
+  return cost;
 }
 
 /// Least squares with all codes as they are.
@@ -288,7 +289,6 @@ void PanelSearch::run() {
   try_codes();
   choose(scales());
   for (size_t first = 0; first < kPanel; first += plan_.groups) improve_unit(first);
-  choose(scales());
 }
 
 void PanelSearch::store(const TensorBlocks& parts, size_t first_block) const {
@@ -299,6 +299,17 @@ void PanelSearch::store(const TensorBlocks& parts, size_t first_block) const {
     to.scale[at] = static_cast<uint8_t>(code_[g]);
     for (size_t i = 0; i < plan_.group; ++i) to.codes[at * plan_.group + i] = codes_[i * kPanel + g];
   }
+}
+
+/// As a search counts squared errors: 1 at most. What is of no importance is still near its values where that costs
+/// nothing else.
+std::vector<float> weights_of(std::span<const float> importance) {
+  constexpr float kNone = 1e-20f;
+  const float most = importance.empty() ? 0 : std::ranges::max(importance);
+  if (!(most > 0)) return {};
+  std::vector<float> weights(importance.size());
+  std::ranges::transform(importance, weights.begin(), [&](float i) { return std::max(kNone, i / most); });
+  return weights;
 }
 
 }  // namespace
@@ -319,6 +330,7 @@ QuantizedTensor search_codebooks(const Scheme& scheme, const Shape& shape, Weigh
   const size_t groups = t.codes.size() / plan.group, bytes = size_bytes(weight.dtype);
   const TensorBlocks parts(t, groups / plan.groups);
   const size_t columns = shape.empty() ? 0 : static_cast<size_t>(shape.back());
+  const std::vector<float> column_weights = weights_of(importance);
   const size_t panels = (groups + kPanel - 1) / kPanel, a_panel = kPanel * plan.group;
   parallel_ranges(panels, kElementsATask / a_panel, [&](size_t begin, size_t end) {
     PanelSearch search(plan, loops);
@@ -326,9 +338,9 @@ QuantizedTensor search_codebooks(const Scheme& scheme, const Shape& shape, Weigh
     for (size_t p = begin; p < end; ++p) {
       const size_t used = std::min(kPanel, groups - p * kPanel), first = p * a_panel, count = used * plan.group;
       to_f32(weight.dtype, weight.bytes.subspan(first * bytes, count * bytes), std::span(wide).first(count));
-      if (!importance.empty())
-        for (size_t i = 0; i < count; ++i) weights[i] = importance[(first + i) % columns];
-      search.load(wide.data(), importance.empty() ? nullptr : weights.data(), used);
+      std::fill(wide.begin() + static_cast<std::ptrdiff_t>(count), wide.end(), 0.0f);
+      for (size_t i = 0; !column_weights.empty() && i < count; ++i) weights[i] = column_weights[(first + i) % columns];
+      search.load(wide.data(), column_weights.empty() ? nullptr : weights.data(), used);
       search.run();
       search.store(parts, p * kPanel / plan.groups);
     }

@@ -80,14 +80,14 @@ struct CodebookLoops {
 
   /// What each half costs, and with one sign turned over where that costs least.
   struct BothCosts {
-    Costs plain, flipped;
+    Costs plain, turned;
   };
 
   /// turn: what turning over costs is multiplied by this, 0 or 1. Without kEven nothing is turned over.
   template <bool kEven>
   static void fill_both(const Codebook& book, const float* x, const float* w, V a, V turn, BothCosts& costs) {
     store(L::set(0), costs.plain.of, 0);
-    if constexpr (kEven) store(infinity(), costs.flipped.of, 0);
+    if constexpr (kEven) store(infinity(), costs.turned.of, 0);
     size_t count = 1;
     for (size_t j = 0; j < book.neighbours / 2; ++j, count *= book.levels.size()) {
       const V weight = L::load(w + j * kPanel), value = L::load(x + j * kPanel);
@@ -95,11 +95,11 @@ struct CodebookLoops {
       for (size_t l = book.levels.size(); l-- > 0;) {
         const float level = book.levels[l];
         const V square = L::mul(weight, L::set(level * level)), twice = L::mul(product, L::set(2 * level));
-        const V more = L::sub(L::mul(a, square), twice), turned = L::mul_add(turn, L::add(twice, twice), more);
+        const V more = L::sub(L::mul(a, square), twice), other = L::mul_add(turn, L::add(twice, twice), more);
         for (size_t i = 0; i < count; ++i) {
           const V plain = load(costs.plain.of, i);
           if constexpr (kEven)
-            store(L::min(L::add(load(costs.flipped.of, i), more), L::add(plain, turned)), costs.flipped.of,
+            store(L::min(L::add(load(costs.turned.of, i), more), L::add(plain, other)), costs.turned.of,
                   l * count + i);
           store(L::add(plain, more), costs.plain.of, l * count + i);
         }
@@ -107,111 +107,93 @@ struct CodebookLoops {
     }
   }
 
-  /// A vector's halves, and the least cost and the run that has it, as a number: without and with a sign turned over.
+  /// The least cost, and its halves, as numbers.
+  struct Best {
+    V cost, first, second;
+  };
+  static Best none() { return {infinity(), L::set(0), L::set(0)}; }
+  static void take(V cost, V first, V second, Best& best) {
+    const auto better = L::less(cost, best.cost);
+    best = {L::select(better, cost, best.cost), L::select(better, first, best.first),
+            L::select(better, second, best.second)};
+  }
+
+  /// A vector's best without and with a sign turned over.
   struct Choice {
-    BothCosts first, second;
-    V cost[2], run[2];
+    Best plain, turned;
   };
 
-  static void take(V cost, float run, size_t flip, Choice& choice) {
-    const auto better = L::less(cost, choice.cost[flip]);
-    choice.cost[flip] = L::select(better, cost, choice.cost[flip]);
-    choice.run[flip] = L::select(better, L::set(run), choice.run[flip]);
-  }
-
   template <bool kEven>
-  static void search(const Codebook& book, const float* x, const float* w, V a, V turn, Choice& choice) {
+  static Choice search(const Codebook& book, const float* x, const float* w, V a, V turn) {
     const size_t half = book.neighbours / 2 * kPanel;
-    fill_both<kEven>(book, x, w, a, turn, choice.first);
-    fill_both<kEven>(book, x + half, w + half, a, turn, choice.second);
-    for (size_t flip = 0; flip < 2; ++flip) {
-      choice.cost[flip] = infinity();
-      choice.run[flip] = L::set(0);
-    }
-    float number = 0;
+    BothCosts first, second;
+    fill_both<kEven>(book, x, w, a, turn, first);
+    fill_both<kEven>(book, x + half, w + half, a, turn, second);
+    tag(book, second.plain);
+    if constexpr (kEven) tag(book, second.turned);
+    Choice choice = {none(), none()};
     for (const Codebook::Run& run : book.runs) {
-      V plain = infinity(), flipped = plain;
+      V plain = infinity(), turned = plain;
       for (size_t e = run.begin; e < run.end; e += 2) {
         const size_t even = book.second[e], odd = book.second[e + 1];
-        plain = L::min(plain, L::min(load(choice.second.plain.of, even), load(choice.second.plain.of, odd)));
-        if constexpr (kEven)
-          flipped = L::min(flipped, L::min(load(choice.second.flipped.of, even), load(choice.second.flipped.of, odd)));
+        plain = L::min(plain, L::min(load(second.plain.of, even), load(second.plain.of, odd)));
+        if constexpr (kEven) turned = L::min(turned, L::min(load(second.turned.of, even), load(second.turned.of, odd)));
       }
-      const V first = load(choice.first.plain.of, run.first);
-      take(L::add(first, plain), number, 0, choice);
-      if constexpr (kEven)
-        take(L::min(L::add(first, flipped), L::add(load(choice.first.flipped.of, run.first), plain)), number, 1,
-             choice);
-      ++number;
-    }
-  }
-
-  /// The entry of lane `lane`, in the run that is known to have it.
-  static uint16_t entry_of(const Codebook& book, const Choice& choice, const Codebook::Run& run, bool flip,
-                           size_t lane) {
-    const float plain = choice.first.plain.of[run.first * kStep + lane];
-    const float flipped = flip ? choice.first.flipped.of[run.first * kStep + lane] : 0;
-    size_t best = run.begin;
-    float least = std::numeric_limits<float>::infinity();
-    for (size_t e = run.begin; e < run.end; ++e) {
-      const size_t at = book.second[e] * kStep + lane;
-      const float other = choice.second.plain.of[at];
-      const float cost = flip ? std::min(plain + choice.second.flipped.of[at], flipped + other) : plain + other;
-      if (cost < least) {
-        least = cost;
-        best = e;
+      const V first_plain = load(first.plain.of, run.first), number = L::set(static_cast<float>(run.first));
+      take(L::add(first_plain, plain), number, plain, choice.plain);
+      if constexpr (kEven) {
+        take(L::add(first_plain, turned), number, turned, choice.turned);
+        take(L::add(load(first.turned.of, run.first), plain), number, plain, choice.turned);
       }
     }
-    return static_cast<uint16_t>(best);
+    return choice;
   }
 
-  /// flips: null where signs may be any.
-  static void write(const Codebook& book, const Choice& choice, V flip, uint16_t* entries, uint8_t* flips) {
-    alignas(kAlignment) float flipped[kStep], runs[kStep];
-    const auto is_flipped = L::less(L::set(0), flip);
-    L::store(flip, flipped);
-    L::store(L::select(is_flipped, choice.run[1], choice.run[0]), runs);
-    for (size_t lane = 0; lane < kStep; ++lane) {
-      const bool turned = flipped[lane] > 0;
-      entries[lane] = entry_of(book, choice, book.runs[static_cast<size_t>(runs[lane])], turned, lane);
-      flips[lane] = turned ? 1 : 0;
-    }
+  /// Of each half its number in the lowest bits of its cost, so that the least one says which it is.
+  static void tag(const Codebook& book, Costs& costs) {
+    size_t count = 1;
+    for (size_t j = 0; j < book.neighbours / 2; ++j) count *= book.levels.size();
+    for (size_t i = 0; i < count; ++i) store(L::tag(load(costs.of, i), static_cast<uint32_t>(i)), costs.of, i);
   }
 
-  static void choose(const MagnitudePanel& p, const Codebook& book, const float* scales, uint16_t* entries,
-                     uint8_t* flips) {
+  static void choose(const MagnitudePanel& p, const Codebook& book, const float* scales, const ChosenHalves& to) {
     const size_t together = book.signs == Codebook::Signs::any ? book.neighbours : 8;
     for (size_t lane = 0; lane < kPanel; lane += kStep) {
       const V a = L::load(scales + lane);
       for (size_t at = 0; at < p.size; at += together) {
         const float *const x = p.values + at * kPanel + lane, *const w = p.weights + at * kPanel + lane;
-        const size_t to = at / book.neighbours * kPanel + lane;
+        const size_t vector = at / book.neighbours * kPanel + lane;
+        const ChosenHalves part = {to.first + vector, to.second + vector, to.turned + vector};
         if (book.signs == Codebook::Signs::any) {
-          Choice choice;
-          search<false>(book, x, w, a, L::set(0), choice);
-          write(book, choice, L::set(0), entries + to, flips + to);
+          write(search<false>(book, x, w, a, L::set(0)), L::set(0), part);
         } else {
-          choose_even(x, w, book, a, entries + to, flips + to);
+          choose_even(x, w, book, a, part);
         }
       }
     }
   }
 
+  /// turn: 1 or 0.
+  static void write(const Choice& choice, V turn, const ChosenHalves& to) {
+    const auto turned = L::less(L::set(0), turn);
+    L::store_code(L::select(turned, choice.turned.first, choice.plain.first), to.first);
+    L::store_code(L::tag_of(L::select(turned, choice.turned.second, choice.plain.second)), to.second);
+    L::store_code(turn, to.turned);
+  }
+
   /// One vector, or two that share their signs: one of them is turned over where the other need not be.
-  static void choose_even(const float* x, const float* w, const Codebook& book, V a, uint16_t* entries,
-                          uint8_t* flips) {
+  static void choose_even(const float* x, const float* w, const Codebook& book, V a, const ChosenHalves& to) {
     const V zero = L::set(0), one = L::set(1);
     V odd = zero;
     for (size_t j = 0; j < 8; ++j) odd = L::select(L::less(L::load(x + j * kPanel), zero), one, odd);
-    Choice choices[2];
-    search<true>(book, x, w, a, odd, choices[0]);
-    if (book.neighbours == 8) return write(book, choices[0], odd, entries, flips);
-    search<true>(book, x + 4 * kPanel, w + 4 * kPanel, a, odd, choices[1]);
-    const auto in_second = L::less(L::add(choices[0].cost[0], choices[1].cost[1]),
-                                   L::add(choices[0].cost[1], choices[1].cost[0]));
-    const V first = L::select(in_second, zero, odd);
-    write(book, choices[0], first, entries, flips);
-    write(book, choices[1], L::sub(odd, first), entries + kPanel, flips + kPanel);
+    const Choice choice = search<true>(book, x, w, a, odd);
+    if (book.neighbours == 8) return write(choice, odd, to);
+    const Choice next = search<true>(book, x + 4 * kPanel, w + 4 * kPanel, a, odd);
+    const auto in_next =
+        L::less(L::add(choice.plain.cost, next.turned.cost), L::add(choice.turned.cost, next.plain.cost));
+    const V turn = L::select(in_next, zero, odd);
+    write(choice, turn, to);
+    write(next, L::sub(odd, turn), {to.first + kPanel, to.second + kPanel, to.turned + kPanel});
   }
 
   static constexpr CodebookSearch row(std::string_view name) {

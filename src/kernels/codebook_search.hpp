@@ -34,6 +34,12 @@ struct MagnitudePanel {
   size_t size;
 };
 
+/// Of vector v of a lane, at [v * kPanel + lane]: the halves of its entry, and 1 if one of its signs is turned over, the
+/// one that costs least, 0 if none.
+struct ChosenHalves {
+  uint8_t *first, *second, *turned;
+};
+
 /// Searches of whole codebooks: of each vector of neighbours the entry of least error at a given scale. A row for each
 /// KernelLevel, by its name. Every row gives the same bits.
 struct CodebookSearch {
@@ -42,10 +48,9 @@ struct CodebookSearch {
   /// errors[c * kPanel + lane]: of the group with scale scales[c * kPanel + lane], less the sum of w x^2. The sign that
   /// is turned over is the one the panel says.
   void (*errors)(const MagnitudePanel& panel, const Codebook& book, const float* scales, float* errors);
-  /// entries[v * kPanel + lane]: which one vector v gets; flips[...]: 1 if one of its signs is turned over, the one
-  /// that costs least, 0 if none. Which vector's is found with the entries.
-  void (*choose)(const MagnitudePanel& panel, const Codebook& book, const float* scales, uint16_t* entries,
-                 uint8_t* flips);
+  /// The sign that is turned over is found with the entries. Halves whose costs differ by less than one part in 2^16
+  /// are as good as each other.
+  void (*choose)(const MagnitudePanel& panel, const Codebook& book, const float* scales, const ChosenHalves& chosen);
 };
 
 /// That of a level.

@@ -7,6 +7,7 @@
 #include <hwy/highway.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -19,6 +20,8 @@ namespace bitwright::HWY_NAMESPACE {
 namespace {
 
 namespace hn = hwy::HWY_NAMESPACE;
+
+constexpr uint32_t kTag = 127;
 
 struct Lanes {
   using D = hn::CappedTag<float, kPanel>;
@@ -51,6 +54,14 @@ struct Lanes {
   static HWY_INLINE I advance(I at, int step, const float* points, V v) {
     const V point = lookup(points, hn::Add(at, hn::Set(DI(), step - 1)));
     return hn::IfThenElse(hn::RebindMask(DI(), hn::Lt(point, v)), hn::Add(at, hn::Set(DI(), step)), at);
+  }
+  /// x, a number up to 127 in its lowest bits; that number.
+  static HWY_INLINE V tag(V x, uint32_t number) {
+    const hn::Rebind<uint32_t, D> bits;
+    return hn::BitCast(D(), hn::Or(hn::AndNot(hn::Set(bits, kTag), hn::BitCast(bits, x)), hn::Set(bits, number)));
+  }
+  static HWY_INLINE V tag_of(V x) {
+    return hn::ConvertTo(D(), hn::And(hn::BitCast(DI(), x), hn::Set(DI(), static_cast<int32_t>(kTag))));
   }
   static HWY_INLINE V add(V a, V b) { return hn::Add(a, b); }
   static HWY_INLINE V sub(V a, V b) { return hn::Sub(a, b); }
@@ -89,6 +100,8 @@ HWY_AFTER_NAMESPACE();
 namespace bitwright {
 namespace {
 
+constexpr uint32_t kTag = 127;
+
 /// One lane: the definition.
 struct OneLane {
   using V = float;
@@ -102,6 +115,8 @@ struct OneLane {
   static V to_float(I at) { return static_cast<float>(at); }
   static V lookup(const float* table, I at) { return table[at]; }
   static I advance(I at, int step, const float* points, V v) { return points[at + step - 1] < v ? at + step : at; }
+  static V tag(V x, uint32_t number) { return std::bit_cast<float>((std::bit_cast<uint32_t>(x) & ~kTag) | number); }
+  static V tag_of(V x) { return static_cast<float>(std::bit_cast<uint32_t>(x) & kTag); }
   static V add(V a, V b) { return a + b; }
   static V sub(V a, V b) { return a - b; }
   static V mul(V a, V b) { return a * b; }
