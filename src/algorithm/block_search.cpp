@@ -8,6 +8,7 @@
 #include <numeric>
 #include <vector>
 
+#include "algorithm/codebook_blocks.hpp"
 #include "base/error.hpp"
 #include "base/threads.hpp"
 #include "container/gguf_blocks.hpp"
@@ -246,6 +247,7 @@ class PanelSearch {
 
 bool is_block_scheme(const Scheme& scheme) {
   if (!scheme.scale || scheme.scale->grouping.kind != Grouping::Kind::axis) return false;
+  if (is_codebook_scheme(scheme)) return true;
   const Scheme& scale = *scheme.scale->scheme;
   if (scheme.element == find_element("iq4")) return true;
   return scheme.element->kind == ElementKind::integer && scale.scale && scale.element->kind == ElementKind::integer &&
@@ -255,6 +257,7 @@ bool is_block_scheme(const Scheme& scheme) {
 QuantizedTensor search_blocks(const Scheme& scheme, const Shape& shape, WeightView weight,
                               std::span<const float> importance, const KernelLevel& level) {
   BW_ASSERT(is_block_scheme(scheme));
+  if (is_codebook_scheme(scheme)) return search_codebooks(scheme, shape, weight, importance, level);
   check_finite(weight);
   Plan plan;
   make_plan(scheme, plan);
