@@ -17,6 +17,11 @@ struct AlgorithmOptions {
   /// Container::encode_fused, and `largest` for it; instead of `owner` where there is one.
   QuantizedTensor (*fused)(const Scheme& scheme, const Shape& shape, WeightView weight, float largest) = nullptr;
   std::optional<float> largest{};
+  /// How much an error in each column counts, one a column; empty: as much in all. For algorithms that are `weighted`.
+  std::span<const float> importance{};
+  /// Container::encode_weighted, in place of `owner` where there is importance.
+  QuantizedTensor (*weighted_owner)(const Scheme& scheme, const Shape& shape, WeightView weight,
+                                    std::span<const float> importance) = nullptr;
 };
 
 /// One way of choosing codes: a row of a table.
@@ -27,6 +32,7 @@ struct Algorithm {
   /// One weight to its codes. weight: element_count(shape) floats of any width. Throws what `encode` throws.
   QuantizedTensor (*quantize)(const Scheme& scheme, const Shape& shape, WeightView weight,
                               const AlgorithmOptions& options);
+  bool weighted = false;  ///< heeds AlgorithmOptions::importance
 };
 
 std::span<const Algorithm* const> all_algorithms();

@@ -152,7 +152,40 @@ void exchange(const fs::path& from, const fs::path& to) {
     cannot_write(to, errno);
 }
 
+void check_file_target(const fs::path& target, bool replace) {
+  std::error_code ignored;
+  const fs::file_status status = fs::symlink_status(target, ignored);
+  if (!fs::exists(status) || (replace && fs::is_regular_file(status))) return;
+  throw Error({.code = "output-exists",
+               .what = replace ? "cannot replace output" : "cannot write output",
+               .where = target.string(),
+               .why = replace ? "it is no file" : "it exists already",
+               .fix = replace ? "choose another name" : "choose another name or add --force"});
+}
+
 }  // namespace
+
+WholeFile::WholeFile(const fs::path& target, bool replace)
+    : target_(target),
+      staging_(target.parent_path() / ("." + target.filename().string() + ".partial")),
+      replace_(replace) {
+  check_file_target(target_, replace_);
+}
+
+WholeFile::~WholeFile() {
+  std::error_code ignored;
+  fs::remove(staging_, ignored);
+}
+
+void WholeFile::commit() {
+  check_file_target(target_, replace_);
+  if (!replace_) {
+    rename_new(staging_, target_);
+  } else if (::rename(staging_.c_str(), target_.c_str()) != 0) {
+    cannot_write(target_, errno);
+  }
+  sync_directory(target_.has_parent_path() ? target_.parent_path() : fs::path("."));
+}
 
 OutputFile::OutputFile(const fs::path& path, Contents contents)
     : path_(path),

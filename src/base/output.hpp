@@ -34,6 +34,23 @@ class OutputFile {
 
 void write_text_file(const std::filesystem::path& path, std::string_view text);
 
+/// A file that appears under its name complete or not at all: it is written at staging(), `.NAME.partial` beside it,
+/// and renamed by commit(). Without it the destructor removes what was written.
+class WholeFile {
+ public:
+  /// Throws Error{"output-exists"} if something is there and it may not be replaced, or is no file.
+  WholeFile(const std::filesystem::path& target, bool replace);
+  ~WholeFile();
+  WholeFile(const WholeFile&) = delete;
+  WholeFile& operator=(const WholeFile&) = delete;
+  const std::filesystem::path& staging() const { return staging_; }
+  void commit();
+
+ private:
+  std::filesystem::path target_, staging_;
+  bool replace_;
+};
+
 /// Makes the names in a directory last: fsync of a file alone does not promise that it is found after a power cut.
 void sync_directory(const std::filesystem::path& path);
 

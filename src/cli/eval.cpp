@@ -2,6 +2,7 @@
 
 #include "base/mapped_file.hpp"
 #include "cli/command.hpp"
+#include "cli/protocol_options.hpp"
 #include "evaluate/evaluate.hpp"
 #include "evaluate/task.hpp"
 #include "model/open_model.hpp"
@@ -9,45 +10,6 @@
 
 namespace bitwright {
 namespace {
-
-Protocol::Bos bos_rule(const Arguments& arguments, const Tokenizer& tokenizer) {
-  const bool adds = tokenizer.adds_bos() && tokenizer.bos_id();
-  const std::string rule = arguments.text("--bos").value_or(adds ? "document" : "none");
-  if (rule != "none" && !tokenizer.bos_id())
-    throw Error({.code = "no-bos",
-                 .what = "cannot evaluate",
-                 .why = "the tokenizer names no BOS token",
-                 .fix = "use --bos none"});
-  return rule == "document" ? Protocol::Bos::document : rule == "window" ? Protocol::Bos::window : Protocol::Bos::none;
-}
-
-int64_t context_for(const Arguments& arguments, int64_t usual, int64_t limit) {
-  const int64_t context = arguments.integer("--context").value_or(std::min(usual, limit));
-  if (context > limit)
-    throw Error({.code = "bad-value",
-                 .what = "bad command line",
-                 .why = fmt::format("--context {} is more than the model's {}", context, limit),
-                 .fix = fmt::format("use at most {}", limit),
-                 .status = ExitStatus::usage});
-  return context;
-}
-
-Protocol protocol_for(const Arguments& arguments, int64_t limit, const Tokenizer& tokenizer) {
-  constexpr int64_t kContext = 512;
-  Protocol p;
-  p.context = context_for(arguments, kContext, limit);
-  p.stride = arguments.integer("--stride").value_or(p.context);
-  if (p.stride > p.context)
-    throw Error({.code = "bad-value",
-                 .what = "bad command line",
-                 .why = fmt::format("--stride {} is more than the context {}", p.stride, p.context),
-                 .fix = "tokens between windows would go unread",
-                 .status = ExitStatus::usage});
-  p.bos = bos_rule(arguments, tokenizer);
-  p.split = arguments.text("--split").value_or("");
-  p.max_windows = arguments.integer("--max-windows").value_or(0);
-  return p;
-}
 
 /// What is compared, and the reference if one was named.
 struct Models {
@@ -177,56 +139,36 @@ std::vector<std::string> task_names() {
 }  // namespace
 
 extern const Command eval_command;
-const Command eval_command = {.name = "eval",
-                              .summary = "perplexity, divergence from a reference, accuracy in tasks",
-                              .options = {{.name = "--text",
-                                           .type = Option::Type::text,
-                                           .value_name = "FILE",
-                                           .help = "plain text, or JSONL with a \"text\" a line",
-                                           .required = true},
-                                          {.name = "--task",
-                                           .type = Option::Type::text,
-                                           .value_name = "NAME",
-                                           .help = "right answers to the questions in a JSONL text",
-                                           .values = task_names()},
-                                          {.name = "--limit",
-                                           .type = Option::Type::integer,
-                                           .value_name = "N",
-                                           .help = "only the first N questions",
-                                           .least = 1,
-                                           .most = 1 << 30},
-                                          {.name = "--reference",
-                                           .type = Option::Type::text,
-                                           .value_name = "MODEL",
-                                           .help = "compare with this model: KL divergence, top-1 agreement"},
-                                          {.name = "--context",
-                                           .type = Option::Type::integer,
-                                           .value_name = "N",
-                                           .help = "tokens a window (default: 512 or the model's maximum)",
-                                           .least = 1,
-                                           .most = 1 << 24},
-                                          {.name = "--stride",
-                                           .type = Option::Type::integer,
-                                           .value_name = "N",
-                                           .help = "from window to window (default: the context)",
-                                           .least = 1,
-                                           .most = 1 << 24},
-                                          {.name = "--bos",
-                                           .type = Option::Type::text,
-                                           .value_name = "RULE",
-                                           .help = "document, window or none (default: as the tokenizer)",
-                                           .values = {"document", "window", "none"}},
-                                          {.name = "--split",
-                                           .type = Option::Type::text,
-                                           .value_name = "TEXT",
-                                           .help = "what separates documents in the text"},
-                                          {.name = "--max-windows",
-                                           .type = Option::Type::integer,
-                                           .value_name = "N",
-                                           .help = "stop after N windows",
-                                           .least = 1,
-                                           .most = 1 << 30}},
-                              .run = run,
-                              .print = print};
+const Command eval_command = {
+    .name = "eval",
+    .summary = "perplexity, divergence from a reference, accuracy in tasks",
+    .options = with_protocol_options({{.name = "--text",
+                                       .type = Option::Type::text,
+                                       .value_name = "FILE",
+                                       .help = "plain text, or JSONL with a \"text\" a line",
+                                       .required = true},
+                                      {.name = "--task",
+                                       .type = Option::Type::text,
+                                       .value_name = "NAME",
+                                       .help = "right answers to the questions in a JSONL text",
+                                       .values = task_names()},
+                                      {.name = "--limit",
+                                       .type = Option::Type::integer,
+                                       .value_name = "N",
+                                       .help = "only the first N questions",
+                                       .least = 1,
+                                       .most = 1 << 30},
+                                      {.name = "--reference",
+                                       .type = Option::Type::text,
+                                       .value_name = "MODEL",
+                                       .help = "compare with this model: KL divergence, top-1 agreement"},
+                                      {.name = "--stride",
+                                       .type = Option::Type::integer,
+                                       .value_name = "N",
+                                       .help = "from window to window (default: the context)",
+                                       .least = 1,
+                                       .most = 1 << 24}}),
+    .run = run,
+    .print = print};
 
 }  // namespace bitwright

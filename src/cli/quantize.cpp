@@ -66,7 +66,8 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
                              .verify = !arguments.flag("--no-verify"),
                              .max_kl = arguments.number("--max-kl"),
                              .max_perplexity_increase_percent = arguments.number("--max-perplexity-increase"),
-                             .container = formats.front()};
+                             .container = formats.front(),
+                             .stats = arguments.text("--stats").value_or("")};
   for (const std::string& key : plan_only_keys(arguments.config))
     warnings.push_back({"IGNORED_KEY", fmt::format("{} does not change what is written", key)});
   if (!options.verify && (options.max_kl || options.max_perplexity_increase_percent))
@@ -129,6 +130,10 @@ const Command quantize_command = {
     .takes_config = true,
     .options = with_output_options(
         {{.name = "--format", .type = Option::Type::text, .value_name = "A,B", .help = format_help()},
+         {.name = "--imatrix,--stats",
+          .type = Option::Type::text,
+          .value_name = "FILE",
+          .help = "calibration statistics, as `calibrate` or llama-imatrix writes them"},
          {.name = "--no-verify",
           .type = Option::Type::flag,
           .value_name = "",

@@ -137,6 +137,7 @@ struct TensorRole {
   int64_t layers = 0, experts = 0;
   int64_t queries_a_key = 1;  ///< query heads that share keys and values
   bool has_output = true;     ///< the output matrix is no embedding
+  bool weighted = false;      ///< by the importance of its columns (algorithm imatrix)
 };
 
 /// One way of laying quantized tensors out as bytes: a row of a table, not a base class.
@@ -189,6 +190,10 @@ struct Container {
   /// How the owner rounds a float weight to a scheme that fits, bit for bit: what rtn with the range minmax writes.
   /// Null: as scheme/ defines it. Throws what scheme/'s encode throws.
   QuantizedTensor (*encode)(const Scheme& scheme, const Shape& shape, WeightView weight) = nullptr;
+  /// The same where the owner has its errors weighted by the importance of the columns, one number each (GGUF's
+  /// imatrix). Null: it has no such way.
+  QuantizedTensor (*encode_weighted)(const Scheme& scheme, const Shape& shape, WeightView weight,
+                                     std::span<const float> importance) = nullptr;
   /// The same with NVFP4's scale of the whole tensor for `largest`, the largest magnitude in all that engines make one
   /// matrix of, as they take one such scale. Null: its tensors keep their own.
   QuantizedTensor (*encode_fused)(const Scheme& scheme, const Shape& shape, WeightView weight, float largest) = nullptr;

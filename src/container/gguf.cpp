@@ -160,6 +160,7 @@ const Container gguf_container = {.name = "gguf",
                                   .by_rows = true,
                                   .choices = kChoices,
                                   .encode = round_to_gguf,
+                                  .encode_weighted = round_to_gguf,
                                   .model_file = "gguf",
                                   .scheme_for = scheme_for};
 

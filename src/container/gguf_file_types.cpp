@@ -49,6 +49,8 @@ bool first_two(int64_t layer, const TensorRole& /*role*/) { return layer < 2; }
 bool first_four(int64_t layer, const TensorRole& /*role*/) { return layer < 4; }
 bool first_eighth(int64_t layer, const TensorRole& role) { return layer < role.layers / 8; }
 bool first_sixteenth(int64_t layer, const TensorRole& role) { return layer < role.layers / 16; }
+bool first_eighth_weighted(int64_t layer, const TensorRole& role) { return role.weighted && first_eighth(layer, role); }
+bool first_eighth_plain(int64_t layer, const TensorRole& role) { return !role.weighted && first_eighth(layer, role); }
 bool shared_keys(int64_t /*layer*/, const TensorRole& role) { return role.queries_a_key >= 4; }
 /// The first and last eighth, and every third between them.
 bool every_third(int64_t layer, const TensorRole& role) {
@@ -86,8 +88,10 @@ constexpr auto kRules = std::to_array<Rule>({
     {"q5_k_m", Part::ffn_down, every_third, "Q6_K"},
     {"iq4_nl", Part::attn_v, shared_keys, "Q5_K"},
     {"iq4_xs", Part::attn_v, shared_keys, "Q5_K"},
-    {"iq4_nl", Part::ffn_down, first_eighth, "Q5_K"},
-    {"iq4_xs", Part::ffn_down, first_eighth, "Q5_K"},
+    {"iq4_nl", Part::ffn_down, first_eighth_plain, "Q5_K"},
+    {"iq4_xs", Part::ffn_down, first_eighth_plain, "Q5_K"},
+    {"q4_0", Part::ffn_down, first_eighth_weighted, "Q4_1"},
+    {"q5_0", Part::ffn_down, first_eighth_weighted, "Q5_1"},
 });
 
 bool is_output(const TensorRole& role) {

@@ -20,22 +20,6 @@ namespace {
   throw Error({.code = code, .what = "cannot evaluate", .why = why, .fix = fix});
 }
 
-void check(const Model& model, const Model* reference, const std::vector<int32_t>& tokens, const Protocol& protocol,
-           std::optional<int32_t> bos) {
-  if (protocol.context < 1 || protocol.stride < 1)
-    fail("bad-protocol", fmt::format("context {} and stride {}", protocol.context, protocol.stride),
-         "both are at least 1");
-  if (protocol.bos == Protocol::Bos::window && !bos)
-    fail("no-bos", "the tokenizer names no BOS token to begin windows with", "give another --bos");
-  const int64_t vocabulary = model.config().vocabulary;
-  if (reference != nullptr && reference->config().vocabulary != vocabulary)
-    fail("vocabulary-mismatch",
-         fmt::format("the model has {} tokens, the reference {}", vocabulary, reference->config().vocabulary),
-         "compare models of one family");
-  check_tokens(tokens, model);
-  if (bos) check_tokens(std::span(&*bos, 1), model);
-}
-
 struct Positions {
   std::vector<int32_t> inputs;
   const int32_t* targets;  ///< as many
@@ -43,16 +27,8 @@ struct Positions {
 
 Positions positions(const Window& window, const std::vector<int32_t>& tokens, const Protocol& protocol,
                     std::optional<int32_t> bos) {
-  const auto first = tokens.begin() + static_cast<std::ptrdiff_t>(window.begin);
-  Positions out = {{}, tokens.data() + window.begin};
-  if (protocol.bos == Protocol::Bos::window) {
-    out.inputs.push_back(*bos);
-    out.inputs.insert(out.inputs.end(), first, first + protocol.context - 1);
-  } else {
-    out.inputs.assign(first, first + protocol.context);
-    ++out.targets;
-  }
-  return out;
+  const int32_t* const first = tokens.data() + window.begin;
+  return {inputs_of(window, tokens, protocol, bos), protocol.bos == Protocol::Bos::window ? first : first + 1};
 }
 
 /// So many that the logits take 2 MiB, or as many as it takes to use the model's matrices well.
@@ -110,12 +86,12 @@ void check_finite(const Score& score, size_t window, int64_t position) {
 
 Quality evaluate(const Model& model, const Model* reference, const std::vector<int32_t>& tokens,
                  const Protocol& protocol, std::optional<int32_t> bos) {
-  check(model, reference, tokens, protocol, bos);
-  const std::vector<Window> windows = cut(tokens.size(), protocol);
-  if (windows.empty())
-    fail("text-too-short", fmt::format("{} tokens do not fill a window of {}", tokens.size(), protocol.context),
-         "give a longer text or a smaller --context");
-
+  const int64_t vocabulary = model.config().vocabulary;
+  if (reference != nullptr && reference->config().vocabulary != vocabulary)
+    fail("vocabulary-mismatch",
+         fmt::format("the model has {} tokens, the reference {}", vocabulary, reference->config().vocabulary),
+         "compare models of one family");
+  const std::vector<Window> windows = checked_windows(model, tokens, protocol, bos);
   Caches caches = {.model = KvCache(model.config(), protocol.context), .reference = std::nullopt};
   if (reference != nullptr) caches.reference.emplace(reference->config(), protocol.context);
   std::vector<Score> scores;

@@ -107,4 +107,32 @@ std::vector<Window> cut(size_t stream, const Protocol& protocol) {
   return windows;
 }
 
+std::vector<int32_t> inputs_of(const Window& window, std::span<const int32_t> tokens, const Protocol& protocol,
+                               std::optional<int32_t> bos) {
+  const size_t before = protocol.bos == Protocol::Bos::window ? 1 : 0;
+  std::vector<int32_t> inputs(static_cast<size_t>(protocol.context));
+  if (before != 0) inputs.front() = *bos;
+  for (size_t i = before; i < inputs.size(); ++i) inputs[i] = tokens[window.begin + i - before];
+  return inputs;
+}
+
+std::vector<Window> checked_windows(const Model& model, std::span<const int32_t> tokens, const Protocol& protocol,
+                                    std::optional<int32_t> bos) {
+  const auto fail = [](const std::string& code, const std::string& why, const std::string& fix) {
+    throw Error({.code = code, .what = "cannot evaluate", .why = why, .fix = fix});
+  };
+  if (protocol.context < 1 || protocol.stride < 1)
+    fail("bad-protocol", fmt::format("context {} and stride {}", protocol.context, protocol.stride),
+         "both are at least 1");
+  if (protocol.bos == Protocol::Bos::window && !bos)
+    fail("no-bos", "the tokenizer names no BOS token to begin windows with", "give another --bos");
+  check_tokens(tokens, model);
+  if (bos) check_tokens(std::span(&*bos, 1), model);
+  std::vector<Window> windows = cut(tokens.size(), protocol);
+  if (windows.empty())
+    fail("text-too-short", fmt::format("{} tokens do not fill a window of {}", tokens.size(), protocol.context),
+         "give a longer text or a smaller --context");
+  return windows;
+}
+
 }  // namespace bitwright

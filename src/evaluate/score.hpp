@@ -35,4 +35,12 @@ struct Window {
 /// with Bos::window the first input is BOS, the others follow one place later, and position i predicts token begin + i.
 std::vector<Window> cut(size_t stream, const Protocol& protocol);
 
+/// What the model reads in a window: `context` tokens.
+std::vector<int32_t> inputs_of(const Window& window, std::span<const int32_t> tokens, const Protocol& protocol,
+                               std::optional<int32_t> bos);
+/// Is the protocol one that can be followed, and are the tokens the model's? Throws Error{"bad-protocol"}, {"no-bos"},
+/// {"vocabulary-mismatch"}, {"text-too-short"}.
+std::vector<Window> checked_windows(const Model& model, std::span<const int32_t> tokens, const Protocol& protocol,
+                                    std::optional<int32_t> bos);
+
 }  // namespace bitwright

@@ -11,8 +11,10 @@ namespace {
 
 constexpr size_t kRowsATask = 16;  // of loops over single tokens
 
-void run(const FeedForward& f, Activation activation, const float* x, size_t tokens, float* out) {
+void run(const FeedForward& f, Activation activation, const float* x, size_t tokens, float* out,
+         const InputObserver* observer) {
   const size_t width = f.up.weight.rows;
+  observe(observer, {f.gate ? &*f.gate : &f.up, &f.up}, x, tokens);
   std::vector<float> up(tokens * width), gate(f.gate ? up.size() : 0);
   apply(f.up, x, tokens, up.data());
   if (f.gate) apply(*f.gate, x, tokens, gate.data());
@@ -21,6 +23,7 @@ void run(const FeedForward& f, Activation activation, const float* x, size_t tok
     active_kernel_level().activate(activation, inner.data() + begin * width,
                                    f.gate ? up.data() + begin * width : nullptr, (end - begin) * width);
   });
+  observe(observer, {&f.down}, inner.data(), tokens);
   apply(f.down, inner.data(), tokens, out);
 }
 
@@ -53,9 +56,11 @@ std::vector<std::vector<Assignment>> assign(std::vector<float>& scores, size_t t
 }
 
 /// A token's sum runs over its experts by number, whatever tokens it is computed with.
-void run(const Experts& experts, const ModelConfig& c, const float* x, size_t tokens, float* out) {
+void run(const Experts& experts, const ModelConfig& c, const float* x, size_t tokens, float* out,
+         const InputObserver* observer) {
   const auto width = static_cast<size_t>(c.hidden), count = experts.experts.size();
   std::vector<float> scores(tokens * count);
+  observe(observer, {&experts.router}, x, tokens);
   apply(experts.router, x, tokens, scores.data());
   const auto assigned = assign(scores, tokens, count, static_cast<size_t>(c.experts_used), c.normalise_experts);
   std::fill_n(out, tokens * width, 0.0f);
@@ -66,7 +71,7 @@ void run(const Experts& experts, const ModelConfig& c, const float* x, size_t to
     in.resize(users.size() * width);
     result.resize(in.size());
     for (size_t i = 0; i < users.size(); ++i) std::copy_n(x + users[i].token * width, width, in.data() + i * width);
-    run(experts.experts[e], c.activation, in.data(), users.size(), result.data());
+    run(experts.experts[e], c.activation, in.data(), users.size(), result.data(), observer);
     for (size_t i = 0; i < users.size(); ++i) {
       float* const y = out + users[i].token * width;
       for (size_t k = 0; k < width; ++k) y[k] += result[i * width + k] * users[i].weight;
@@ -85,9 +90,22 @@ void apply(const Linear& linear, const float* x, size_t tokens, float* y) {
   });
 }
 
-void run_feed_forward(const Layer& layer, const ModelConfig& config, const float* x, size_t tokens, float* out) {
-  if (const auto* experts = std::get_if<Experts>(&layer.feed_forward)) return run(*experts, config, x, tokens, out);
-  run(std::get<FeedForward>(layer.feed_forward), config.activation, x, tokens, out);
+void observe(const InputObserver* observer, std::initializer_list<const Linear*> readers, const float* x,
+             size_t tokens) {
+  if (observer == nullptr) return;
+  std::vector<const MatrixName*> names;
+  for (const Linear* reader : readers)  // what is cut from one tensor is told of once
+    if (std::ranges::none_of(names, [&](const MatrixName* name) { return *name == reader->name; }))
+      names.push_back(&reader->name);
+  const size_t columns = (*readers.begin())->weight.columns;
+  (*observer)(names, {x, tokens * columns}, tokens);
+}
+
+void run_feed_forward(const Layer& layer, const ModelConfig& config, const float* x, size_t tokens, float* out,
+                      const InputObserver* observer) {
+  if (const auto* experts = std::get_if<Experts>(&layer.feed_forward))
+    return run(*experts, config, x, tokens, out, observer);
+  run(std::get<FeedForward>(layer.feed_forward), config.activation, x, tokens, out, observer);
 }
 
 }  // namespace bitwright

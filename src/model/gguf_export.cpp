@@ -51,7 +51,6 @@ class Exporter {
  public:
   explicit Exporter(const Checkpoint& model)
       : model_(model), json_(model.config().contains("text_config") ? model.config()["text_config"] : model.config()) {
-    if (model.facts() != nullptr) fail("it is a GGUF file: only directories are read for this yet");
     const Architecture* const row = find_architecture(model.config());
     if (row == nullptr || row->gguf == nullptr)
       fail(fmt::format("no mapping is known for the architecture {}",
@@ -63,20 +62,40 @@ class Exporter {
   }
 
   GgufModel run() {
+    if (model_.facts() != nullptr) fail("it is a GGUF file: only directories are read for this yet");
     check_computable();
     out_.metadata.add("general.architecture", out_.architecture);
     add_sizes();
     add_rope();
+    add_tensors();
+    return std::move(out_);
+  }
+
+  std::multimap<MatrixName, GgufMatrix> matrices() {
+    add_tensors();
+    std::multimap<MatrixName, GgufMatrix> found;
+    for (const ArrayView& view : out_.arrays) {
+      if (view.shape.size() < 2) continue;
+      const int64_t count = view.shape.size() == 3 ? view.shape[0] : 1;
+      const bool one_by_one = model_.find(view.source)->shape.size() == 2;  // each in a tensor of its own
+      for (int64_t i = 0; i < count; ++i) {
+        const std::string& tensor = one_by_one && i > 0 ? view.stacked[static_cast<size_t>(i) - 1] : view.source;
+        found.emplace(MatrixName{tensor, one_by_one ? -1 : i}, GgufMatrix{view.name, i, count});
+      }
+    }
+    return found;
+  }
+
+ private:
+  void add_tensors() {
     for (const TensorEntry& entry : model_.tensors()) add(entry);
     for (auto& [key, view] : stacks_) {
       if (view.source.empty() || std::ranges::any_of(view.stacked, &std::string::empty))
         fail(fmt::format("'{}' lacks some of the {} experts", key, config_.experts));
       out_.arrays.push_back(std::move(view));
     }
-    return std::move(out_);
   }
 
- private:
   [[noreturn]] void fail(const std::string& why) const {
     throw Error({.code = "no-gguf",
                  .what = "cannot write the model as GGUF",
@@ -380,6 +399,8 @@ class Exporter {
 }  // namespace
 
 GgufModel gguf_model(const Checkpoint& model) { return Exporter(model).run(); }
+
+std::multimap<MatrixName, GgufMatrix> gguf_matrices(const Checkpoint& model) { return Exporter(model).matrices(); }
 
 Checkpoint open_as_gguf(const Checkpoint& model, const GgufModel& as) {
   const auto translate = [&](const CheckpointView& stored) {

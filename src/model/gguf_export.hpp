@@ -6,6 +6,7 @@
 
 #include "checkpoint/checkpoint.hpp"
 #include "checkpoint/gguf.hpp"
+#include "model/model.hpp"
 
 namespace bitwright {
 
@@ -22,6 +23,15 @@ struct GgufModel {
 /// which llama.cpp computes with. Throws Error{"no-gguf"} where llama.cpp has no such model or could not compute it as
 /// config.json says.
 GgufModel gguf_model(const Checkpoint& model);
+
+/// Where llama.cpp has a matrix of the model: number `index` of a tensor that holds `count`.
+struct GgufMatrix {
+  std::string tensor;
+  int64_t index = 0, count = 1;
+};
+/// Of every matrix, where llama.cpp has it; what is two matrices there (gate and up of experts) comes twice. `model`
+/// may be a GGUF file, and quantized. Throws Error{"no-gguf"} where llama.cpp has no such tensor.
+std::multimap<MatrixName, GgufMatrix> gguf_matrices(const Checkpoint& model);
 
 /// The same files under those names. `model` must be plain.
 Checkpoint open_as_gguf(const Checkpoint& model, const GgufModel& as);

@@ -39,7 +39,7 @@ std::vector<FeedForward> cut_stacks(WeightReader& reader, const ModelConfig& c, 
   const auto cut = [&](const std::string& name, size_t expert, int64_t stored, int64_t columns, int64_t first,
                        int64_t rows) {
     const Shape shape = {c.experts, stored, columns};
-    return Linear{reader.of_stack(base + name, static_cast<int64_t>(expert), shape, first, rows)};
+    return reader.of_stack(base + name, static_cast<int64_t>(expert), shape, first, rows);
   };
   const auto cut_each = [&](const std::string& name, int64_t rows, int64_t columns, auto part) {
     for (size_t i = 0; i < experts.size(); ++i) experts[i].*part = cut(name, i, rows, columns, 0, rows);

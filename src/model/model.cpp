@@ -33,14 +33,16 @@ ModelConfig configure(const Checkpoint& checkpoint) {
 
 /// Activations of up to kChunk tokens.
 struct Activations {
-  Activations(const ModelConfig& c, size_t tokens)
-      : x(tokens * static_cast<size_t>(c.hidden)),
+  Activations(const ModelConfig& c, size_t tokens, const InputObserver* told)
+      : observer(told),
+        x(tokens * static_cast<size_t>(c.hidden)),
         normed(x.size()),
         branch(x.size()),
         q(tokens * static_cast<size_t>(c.heads * c.head_size)),
         k(tokens * static_cast<size_t>(c.kv_heads * c.head_size)),
         v(k.size()),
         attended(q.size()) {}
+  const InputObserver* observer;
   std::vector<float> x, normed, branch, q, k, v, attended;
 };
 
@@ -105,6 +107,7 @@ void Model::Impl::normalise(const float* x, size_t rows, const Norm& with, float
 /// a.branch = what attention adds to a.x, from a.normed.
 void Model::Impl::attention(const Layer& layer, LayerCache& layer_cache, KvCache::Impl& cache, size_t tokens,
                             Activations& a) const {
+  observe(a.observer, {&layer.q, &layer.k, &layer.v}, a.normed.data(), tokens);
   apply(layer.q, a.normed.data(), tokens, a.q.data());
   apply(layer.k, a.normed.data(), tokens, a.k.data());
   apply(layer.v, a.normed.data(), tokens, a.v.data());
@@ -126,6 +129,7 @@ void Model::Impl::attention(const Layer& layer, LayerCache& layer_cache, KvCache
       a.q.data(), tokens, first, heads, layer_cache,
       {.scale = config.attention_scale, .cap = config.attention_cap, .window = static_cast<size_t>(layer.kind.window)},
       a.attended.data());
+  observe(a.observer, {&layer.o}, a.attended.data(), tokens);
   apply(layer.o, a.attended.data(), tokens, a.branch.data());
 }
 
@@ -140,7 +144,7 @@ void Model::Impl::run_layer(const Layer& layer, LayerCache& layer_cache, KvCache
   if (config.parallel) normalise(a.x.data(), tokens, layer.feed_forward_norm, a.normed.data());
   add(a.x, a.branch.data());
   if (!config.parallel) normalise(a.x.data(), tokens, layer.feed_forward_norm, a.normed.data());
-  run_feed_forward(layer, config, a.normed.data(), tokens, a.branch.data());
+  run_feed_forward(layer, config, a.normed.data(), tokens, a.branch.data(), a.observer);
   finish(layer.post_feed_forward_norm);
   add(a.x, a.branch.data());
 }
@@ -177,7 +181,8 @@ uint64_t Model::weight_bytes() const {
 
 const ModelConfig& Model::config() const { return impl_->config; }
 
-std::vector<float> Model::forward(std::span<const int32_t> tokens, KvCache& cache, Logits which) const {
+std::vector<float> Model::forward(std::span<const int32_t> tokens, KvCache& cache, Logits which,
+                                  const InputObserver* observer) const {
   KvCache::Impl& state = *cache.impl_;
   BW_ASSERT(state.layers.size() == impl_->layers.size());
   const auto room = static_cast<size_t>(state.capacity - state.length);
@@ -193,7 +198,7 @@ std::vector<float> Model::forward(std::span<const int32_t> tokens, KvCache& cach
   for (size_t begin = 0; begin < tokens.size(); begin += kChunk) {
     throw_if_interrupted();
     const std::span chunk = tokens.subspan(begin, std::min(kChunk, tokens.size() - begin));
-    Activations a(impl_->config, chunk.size());
+    Activations a(impl_->config, chunk.size(), observer);
     impl_->run_layers(chunk, state, a);
     if (which == Logits::last && begin + chunk.size() < tokens.size()) continue;
     const size_t rows = which == Logits::all ? chunk.size() : 1;

@@ -1,6 +1,8 @@
 #pragma once
 
+#include <compare>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -49,6 +51,17 @@ class KvCache {
   std::unique_ptr<Impl> impl_;
 };
 
+/// A matrix of the model by the tensor of the checkpoint that holds it. Several may be cut from one.
+struct MatrixName {
+  std::string tensor{};  ///< "model.layers.0.self_attn.q_proj.weight"
+  int64_t index = -1;    ///< of a stack of matrices [count, rows, columns]; -1: the tensor is none
+  auto operator<=>(const MatrixName&) const = default;
+};
+/// Told what matrices of the layers are about to be multiplied with: `x`, [tokens, columns], in the text's order, the
+/// same for all of `matrices`. Experts are told of the tokens that are sent to them.
+using InputObserver =
+    std::function<void(std::span<const MatrixName* const> matrices, std::span<const float> x, size_t tokens)>;
+
 /// A loaded model. Weights are repacked once into the layout of the kernels, floats in their own dtype. No float copy
 /// of the model is made. Immutable after loading.
 class Model {
@@ -66,8 +79,9 @@ class Model {
   enum class Logits { all, last };
   /// Appends `tokens` (each in [0, vocabulary)) to the sequence in `cache` and returns the logits of each of them, or
   /// of the last alone: [tokens or 1, vocabulary]. Throws Error{"context-full"} if the cache cannot take them.
-  /// Deterministic: the same bits for every thread count and instruction set.
-  std::vector<float> forward(std::span<const int32_t> tokens, KvCache& cache, Logits which = Logits::all) const;
+  /// Deterministic: the same bits for every thread count and instruction set. observer: null, nobody is told anything.
+  std::vector<float> forward(std::span<const int32_t> tokens, KvCache& cache, Logits which = Logits::all,
+                             const InputObserver* observer = nullptr) const;
 
  private:
   struct Impl;

@@ -156,7 +156,7 @@ Linear WeightReader::linear(const std::string& base, const MatrixPlace& place, i
   const TensorEntry* const entry = checkpoint_.find(name + ".weight");
   cut.transposed = place.transposed && (entry == nullptr || !entry->transposed);
   const Shape shape = cut.transposed ? Shape{columns, cut.stored} : Shape{cut.stored, columns};
-  Linear linear = {.weight = pack(require(name + ".weight", shape), cut)};
+  Linear linear = {.weight = pack(require(name + ".weight", shape), cut), .name = {.tensor = name + ".weight"}};
   if (place.bias) {
     const std::vector<float> all = checkpoint_.read_f32(require(name + ".bias", {cut.stored}));
     for (const int64_t row : cut.rows) linear.bias.push_back(all[static_cast<size_t>(row)]);
@@ -164,10 +164,11 @@ Linear WeightReader::linear(const std::string& base, const MatrixPlace& place, i
   return linear;
 }
 
-PackedMatrix WeightReader::of_stack(const std::string& name, int64_t index, const Shape& shape, int64_t first,
-                                    int64_t rows) {
+Linear WeightReader::of_stack(const std::string& name, int64_t index, const Shape& shape, int64_t first, int64_t rows) {
   const std::vector<int64_t> taken = Cut::range(index * shape[1] + first, rows);
-  return pack(require(prefix_ + name, shape), {.rows = taken, .stored = shape[0] * shape[1], .columns = shape[2]});
+  const TensorEntry& entry = require(prefix_ + name, shape);
+  return {.weight = pack(entry, {.rows = taken, .stored = shape[0] * shape[1], .columns = shape[2]}),
+          .name = {.tensor = entry.name, .index = index}};
 }
 
 std::vector<float> WeightReader::vector(const std::string& name, int64_t size) {

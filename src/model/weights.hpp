@@ -9,7 +9,7 @@
 
 #include "checkpoint/checkpoint.hpp"
 #include "kernels/packed_matrix.hpp"
-#include "model/model_config.hpp"
+#include "model/model.hpp"
 
 namespace bitwright {
 
@@ -17,6 +17,7 @@ namespace bitwright {
 struct Linear {
   PackedMatrix weight;
   std::vector<float> bias{};  ///< empty: none
+  MatrixName name{};
   uint64_t bytes() const { return weight.stored_bytes() + bias.size() * sizeof(float); }
 };
 
@@ -49,7 +50,7 @@ class WeightReader {
   /// NAME.weight (and NAME.bias), `rows` x `columns` of it, below the prefix.
   Linear linear(const std::string& base, const MatrixPlace& place, int64_t rows, int64_t columns);
   /// Matrix `index` of a tensor [count, stored rows, columns]: `rows` of it from `first` on.
-  PackedMatrix of_stack(const std::string& name, int64_t index, const Shape& shape, int64_t first, int64_t rows);
+  Linear of_stack(const std::string& name, int64_t index, const Shape& shape, int64_t first, int64_t rows);
   std::vector<float> vector(const std::string& name, int64_t size);
   RowSource rows(const std::string& name, int64_t rows, int64_t columns);
   /// The output matrix, if one is stored; its prefix may be another one.

@@ -82,7 +82,8 @@ GgufOutput::GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings)
     warnings.push_back({"OTHER_TOKENS", "llama.cpp will cut some texts into other tokens than the model's tokenizer"});
 }
 
-GgufMetadata GgufOutput::metadata(std::span<const std::vector<ArraySpec>> arrays, std::string_view file_type) const {
+GgufMetadata GgufOutput::metadata(std::span<const std::vector<ArraySpec>> arrays, std::string_view file_type,
+                                  const Importance* importance) const {
   GgufMetadata out = model_.metadata;
   if (!name_.empty()) out.add("general.name", name_);
   out.add("general.type", "model");
@@ -92,6 +93,7 @@ GgufMetadata GgufOutput::metadata(std::span<const std::vector<ArraySpec>> arrays
   out.add("general.quantization_version", kQuantizationVersion);
   add_vocabulary(vocabulary_, out);
   if (!chat_template_.empty()) out.add("tokenizer.chat_template", chat_template_);
+  if (importance != nullptr) importance->add_to(out);
   return out;
 }
 

@@ -5,6 +5,7 @@
 
 #include "base/error.hpp"
 #include "model/gguf_export.hpp"
+#include "quantize/importance.hpp"
 #include "quantize/output_layout.hpp"
 #include "tokenizer/gguf_vocabulary.hpp"
 
@@ -19,7 +20,9 @@ class GgufOutput {
   const Checkpoint& arranged() const { return arranged_; }
   ForeignNames names() const { return {.names = model_.names, .role = role_}; }
   /// arrays: what the file will hold. file_type: as --gguf-type names it; another name: that of most of the numbers.
-  GgufMetadata metadata(std::span<const std::vector<ArraySpec>> arrays, std::string_view file_type) const;
+  /// importance: by which the weights are quantized; null: none.
+  GgufMetadata metadata(std::span<const std::vector<ArraySpec>> arrays, std::string_view file_type,
+                        const Importance* importance = nullptr) const;
 
  private:
   GgufModel model_;

@@ -21,6 +21,7 @@
 #include "model/open_model.hpp"
 #include "quantize/fused.hpp"
 #include "quantize/gguf_output.hpp"
+#include "quantize/importance.hpp"
 #include "quantize/model_card.hpp"
 #include "quantize/model_files.hpp"
 #include "quantize/output_layout.hpp"
@@ -52,14 +53,17 @@ class Pipeline {
   Pipeline(const Checkpoint& model, const Checkpoint& source, const GgufOutput* gguf,
            const QuantizationRequest& request, const QuantizeOptions& options)
       : model_(model), source_(source), facts_(facts_of(source)), gguf_(gguf), options_(options) {
+    if (request.has_statistics) importance_.emplace(options.stats);
     const std::optional<ForeignNames> names = gguf == nullptr ? std::nullopt : std::optional(gguf->names());
     OutputLayout layout =
         lay_out(facts_, request, *options.container, options.output.max_shard_bytes, names ? &*names : nullptr);
     recipe_ = std::move(layout.recipe);
     job_.arrays = std::move(layout.arrays);
+    check_importance();
     shards_ = gguf == nullptr
                   ? std::move(layout.shards)
-                  : plan_gguf(job_.arrays, gguf->metadata(job_.arrays, recipe_.settings.value("gguf_type", "")));
+                  : plan_gguf(job_.arrays, gguf->metadata(job_.arrays, recipe_.settings.value("gguf_type", ""),
+                                                          importance_ ? &*importance_ : nullptr));
     check_apart(model, options.output.output);
     plan();
     if (find_sizes(job_, options.output.max_memory))
@@ -117,6 +121,22 @@ class Pipeline {
     return recipe_.tensors[i].scheme && is_stored_transposed(facts_[i], *options_.container);
   }
 
+  void check_importance() {
+    const auto weighted =
+        std::ranges::find_if(recipe_.tensors, [](const TensorPlan& p) { return p.scheme && p.algorithm->weighted; });
+    if (importance_) {
+      importance_->check(recipe_, facts_, recipe_.warnings);
+      job_.memory = importance_->memory_bytes();
+    } else if (weighted != recipe_.tensors.end()) {
+      throw Error({.code = "no-stats",
+                   .what = "cannot quantize",
+                   .where = "quantization.algorithm",
+                   .why = fmt::format("{} needs to know how much each column counts", weighted->algorithm->name),
+                   .fix = "run `bitwright calibrate MODEL --text FILE -o STATS` and give --stats STATS",
+                   .status = ExitStatus::usage});
+    }
+  }
+
   /// What is done to which part of which tensor, and what comes of it.
   void plan() {
     job_.label = "quantizing";
@@ -135,6 +155,7 @@ class Pipeline {
     metadata(OrderedJson::object());  // what cannot be written is refused before there is any work
     const std::string recipe = decisions + recipe_.settings.dump() + std::string(options_.container->name);
     job_.identity = {{"tool", BITWRIGHT_VERSION}, {"command", "quantize"}, {"recipe", sha256(recipe)}};
+    job_.identity["statistics"] = importance_ ? importance_->digest() : "none";
   }
 
   void add_pieces(size_t i) {
@@ -142,6 +163,7 @@ class Pipeline {
     const bool quantized = recipe_.tensors[i].scheme.has_value();
     std::vector<RowRange> parts = {{0, row_count(entry.shape)}};
     if (!is_transposed(i)) parts = quantized ? row_pieces(*options_.container, stored(i)) : element_pieces(entry.shape);
+    if (is_weighted(i)) parts = within_matrices(parts, entry.shape);
     for (const RowRange rows : parts) {
       Piece piece = {.tensor = i, .rows = rows, .bytes = 0, .memory = 0};
       piece.bytes = static_cast<uint64_t>((rows.end - rows.begin) * width(piece)) * size_bytes(entry.dtype);
@@ -150,6 +172,19 @@ class Pipeline {
       if (is_transposed(i)) piece.memory += piece.bytes;
       job_.pieces.push_back(piece);
     }
+  }
+
+  bool is_weighted(size_t i) const {
+    return importance_ && recipe_.tensors[i].scheme && recipe_.tensors[i].algorithm->weighted;
+  }
+  /// Cut where a matrix of a stack ends: each has its own importance.
+  static std::vector<RowRange> within_matrices(std::span<const RowRange> parts, const Shape& shape) {
+    const int64_t rows = shape[shape.size() - 2];
+    std::vector<RowRange> cut;
+    for (RowRange part : parts)
+      for (; part.begin < part.end; part.begin = cut.back().end)
+        cut.push_back({part.begin, std::min(part.end, (part.begin / rows + 1) * rows)});
+    return cut;
   }
 
   /// Elements of a row; a kept tensor's pieces are ranges of elements.
@@ -218,6 +253,10 @@ class Pipeline {
     const StoredTensor part = whole ? all : rows_of(all, piece.rows.begin, piece.rows.end);
     AlgorithmOptions options = plan.options;
     if (!largest_.empty()) options.largest = largest_[piece.tensor];
+    std::vector<float> importance;
+    if (is_weighted(piece.tensor))
+      importance = importance_->of(entry.name, entry.shape, piece.rows.begin / entry.shape[entry.shape.size() - 2]);
+    options.importance = importance;
     const QuantizedTensor t = plan.algorithm->quantize(*plan.scheme, part.shape, {entry.dtype, bytes}, options);
     return {.slices = packed_rows(*options_.container, all, job_.arrays[piece.tensor],
                                   whole ? RowRange{0, row_count(all.shape)} : piece.rows, t),
@@ -251,6 +290,7 @@ class Pipeline {
                           {"tensor_count", source_.tensors().size()},
                           {"files", OrderedJson::object()},
                           {"verification", OrderedJson::object()}};
+    if (importance_) record["statistics"] = importance_->to_json();
     OrderedJson& layers = record["layers"] = OrderedJson::array();
     for (const LayerResult& layer : layers_) layers.push_back(layer_json(layer));
     OrderedJson& skipped = record["skipped_layers"] = OrderedJson::array();
@@ -357,7 +397,8 @@ class Pipeline {
   uint64_t bytes_out_ = 0;
   std::filesystem::path staging_;
   std::vector<std::optional<float>> largest_;  ///< see fused_magnitudes
-  std::string not_judged_;                     ///< why, if it is known beforehand
+  std::optional<Importance> importance_;
+  std::string not_judged_;  ///< why, if it is known beforehand
   std::vector<LayerResult> layers_;
   OrderedJson engines_;
 };
@@ -367,9 +408,11 @@ class Pipeline {
 OrderedJson quantize(const Checkpoint& source, const QuantizationRequest& request, const QuantizeOptions& options,
                      std::vector<Warning>& warnings) {
   check_not_quantized(source);
-  if (options.container->model_file.empty()) return Pipeline(source, source, nullptr, request, options).run(warnings);
+  QuantizationRequest knowing = request;
+  knowing.has_statistics = !options.stats.empty();
+  if (options.container->model_file.empty()) return Pipeline(source, source, nullptr, knowing, options).run(warnings);
   const GgufOutput gguf(source, warnings);
-  return Pipeline(source, gguf.arranged(), &gguf, request, options).run(warnings);
+  return Pipeline(source, gguf.arranged(), &gguf, knowing, options).run(warnings);
 }
 
 }  // namespace bitwright

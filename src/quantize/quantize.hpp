@@ -30,6 +30,7 @@ struct QuantizeOptions {
   std::optional<double> max_kl{};                           ///< mean, nats a token
   std::optional<double> max_perplexity_increase_percent{};  ///< over the original's
   const Container* container = nullptr;                     ///< one with write_metadata
+  std::filesystem::path stats{};                            ///< calibration statistics; empty: none
 };
 
 /// Quantizes `source` by `request` into `options.output`, reads the result back, judges it, and only then gives it its

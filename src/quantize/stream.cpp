@@ -155,7 +155,7 @@ bool find_sizes(Job& job, std::optional<uint64_t> most_memory) {
 
 Estimate estimate(const Job& job, uint64_t output_bytes, size_t tensors, double seconds_a_byte,
                   std::optional<uint64_t> most_memory) {
-  const uint64_t fixed = kProgramMemory + tensors * kTensorMemory, largest = largest_piece(job);
+  const uint64_t fixed = kProgramMemory + tensors * kTensorMemory + job.memory, largest = largest_piece(job);
   if (most_memory && *most_memory < fixed + largest)
     throw Error(
         {.code = "memory-limit",

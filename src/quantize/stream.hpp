@@ -45,6 +45,7 @@ struct Job {
   OrderedJson identity;                        ///< the source and all that decides the bytes, member by member
   std::vector<std::vector<ArraySpec>> arrays;  ///< of each tensor
   std::vector<Piece> pieces;                   ///< in the order of the output
+  uint64_t memory = 0;                         ///< held from beginning to end, beside the pieces
   std::function<Produced(const Piece&)> produce;
   std::function<void(const Piece&)> prefetch;
 };

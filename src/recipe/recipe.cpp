@@ -302,9 +302,17 @@ Scheme scheme_of(const Resolved& r, const Container* container, DType weight) {
   return scheme;
 }
 
-const Algorithm* algorithm_of(const QuantizationSettings& s) {
+/// has_statistics: of importance, which is heeded where the container has a way to.
+const Algorithm* algorithm_of(const QuantizationSettings& s, bool has_statistics, const Container* container) {
   const std::string name = s.algorithm.value_or("auto");
-  return find_algorithm(name == "auto" ? "rtn" : name);
+  const bool heeds = container != nullptr && container->encode_weighted != nullptr;
+  if (name == "auto") return find_algorithm(has_statistics && heeds ? "imatrix" : "rtn");
+  const Algorithm* const found = find_algorithm(name);
+  if (found->weighted && !heeds)
+    contradiction(fmt::format("{} does not weight errors by importance",
+                              container == nullptr ? "this container" : container->name),
+                  "use --algorithm auto, or --format gguf");
+  return found;
 }
 
 OrderedJson to_json(const Resolved& r, const Algorithm& algorithm) {
@@ -389,14 +397,17 @@ class Resolver {
     if (plan.reason.empty() && !asks_for_something(settings, container_)) plan.reason = "method none";
     if (!plan.reason.empty()) return plan;
     const Resolved r = fill_in(settings, container_, &t.shape);
+    plan.algorithm = algorithm_of(settings, request_.has_statistics, container_);
+    TensorRole role = rule != nullptr ? TensorRole() : t.role;
+    role.weighted = plan.algorithm->weighted;
     plan.scheme = container_ != nullptr && container_->scheme_for != nullptr
-                      ? container_->scheme_for(choice_of(r), rule != nullptr ? TensorRole() : t.role, t.shape)
+                      ? container_->scheme_for(choice_of(r), role, t.shape)
                       : scheme_of(r, container_, t.dtype);
     if (!r.weight_only) plan.linear = container_->make_linear(choice_of(r));
-    plan.algorithm = algorithm_of(settings);
     plan.options.range = r.range == "mse" ? RangeRule::mse : RangeRule::minmax;
     plan.options.owner = container_ != nullptr ? container_->encode : nullptr;
     plan.options.fused = container_ != nullptr ? container_->encode_fused : nullptr;
+    plan.options.weighted_owner = container_ != nullptr ? container_->encode_weighted : nullptr;
     return plan;
   }
 
@@ -430,8 +441,8 @@ class Resolver {
 
 OrderedJson settings_json(const QuantizationRequest& request, const Container* container) {
   OrderedJson json = OrderedJson::object();
-  const auto filled_in = [container](const QuantizationSettings& s) {
-    return to_json(fill_in(s, container), *algorithm_of(s));
+  const auto filled_in = [&](const QuantizationSettings& s) {
+    return to_json(fill_in(s, container), *algorithm_of(s, request.has_statistics, container));
   };
   if (request.settings.method) json["method"] = *request.settings.method;
   if (asks_for_something(request.settings, container)) json.update(filled_in(request.settings));

@@ -34,6 +34,7 @@ struct QuantizationRequest {
   bool skip_embeddings = true;  ///< unless a layer rule names them, or the container's owner quantizes them too
   bool skips_given = false;     ///< skip_modules are the user's, not the usual ones
   std::vector<LayerRule> rules;
+  bool has_statistics = false;  ///< the importance of the weights' columns is known
 };
 
 /// Reads the `quantization` section of a configuration that check_config accepted. Order of layer_configs: as in
