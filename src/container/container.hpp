@@ -197,6 +197,9 @@ struct Container {
   std::string_view model_file{};
   /// In place of make_scheme, where it depends on what a tensor is for, and on its shape (K-quants of 256).
   Scheme (*scheme_for)(const SchemeChoice& choice, const TensorRole& role, const Shape& shape) = nullptr;
+  bool embeddings = false;  ///< its owner looks tokens up in a quantized matrix too
+  /// What `quantize` would be asked for to round weights of so many bits anew; null: integers of as many.
+  std::string_view (*method_for_bits)(int bits) = nullptr;
   std::string_view weights_format = "pt";     ///< "format" in the metadata of its safetensors
   std::span<const std::string_view> files{};  ///< JSON files beside config.json that say how a model is quantized
 };

@@ -118,6 +118,12 @@ Scheme scheme_for(const SchemeChoice& choice, const TensorRole& role, const Shap
   return find_block_codec(gguf_type_for(*find_gguf_file_type(file_type_of(choice)), role, shape))->scheme();
 }
 
+/// The usual file type.
+std::string_view method_for_bits(int bits) {
+  constexpr auto kMethods = std::to_array<std::string_view>({"q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k"});
+  return bits > 6 ? "q8_0" : kMethods.at(static_cast<size_t>(std::max(bits, 2) - 2));
+}
+
 /// The file says all; engines are asked about a configuration that names it.
 void write_metadata(const WrittenModel& /*model*/, const Metadata& out) {
   out.config["quantization_config"] = {{"quant_method", "gguf"}};
@@ -141,6 +147,8 @@ const Container gguf_container = {.name = "gguf",
                                   .choices = kChoices,
                                   .encode = round_to_gguf,
                                   .model_file = "gguf",
-                                  .scheme_for = scheme_for};
+                                  .scheme_for = scheme_for,
+                                  .embeddings = true,
+                                  .method_for_bits = method_for_bits};
 
 }  // namespace bitwright

@@ -303,15 +303,6 @@ bool any_matches(std::span<const std::string_view> patterns, std::string_view te
   return std::ranges::any_of(patterns, [&](std::string_view pattern) { return matches(pattern, tensor); });
 }
 
-/// Tables that are looked up, of tokens, positions, segments and distances: by the names that models give them.
-bool is_embedding(std::string_view tensor) {
-  constexpr auto kNames = std::to_array<std::string_view>(
-      {"embed_tokens", "embed_in", "tok_embeddings", "word_embeddings", "wte", "wpe", "token_embedding",
-       "embed_positions", "position_embedding", "position_embeddings", "pos_embed", "token_type_embeddings",
-       "relative_attention_bias", "embedding"});
-  return any_matches(kNames, tensor) || tensor == "shared.weight";  // the last: T5's
-}
-
 /// The small matrix that sends a token to its experts: one row an expert, and an error in it changes the expert.
 bool is_router(const TensorFacts& t) {
   constexpr auto kNames = std::to_array<std::string_view>({"gate", "router", "shared_expert_gate"});
@@ -434,6 +425,16 @@ Scheme scheme_of(const SchemeChoice& choice, const Container& container, DType w
                         .weight_only = choice.weight_only};
   return scheme_of(all, &container, weight);
 }
+
+bool is_embedding(std::string_view tensor) {
+  constexpr auto kNames = std::to_array<std::string_view>(
+      {"embed_tokens", "embed_in", "tok_embeddings", "word_embeddings", "wte", "wpe", "token_embedding",
+       "embed_positions", "position_embedding", "position_embeddings", "pos_embed", "token_type_embeddings",
+       "relative_attention_bias", "embedding"});
+  return any_matches(kNames, tensor) || tensor == "shared.weight";  // the last: T5's
+}
+
+bool is_head(std::string_view tensor) { return matches("lm_head", tensor) || matches(kNeoxHead, tensor); }
 
 bool matches(std::string_view pattern, std::string_view tensor) {
   const std::string_view module = module_of(tensor);
