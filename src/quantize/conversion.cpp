@@ -51,16 +51,21 @@ std::set<int64_t> sizes_for(const Container& container, const SchemeChoice& choi
   return sizes;
 }
 
-/// As which types scales and offsets of a choice are tried.
-std::vector<std::string_view> scale_types(const SchemeChoice& choice, const ConversionRequest& request) {
+/// As which types scales and offsets of a choice are tried: as the owner has them, else as the source has them.
+std::vector<std::string_view> scale_types(const SchemeChoice& choice, const ConversionRequest& request,
+                                          const Scheme& from) {
   const bool open = choice.scale_dtype == SchemeChoice::kWeightDtype;
   const std::string_view wanted = request.scale_dtype ? info(*request.scale_dtype).name : std::string_view();
   if (request.scale_dtype && choice.quant_type == "int") {
     if (open || wanted == choice.scale_dtype) return {wanted};
     return {};
   }
-  if (open && request.exact) return {choice.scale_dtype, info(DType::f32).name};
-  return {choice.scale_dtype};
+  std::vector<std::string_view> types = {choice.scale_dtype};
+  if (!open) return types;
+  if (const auto own = from.scale ? dtype_of(*from.scale->scheme->element) : std::nullopt)
+    if (from.scale->scheme->is_plain() && size_bytes(*own) == 2) types.push_back(info(*own).name);
+  if (request.exact) types.push_back(info(DType::f32).name);
+  return types;
 }
 
 double largest_difference(std::span<const float> a, std::span<const float> b) {
@@ -103,7 +108,7 @@ class Planner {
 
   std::vector<TensorConversion> run() {
     std::vector<TensorConversion> first = plan_all([](const Scheme&) { return true; });
-    if (is_whole(first)) return first;
+    if (refuse_nothing(first) || is_whole(first)) return first;
     // Some containers hold each tensor, and not all of them in one model: then alike.
     for (const Filter& filter : filters(first)) {
       std::vector<TensorConversion> other = plan_all(filter);
@@ -170,7 +175,7 @@ class Planner {
         continue;
       }
       for (const int64_t size : sizes_for(container_, choice, from, facts_[i].shape))
-        for (const std::string_view scales : scale_types(choice, request_)) {
+        for (const std::string_view scales : scale_types(choice, request_, from)) {
           SchemeChoice sized = choice;
           sized.group_size = size;
           sized.scale_dtype = scales;
@@ -260,8 +265,8 @@ class Planner {
   TensorConversion plan(size_t i, const Filter& filter) const {
     if (is_for_floats(i)) return in_floats(i);
     TensorConversion best = on_a_grid(i, filter);
-    // A head stands in floats wherever it cannot be what it was.
-    const bool may_be_floats = !container_.embeddings && is_head(known_[i].name);
+    // The two that owners mostly have in floats stand so wherever they cannot be what they were.
+    const bool may_be_floats = is_head(known_[i].name) || is_embedding(known_[i].name);
     return best.verdict == ConversionVerdict::impossible && may_be_floats ? in_floats(i) : best;
   }
 
@@ -269,15 +274,18 @@ class Planner {
     const Candidates tried = candidates(i);
     TensorConversion best = {
         .verdict = ConversionVerdict::impossible, .plan = {.name = entry(i).name}, .reason = tried.reason};
-    bool tried_one = false;
+    bool says_why = false;
     for (const Scheme& scheme : tried.schemes) {
       const bool possible = best.plan.scheme.has_value();
       if (possible && !request_.exact && scheme.element->bits > best.plan.scheme->element->bits) break;
       if (!filter(scheme)) continue;
       TensorConversion found = trial(i, scheme);
       if (found.verdict < best.verdict) best = std::move(found);
-      // Of what is impossible the way that takes the fewest bytes says why.
-      if (!std::exchange(tried_one, true) && !best.plan.scheme) best.reason = std::move(found.reason);
+      // Of what is impossible the smallest that has as many bits says why.
+      if (!says_why && !best.plan.scheme && !found.reason.empty()) {
+        says_why = scheme.element->bits >= entry(i).scheme->element->bits;
+        best.reason = std::move(found.reason);
+      }
       if (best.verdict == ConversionVerdict::exact) break;
     }
     return best;
@@ -333,6 +341,20 @@ class Planner {
         break;
       }
     return all;
+  }
+
+  /// A container that would hold nothing of the model is none for it.
+  bool refuse_nothing(std::vector<TensorConversion>& all) const {
+    const auto is_kept = [](const TensorConversion& t) {
+      return t.floats.has_value() || (t.verdict != ConversionVerdict::impossible && !t.plan.scheme);
+    };
+    if (!std::ranges::all_of(all, is_kept)) return false;
+    for (TensorConversion& tensor : all)
+      if (tensor.floats)
+        tensor = {.verdict = ConversionVerdict::impossible,
+                  .plan = {.name = tensor.plan.name},
+                  .reason = fmt::format("{} has all such tensors in floats", container_.name)};
+    return true;
   }
 
   void refuse_together(std::vector<TensorConversion>& all) const {

@@ -16,11 +16,13 @@
 #include "quantize/arranged.hpp"
 #include "quantize/conversion.hpp"
 #include "quantize/gguf_output.hpp"
+#include "quantize/model_card.hpp"
 #include "quantize/model_files.hpp"
 #include "quantize/output_layout.hpp"
 #include "quantize/quantize.hpp"
 #include "quantize/stream.hpp"
 #include "quantize/verify.hpp"
+#include "quantize/write_output.hpp"
 #include "scheme/regrid.hpp"
 
 namespace bitwright {
@@ -83,28 +85,20 @@ class Converter {
   void run() {
     check_apart(source_, options_.output.output);
     prepare();
-    OutputDirectory output(options_.output.output, options_.output.existing);
-    staging_ = output.staging();
-    announce(estimate_, staging_, allocated_bytes(staging_));
-    const OrderedJson files = source_identity(source_);
-    job_.identity["max_shard_size"] = std::to_string(options_.output.max_shard_bytes);
-    job_.identity["model"] = files;
-    Journal journal(output.journal(), job_.identity);
-    check_resumable(journal, job_, shards_, staging_);
-    if (gguf_ == nullptr) copy_side_files(source_, staging_);  // first: one that cannot be read does not cost the work on the weights
-    resumable(output, [&] {
-      ShardWriter writer(staging_, shards_);
-      stream(job_, estimate_.piece_memory, writer, journal);
-      writer.finish();
-      check_unchanged(source_, files);
+    const auto finish = [&](const std::filesystem::path& staging, std::span<const SquaredError> /*errors*/) {
+      staging_ = staging;
       write_metadata(OrderedJson::object());  // the written model must open before it can be verified
       if (options_.verify) verify();
       OrderedJson record = {{"tool", {{"name", "bitwright"}, {"version", BITWRIGHT_VERSION}}},
+                            {"bytes_in", source_.weight_bytes()},
+                            {"bytes_out", shards_.bytes()},
                             {"conversion", report()}};
-      record["files"] = digests_of(staging_);
+      record["files"] = digests_of(staging);
       engines_ = engines_json(write_metadata(record));
-      output.commit();
-    });
+      write_text_file(staging / "README.md", model_card(record));
+    };
+    write_output(source_, job_, shards_, estimate_, options_.output,
+                 {.finish = finish, .side_files = gguf_ == nullptr});
   }
 
   OrderedJson report() const {
@@ -142,6 +136,9 @@ class Converter {
     if (source_.container() != &container_ && std::ranges::any_of(source_.tensors(), has_activations))
       warnings.push_back(
           {"ACTIVATIONS_DROPPED", "the model's activations are quantized too; the conversion keeps the weights alone"});
+    if (source_.facts() != nullptr && gguf_ == nullptr &&
+        !std::filesystem::exists(model_directory(source_) / "tokenizer.json"))
+      warnings.push_back(no_tokenizer_written());
     if (source_.quantized_model().kv_cache)
       warnings.push_back({"KV_CACHE_DROPPED", "the scales of the KV cache are not converted"});
   }
@@ -158,6 +155,7 @@ class Converter {
     json["max_abs_difference"] = t.max_abs_difference ? OrderedJson(*t.max_abs_difference) : OrderedJson();
     json["from"] = type_of(part(i));
     if (t.plan.scheme || t.floats) json["scheme"] = t.floats ? std::string(info(*t.floats).name) : describe(*t.plan.scheme);
+    if (t.plan.scheme && gguf_ != nullptr) json["type"] = container_.layout(stored(i)).front().block->name;
     if (t.verdict > ConversionVerdict::bounded) json["reason"] = t.reason;
     return json;
   }
@@ -184,9 +182,7 @@ class Converter {
     job_.label = "converting";
     job_.produce = [this](const Piece& piece) { return produce(piece); };
     job_.prefetch = [](const Piece&) {};
-    job_.identity = {{"tool", BITWRIGHT_VERSION},
-                     {"command", "convert"},
-                     {"recipe", sha256(decisions + std::string(container_.name))}};
+    job_.identity = {{"command", "convert"}, {"recipe", sha256(decisions + std::string(container_.name))}};
     for (size_t i = 0; i < tensors_.size(); ++i) add_pieces(i);
     if (find_sizes(job_, options_.output.max_memory))
       shards_ = plan_shards(job_.arrays, options_.output.max_shard_bytes, container_.weights_format);
