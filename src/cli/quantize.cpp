@@ -16,14 +16,6 @@
 namespace bitwright {
 namespace {
 
-/// The containers that can be written.
-std::vector<std::string> writable_formats() {
-  std::vector<std::string> names;
-  for (const Container* container : all_containers())
-    if (container->write_metadata != nullptr) names.emplace_back(container->name);
-  return names;
-}
-
 std::string format_help() {
   return fmt::format("containers: {}; of several OUT gets a directory each (default: native)",
                      fmt::join(writable_formats(), ", "));

@@ -203,6 +203,7 @@ struct Container {
   std::string_view model_file{};
   /// In place of make_scheme, where it depends on what a tensor is for, and on its shape (K-quants of 256).
   Scheme (*scheme_for)(const SchemeChoice& choice, const TensorRole& role, const Shape& shape) = nullptr;
+  bool embeddings = false;                    ///< its owner looks tokens up in a quantized matrix too
   std::string_view weights_format = "pt";     ///< "format" in the metadata of its safetensors
   std::span<const std::string_view> files{};  ///< JSON files beside config.json that say how a model is quantized
 };

@@ -162,6 +162,7 @@ const Container gguf_container = {.name = "gguf",
                                   .encode = round_to_gguf,
                                   .encode_weighted = round_to_gguf,
                                   .model_file = "gguf",
-                                  .scheme_for = scheme_for};
+                                  .scheme_for = scheme_for,
+                                  .embeddings = true};
 
 }  // namespace bitwright

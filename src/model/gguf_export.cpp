@@ -329,7 +329,7 @@ class Exporter {
         view.rows = inverse(order_of_parts(rows_of(entry, 3 * config_.heads, count), config_.heads));
         return;
       case GgufRows::transposed:
-        view.transposed = entry.shape.size() == 2;
+        view.transposed = entry.shape.size() == 2 && !entry.transposed;
         if (view.transposed) std::swap(view.shape[0], view.shape[1]);
         return;
       case GgufRows::minus_one:

@@ -14,7 +14,7 @@ namespace bitwright {
 struct GgufModel {
   std::string architecture;                  ///< general.architecture
   GgufMetadata metadata;                     ///< of the network: its architecture and the keys that begin with it
-  std::vector<ArrayView> arrays;             ///< tensors as llama.cpp calls and orders them
+  std::vector<ArrayView> arrays;             ///< tensors as llama.cpp calls and orders them, of the model's tensors
   std::map<std::string, std::string> names;  ///< of them in the model's own words; of a stack that of its first matrix
   std::vector<std::string> differences;      ///< in what llama.cpp computes and config.json says
 };

@@ -61,13 +61,15 @@ const GgufFileType* type_of_most(std::span<const std::vector<ArraySpec>> arrays)
 }  // namespace
 
 GgufOutput::GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings)
-    : model_(gguf_model(model)), arranged_(open_as_gguf(model, model_)), role_(role_of(model, model_)) {
+    : model_(gguf_model(model)), role_(role_of(model, model_)) {
+  if (model.container() == nullptr) arranged_.emplace(open_as_gguf(model, model_));
   for (const std::string& difference : model_.differences)
     warnings.push_back({"COMPUTED_OTHERWISE", fmt::format("llama.cpp computes it otherwise: {}", difference)});
   const std::filesystem::path directory = model_directory(model);
   name_ = std::filesystem::weakly_canonical(std::filesystem::absolute(directory)).filename().string();
-  const TensorEntry* const embedding = arranged_.find("token_embd.weight");
-  const auto rows = static_cast<size_t>(embedding == nullptr || embedding->shape.empty() ? 0 : embedding->shape[0]);
+  const auto embedding = std::ranges::find(model_.arrays, "token_embd.weight", &ArrayView::name);
+  const bool has_rows = embedding != model_.arrays.end() && !embedding->shape.empty();
+  const auto rows = static_cast<size_t>(has_rows ? embedding->shape[0] : 0);
   chat_template_ = chat_template_of(directory);
   if (!Tokenizer::exists_in(directory)) {
     vocabulary_.model = kNoVocabulary;

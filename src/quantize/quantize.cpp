@@ -27,6 +27,7 @@
 #include "quantize/output_layout.hpp"
 #include "quantize/stream.hpp"
 #include "quantize/verify.hpp"
+#include "quantize/write_output.hpp"
 #include "scheme/transposed.hpp"
 
 namespace bitwright {
@@ -80,20 +81,10 @@ class Pipeline {
   OrderedJson run(std::vector<Warning>& warnings) {
     const auto start = std::chrono::steady_clock::now();
     warnings.insert(warnings.end(), recipe_.warnings.begin(), recipe_.warnings.end());
-    OutputDirectory output(options_.output.output, options_.output.existing);
-    staging_ = output.staging();
-    announce(estimate_, staging_, allocated_bytes(staging_));
-    const OrderedJson files = source_identity(source_);
-    job_.identity["max_shard_size"] = std::to_string(options_.output.max_shard_bytes);
-    job_.identity["model"] = files;
-    Journal journal(output.journal(), job_.identity);
-    check_resumable(journal, job_, shards_, staging_);
-    if (gguf_ == nullptr)
-      copy_side_files(source_, staging_);  // first: one that cannot be read does not cost the work on the weights
     OrderedJson record;
-    resumable(output, [&] {
-      write_weights(journal);
-      check_unchanged(source_, files);
+    const auto finish = [&](const std::filesystem::path& staging, std::span<const SquaredError> errors) {
+      staging_ = staging;
+      add_layers(errors);
       warn_of_lost_layers(warnings);
       write_metadata(OrderedJson::object());  // the written model must open before it can be verified
       record = make_record();
@@ -101,8 +92,11 @@ class Pipeline {
       record["verification"] = verify(warnings);
       engines_ = engines_json(write_metadata(record));
       write_text_file(staging_ / "README.md", model_card(record));
-      output.commit();
-    });
+    };
+    write_output(source_, job_, shards_, estimate_, options_.output,
+                 {.begin = [this] { largest_ = fused_magnitudes(source_, recipe_); },
+                  .finish = finish,
+                  .side_files = gguf_ == nullptr});
     OrderedJson result = {{"output", options_.output.output.string()}, {"format", options_.container->name}};
     for (const char* key : {"algorithm", "scheme", "bytes_in", "bytes_out", "bits_per_weight"})
       result[key] = record[key];
@@ -154,7 +148,7 @@ class Pipeline {
     }
     metadata(OrderedJson::object());  // what cannot be written is refused before there is any work
     const std::string recipe = decisions + recipe_.settings.dump() + std::string(options_.container->name);
-    job_.identity = {{"tool", BITWRIGHT_VERSION}, {"command", "quantize"}, {"recipe", sha256(recipe)}};
+    job_.identity = {{"command", "quantize"}, {"recipe", sha256(recipe)}};
     job_.identity["statistics"] = importance_ ? importance_->digest() : "none";
   }
 
@@ -196,11 +190,7 @@ class Pipeline {
     return static_cast<uint64_t>(piece.rows.begin * width(piece)) * size_bytes(source_.tensors()[piece.tensor].dtype);
   }
 
-  void write_weights(Journal& journal) {
-    largest_ = fused_magnitudes(source_, recipe_);
-    ShardWriter writer(staging_, shards_);
-    const std::vector<SquaredError> errors = stream(job_, estimate_.piece_memory, writer, journal);
-    writer.finish();
+  void add_layers(std::span<const SquaredError> errors) {
     size_t piece = 0;
     for (size_t i = 0; i < recipe_.tensors.size(); ++i) {
       SquaredError sums;

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <span>
@@ -29,8 +30,6 @@ void take(const OrderedJson& settings, const char* key, std::optional<T>& value)
 void read_settings(const OrderedJson& scheme, const OrderedJson& rest, QuantizationSettings& s) {
   take(rest, "method", s.method);
   take(rest, "gguf_type", s.gguf_type);
-  if (s.gguf_type)
-    std::ranges::transform(*s.gguf_type, s.gguf_type->begin(), [](unsigned char c) { return std::tolower(c); });
   take(rest, "algorithm", s.algorithm);
   take(rest, "range", s.range);
   take(rest, "weight_only", s.weight_only);
@@ -136,7 +135,9 @@ bool is_sized(std::string_view granularity) {
                .status = ExitStatus::usage});
 }
 
-const SchemeChoice* named_choice(const std::string& name, const Container& container) {
+/// Case does not matter, as in llama.cpp.
+const SchemeChoice* named_choice(std::string name, const Container& container) {
+  std::ranges::transform(name, name.begin(), [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
   const auto found = std::ranges::find(container.choices, name, &SchemeChoice::name);
   // llama.cpp's short names
   const auto medium = std::ranges::find(container.choices, name + "_m", &SchemeChoice::name);
@@ -335,15 +336,6 @@ bool any_matches(std::span<const std::string_view> patterns, std::string_view te
   return std::ranges::any_of(patterns, [&](std::string_view pattern) { return matches(pattern, tensor); });
 }
 
-/// Tables that are looked up, of tokens, positions, segments and distances: by the names that models give them.
-bool is_embedding(std::string_view tensor) {
-  constexpr auto kNames = std::to_array<std::string_view>(
-      {"embed_tokens", "embed_in", "tok_embeddings", "word_embeddings", "wte", "wpe", "token_embedding",
-       "embed_positions", "position_embedding", "position_embeddings", "pos_embed", "token_type_embeddings",
-       "relative_attention_bias", "embedding"});
-  return any_matches(kNames, tensor) || tensor == "shared.weight";  // the last: T5's
-}
-
 /// The small matrix that sends a token to its experts: one row an expert, and an error in it changes the expert.
 bool is_router(const TensorFacts& t) {
   constexpr auto kNames = std::to_array<std::string_view>({"gate", "router", "shared_expert_gate"});
@@ -470,6 +462,16 @@ Scheme scheme_of(const SchemeChoice& choice, const Container& container, DType w
                         .weight_only = choice.weight_only};
   return scheme_of(all, &container, weight);
 }
+
+bool is_embedding(std::string_view tensor) {
+  constexpr auto kNames = std::to_array<std::string_view>(
+      {"embed_tokens", "embed_in", "tok_embeddings", "word_embeddings", "wte", "wpe", "token_embedding",
+       "embed_positions", "position_embedding", "position_embeddings", "pos_embed", "token_type_embeddings",
+       "relative_attention_bias", "embedding"});
+  return any_matches(kNames, tensor) || tensor == "shared.weight";  // the last: T5's
+}
+
+bool is_head(std::string_view tensor) { return matches("lm_head", tensor) || matches(kNeoxHead, tensor); }
 
 bool matches(std::string_view pattern, std::string_view tensor) {
   const std::string_view module = module_of(tensor);

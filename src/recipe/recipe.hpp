@@ -80,6 +80,11 @@ Recipe resolve(const QuantizationRequest& request, std::span<const TensorFacts> 
 /// What a row of the container's table of choices makes of a weight of this type; the container may refuse it.
 Scheme scheme_of(const SchemeChoice& choice, const Container& container, DType weight);
 
+/// Is it a table that is looked up (of tokens, positions …), by the names that models give them?
+bool is_embedding(std::string_view tensor);
+/// The matrix that gives the logits.
+bool is_head(std::string_view tensor);
+
 /// Does `pattern` name this tensor's module? A glob (*, ?) is compared with the whole name, with and without ".weight";
 /// other patterns match whole components in a row: "model.layers.0", "down_proj".
 bool matches(std::string_view pattern, std::string_view tensor);
