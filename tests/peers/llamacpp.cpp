@@ -45,7 +45,7 @@ class Peer {
     if (context == 0) return;
     llama_context_params params = llama_context_default_params();
     params.n_ctx = params.n_batch = params.n_ubatch = context;
-    params.n_threads = params.n_threads_batch = 1;  // its threads spin while they wait
+    params.n_threads = params.n_threads_batch = 1;
     params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
     params.type_k = params.type_v = GGML_TYPE_F32;
     context_ = llama_init_from_model(model_, params);
@@ -128,8 +128,7 @@ void add(std::span<const float> peer, std::span<const float> file, std::span<con
   sums.nll_peer += p - peer[t];
   sums.nll_file += f - file[t];
   sums.nll_model += m - model[t];
-  for (size_t i = 0; i < peer.size(); ++i)
-    sums.divergence += std::exp(peer[i] - p) * ((peer[i] - p) - (file[i] - f));
+  for (size_t i = 0; i < peer.size(); ++i) sums.divergence += std::exp(peer[i] - p) * ((peer[i] - p) - (file[i] - f));
   sums.file = std::max(sums.file, distance(peer, file));
   sums.model = std::max(sums.model, distance(peer, model));
   sums.spread = std::max(sums.spread, std::ranges::max(peer) - std::ranges::min(peer));
@@ -137,8 +136,8 @@ void add(std::span<const float> peer, std::span<const float> file, std::span<con
   ++sums.positions;
 }
 
-std::vector<int32_t> greedy(const Model& model, std::span<const int32_t> prompt) {
-  KvCache cache(model.config(), static_cast<int64_t>(prompt.size()) + kGreedy);
+std::vector<int32_t> greedy(const Model& model, std::span<const int32_t> prompt, int64_t context) {
+  KvCache cache(model.config(), context);
   std::vector<int32_t> step(prompt.begin(), prompt.end()), out;
   for (int i = 0; i < kGreedy; ++i) {
     step = {most_likely(model.forward(step, cache, Model::Logits::last))};
@@ -164,9 +163,8 @@ Json compare(const std::string& original, const std::string& file, const std::st
   const Model model(source), ours(written);
   const Tokenizer tokenizer(tokenizer_path(source));
   const bool adds = tokenizer.adds_bos() && tokenizer.bos_id();
-  const Protocol protocol = {.context = context,
-                             .stride = context,
-                             .bos = adds ? Protocol::Bos::document : Protocol::Bos::none};
+  const Protocol protocol = {
+      .context = context, .stride = context, .bos = adds ? Protocol::Bos::document : Protocol::Bos::none};
   const MappedFile mapped(text);
   const std::vector<int32_t> tokens = token_stream(tokenizer, mapped.text(), protocol);
   Peer peer(file, static_cast<uint32_t>(context));
@@ -184,7 +182,7 @@ Json compare(const std::string& original, const std::string& file, const std::st
   }
   const auto n = static_cast<double>(sums.positions);
   const auto prompt = std::span(tokens).first(kPrompt);
-  const std::vector<int32_t> theirs = greedy(peer, prompt), mine = greedy(ours, prompt);
+  const std::vector<int32_t> theirs = greedy(peer, prompt), mine = greedy(ours, prompt, context);
   return {{"positions", sums.positions},
           {"ppl_llamacpp", std::exp(sums.nll_peer / n)},
           {"ppl_file", std::exp(sums.nll_file / n)},
