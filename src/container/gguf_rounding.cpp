@@ -45,33 +45,35 @@ template <size_t kCount>
   return std::bit_cast<float>(largest_bits<kCount>(x));
 }
 
-/// The value of largest magnitude, with its sign; the first of several.
-template <size_t kCount>
-[[gnu::always_inline]] inline float extreme(const float* x) {
-  const uint32_t most = largest_bits<kCount>(x);
-  uint32_t positive = kCount, negative = kCount;  // the first of each
-  for (uint32_t j = 0; j < kCount; ++j) {
-    const uint32_t bits = std::bit_cast<uint32_t>(x[j]);
-    positive = std::min(positive, bits == most ? j : static_cast<uint32_t>(kCount));
-    negative = std::min(negative, bits == (most | 0x80000000) ? j : static_cast<uint32_t>(kCount));
-  }
-  const float value = std::bit_cast<float>(most);
-  return most != 0 && negative < positive ? -value : value;
+/// In the order of whole numbers, and back.
+[[gnu::always_inline]] inline int32_t key_of(float x) {
+  const int32_t bits = std::bit_cast<int32_t>(x);
+  return bits ^ (bits >> 31 & 0x7fffffff);
+}
+[[gnu::always_inline]] inline float value_of(int32_t key) {
+  return std::bit_cast<float>(key ^ (key >> 31 & 0x7fffffff));
 }
 
 /// The smallest and the largest value; of zeros with different signs the first.
 template <size_t kCount>
 [[gnu::always_inline]] inline std::pair<float, float> extremes(const float* x) {
-  int32_t low = INT32_MAX, high = INT32_MIN;  // in the order of whole numbers
+  int32_t low = INT32_MAX, high = INT32_MIN;
   for (size_t j = 0; j < kCount; ++j) {
-    const int32_t bits = std::bit_cast<int32_t>(x[j]), key = bits ^ (bits >> 31 & 0x7fffffff);
-    low = std::min(low, key);
-    high = std::max(high, key);
+    low = std::min(low, key_of(x[j]));
+    high = std::max(high, key_of(x[j]));
   }
-  const auto value = [](int32_t key) { return std::bit_cast<float>(key ^ (key >> 31 & 0x7fffffff)); };
-  float least = value(low);
+  float least = value_of(low);
   if (least == 0) least = *std::find(x, x + kCount, 0.0f);
-  return {least, value(high)};
+  return {least, value_of(high)};
+}
+
+/// The value of largest magnitude, with its sign; the first of several.
+template <size_t kCount>
+[[gnu::always_inline]] inline float extreme(const float* x) {
+  const auto [low, high] = extremes<kCount>(x);
+  if (high == 0 && low == 0) return 0;
+  if (high != -low) return high > -low ? high : low;
+  return *std::find_if(x, x + kCount, [most = high](float v) { return std::fabs(v) == most; });
 }
 
 [[gnu::always_inline]] inline float inverse(float d) { return d != 0 ? 1.0f / d : 0.0f; }

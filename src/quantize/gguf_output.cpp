@@ -3,11 +3,13 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
 
 #include "base/mapped_file.hpp"
+#include "base/threads.hpp"
 #include "container/gguf_file_types.hpp"
 #include "container/gguf_types.hpp"
 #include "evaluate/evaluate.hpp"
@@ -102,12 +104,19 @@ GgufOutput::GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings)
     warnings.push_back({"NO_TOKENIZER", "the model has no tokenizer, so the file has no vocabulary"});
     return;
   }
-  vocabulary_ = gguf_vocabulary_of(directory, rows);
-  take_id(model.config(), "bos_token_id", rows, vocabulary_.bos);
-  take_id(model.config(), "eos_token_id", rows, vocabulary_.eos);
-  take_turn_ends(end_tokens(model.config(), directory), rows, vocabulary_);
-  const Tokenizer own(directory), theirs = Tokenizer::from_gguf(vocabulary_, directory.string());
-  if (own.encode(bundled_text()) != theirs.encode(bundled_text()))
+  std::array<std::vector<int32_t>, 2> ids;  // of the model's tokenizer and of the file's
+  parallel_for(2, [&](size_t i) {
+    if (i == 0) {
+      ids[0] = Tokenizer(directory).encode(bundled_text());
+      return;
+    }
+    vocabulary_ = gguf_vocabulary_of(directory, rows);
+    take_id(model.config(), "bos_token_id", rows, vocabulary_.bos);
+    take_id(model.config(), "eos_token_id", rows, vocabulary_.eos);
+    take_turn_ends(end_tokens(model.config(), directory), rows, vocabulary_);
+    ids[1] = Tokenizer::from_gguf(vocabulary_, directory.string()).encode(bundled_text());
+  });
+  if (ids[0] != ids[1])
     warnings.push_back({"OTHER_TOKENS", "llama.cpp will cut some texts into other tokens than the model's tokenizer"});
 }
 
