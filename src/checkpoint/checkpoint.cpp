@@ -646,7 +646,9 @@ void Checkpoint::prefetch(const TensorEntry& entry, uint64_t offset, uint64_t by
 }
 
 std::vector<RowRange> Checkpoint::row_pieces(const TensorEntry& entry) const {
-  if (entry.rearranged || entry.transposed) return {{0, row_count(entry.shape)}};
+  const auto found = impl_->rearranged.find(entry.name);
+  const bool transposed = found != impl_->rearranged.end() && found->second.transposed;
+  if (transposed || entry.transposed) return {{0, row_count(entry.shape)}};
   return bitwright::row_pieces(*impl_->container, impl_->stored.at(entry.name));
 }
 

@@ -11,18 +11,20 @@
 namespace bitwright {
 namespace {
 
-std::vector<std::string> writable_formats() {
-  std::vector<std::string> names;
-  for (const Container* container : all_containers())
-    if (container->write_metadata != nullptr) names.emplace_back(container->name);
-  return names;
-}
-
 OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
   ConvertOptions options = {.output = output_options(arguments)};
   options.request.container = find_container(*arguments.text("--format"));
   options.request.exact = arguments.flag("--exact");
   options.request.requantize = arguments.flag("--requantize");
+  options.request.method = arguments.text("--method").value_or("");
+  options.request.gguf_type = arguments.text("--gguf-type").value_or("");
+  for (const auto* how : {&options.request.method, &options.request.gguf_type})
+    if (!how->empty() && !options.request.requantize)
+      throw Error({.code = "bad-value",
+                   .what = "bad command line",
+                   .why = "--method and --gguf-type say how weights are quantized anew",
+                   .fix = "give --requantize too",
+                   .status = ExitStatus::usage});
   if (const auto scales = arguments.text("--scale-dtype")) options.request.scale_dtype = dtype_from_name(*scales);
   options.verify = !arguments.flag("--no-verify");
   options.dry_run = arguments.flag("--dry-run");
@@ -70,6 +72,14 @@ const Command convert_command = {
                                      .type = Option::Type::flag,
                                      .value_name = "",
                                      .help = "quantize anew what has no place on the container's grid"},
+                                    {.name = "--method",
+                                     .type = Option::Type::text,
+                                     .value_name = "M",
+                                     .help = "for --requantize, as of quantize (default: as many bits as now)"},
+                                    {.name = "--gguf-type",
+                                     .type = Option::Type::text,
+                                     .value_name = "T",
+                                     .help = "for --requantize into GGUF, as of quantize"},
                                     {.name = "--scale-dtype",
                                      .type = Option::Type::text,
                                      .value_name = "T",

@@ -14,9 +14,7 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
   const Checkpoint model = open_model(arguments.model);
   model.verify_digests();
   if (model.facts() != nullptr && !std::filesystem::exists(model_directory(model) / "tokenizer.json"))
-    warnings.push_back({"NO_TOKENIZER",
-                        "the output has no tokenizer: the file's vocabulary is not written as "
-                        "tokenizer.json; copy the original model's beside it"});
+    warnings.push_back(no_tokenizer_written());
   return dequantize(model, output_options(arguments), *dtype_from_name(arguments.text("--dtype").value_or("float32")));
 }
 

@@ -29,6 +29,13 @@ std::vector<Option> with_output_options(std::vector<Option> own) {
   return options;
 }
 
+std::vector<std::string> writable_formats() {
+  std::vector<std::string> names;
+  for (const Container* container : all_containers())
+    if (container->write_metadata != nullptr) names.emplace_back(container->name);
+  return names;
+}
+
 OutputOptions output_options(const Arguments& arguments) {
   const bool force = arguments.flag("--force");
   return {.output = *arguments.text("--output"),

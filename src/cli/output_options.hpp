@@ -1,5 +1,6 @@
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "cli/command.hpp"
@@ -9,6 +10,8 @@ namespace bitwright {
 
 /// --output, --force, --resume, --max-shard-size, --max-memory, followed by a command's own.
 std::vector<Option> with_output_options(std::vector<Option> own);
+/// The containers that can be written.
+std::vector<std::string> writable_formats();
 OutputOptions output_options(const Arguments& arguments);
 
 }  // namespace bitwright

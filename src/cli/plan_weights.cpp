@@ -187,7 +187,7 @@ class Weights {
     std::vector<TensorFacts> tensors = facts_of(gguf.arranged());
     OutputLayout layout = lay_out(tensors, request, container, OutputOptions::kUsualShard, &names);
     layout.shards =
-        plan_gguf(layout.arrays, gguf.metadata(layout.arrays, layout.recipe.settings.value("quant_type", "")));
+        plan_gguf(layout.arrays, gguf.metadata(layout.arrays, layout.recipe.settings.value("gguf_type", "")));
     return {.container = &container, .tensors = std::move(tensors), .layout = std::move(layout)};
   }
 
@@ -219,6 +219,7 @@ class Weights {
   /// (refused_) the engine takes the container, but not such weights in it.
   std::optional<Made> choose(const QuantizationRequest& request, const std::string& format) {
     if (!format.empty()) return make(request, *find_container(format));
+    if (request.settings.gguf_type) return make(request, *find_container("gguf"));
     const PlanRequest engine{.engine = request_.engine, .version = request_.version, .hardware = request_.hardware};
     const Container* const own = find_container(request_.intent.backend_method);
     for (const Container* container : own != nullptr ? std::vector{own} : loaded_by(request_)) {
@@ -340,7 +341,8 @@ bool asks_for_weights(const OrderedJson& config, const Intent& intent, const std
   if (intent.method != "none" && intent.method != "auto") return true;
   const OrderedJson* rules = find_config(config, "quantization.layer_configs");
   return (rules != nullptr && !rules->empty()) || find_config(config, "quantization.scheme.bits") != nullptr ||
-         find_config(config, "quantization.scheme.quant_type") != nullptr;
+         find_config(config, "quantization.scheme.quant_type") != nullptr ||
+         find_config(config, "quantization.gguf_type") != nullptr;
 }
 
 /// Does the engine itself make of the weights what is asked, while it loads them?

@@ -16,22 +16,15 @@
 namespace bitwright {
 namespace {
 
-/// The containers that can be written.
-std::vector<std::string> writable_formats() {
-  std::vector<std::string> names;
-  for (const Container* container : all_containers())
-    if (container->write_metadata != nullptr) names.emplace_back(container->name);
-  return names;
-}
-
 std::string format_help() {
   return fmt::format("containers: {}; of several OUT gets a directory each (default: native)",
                      fmt::join(writable_formats(), ", "));
 }
 
 /// "A,B": each once, in the order given.
-std::vector<const Container*> formats_of(const Arguments& arguments) {
-  const std::string text = arguments.text("--format").value_or("native");
+std::vector<const Container*> formats_of(const Arguments& arguments, const QuantizationRequest& request) {
+  const bool names_gguf = request.settings.gguf_type.has_value();
+  const std::string text = arguments.text("--format").value_or(names_gguf ? "gguf" : "native");
   std::vector<const Container*> formats;
   for (size_t begin = 0; begin <= text.size();) {
     const size_t comma = std::min(text.find(',', begin), text.size());
@@ -47,12 +40,20 @@ std::vector<const Container*> formats_of(const Arguments& arguments) {
     if (std::ranges::find(formats, format) == formats.end()) formats.push_back(format);
     begin = comma + 1;
   }
+  const bool any_gguf = std::ranges::find(formats, find_container("gguf")) != formats.end();
+  if (names_gguf && !any_gguf)
+    throw Error(
+        {.code = "bad-value",
+         .what = "bad command line",
+         .why = fmt::format("--gguf-type {} and --format {} exclude each other", *request.settings.gguf_type, text),
+         .fix = "add gguf to --format",
+         .status = ExitStatus::usage});
   return formats;
 }
 
 OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
   const QuantizationRequest request = read_request(arguments.config);
-  const std::vector<const Container*> formats = formats_of(arguments);
+  const std::vector<const Container*> formats = formats_of(arguments, request);
   QuantizeOptions options = {.output = output_options(arguments),
                              .verify = !arguments.flag("--no-verify"),
                              .max_kl = arguments.number("--max-kl"),

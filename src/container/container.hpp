@@ -111,6 +111,7 @@ struct Metadata {
 /// A kind of code that a container holds, with all that belongs to it: a row of its table of defaults, and the request
 /// for one tensor with every default filled in.
 struct SchemeChoice {
+  std::string_view name{};              ///< as --gguf-type has it; empty: it is known by what it is
   std::string_view quant_type = "int";  ///< as in the configuration: int, nf4, fp4, e4m3, e5m2, mxfp4, nvfp4
   int bits = 4;
   bool symmetric = false;
@@ -201,7 +202,11 @@ struct Container {
   /// stand in it. Empty: safetensors beside config.json, names as they are.
   std::string_view model_file{};
   /// In place of make_scheme, where it depends on what a tensor is for, and on its shape (K-quants of 256).
+  /// May be plain numbers; where it is there, `takes` is not asked.
   Scheme (*scheme_for)(const SchemeChoice& choice, const TensorRole& role, const Shape& shape) = nullptr;
+  bool embeddings = false;  ///< its owner looks tokens up in a quantized matrix too
+  /// Why a tensor of this shape gets another type than one that fits would; empty: it does not. Null: none does.
+  std::string (*note_for)(const SchemeChoice& choice, const TensorRole& role, const Shape& shape) = nullptr;
   std::string_view weights_format = "pt";     ///< "format" in the metadata of its safetensors
   std::span<const std::string_view> files{};  ///< JSON files beside config.json that say how a model is quantized
 };

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
@@ -33,7 +34,15 @@ std::vector<StoredTensor> list(const CheckpointView& checkpoint) {
   return tensors;
 }
 
+/// Of plain numbers.
+std::optional<DType> float_of(const Scheme& scheme) {
+  const auto dtype = scheme.is_plain() ? dtype_of(*scheme.element) : std::nullopt;
+  const bool known = dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16;
+  return known ? dtype : std::nullopt;
+}
+
 Fit fit(const Scheme& scheme, const Shape& shape) {
+  if (float_of(scheme)) return {Verdict::exact};
   const BlockCodec* const codec = find_block_codec(scheme);
   if (codec == nullptr) return {Verdict::impossible, "no type of GGUF holds it"};
   const BlockType& block = block_of(*codec);
@@ -44,6 +53,7 @@ Fit fit(const Scheme& scheme, const Shape& shape) {
 }
 
 std::vector<ArraySpec> layout(const StoredTensor& tensor) {
+  if (const auto dtype = float_of(tensor.scheme)) return {{tensor.name, *dtype, tensor.shape}};
   return {{tensor.name, DType::u8, tensor.shape, &block_of(*find_block_codec(tensor.scheme))}};
 }
 
@@ -57,6 +67,10 @@ void for_each_block(const BlockType& type, size_t blocks, const Visit& visit) {
 
 std::vector<NamedArray> pack(const StoredTensor& tensor, const QuantizedTensor& values) {
   NamedArray array = {.spec = layout(tensor).front(), .data = {}};
+  if (float_of(tensor.scheme)) {
+    array.data = values.codes;
+    return {std::move(array)};
+  }
   array.data.resize(array.spec.bytes());
   const BlockCodec& codec = *find_block_codec(tensor.scheme);
   const BlockType& type = block_of(codec);
@@ -82,40 +96,90 @@ QuantizedTensor unpack(const StoredTensor& tensor, const CheckpointView& checkpo
 /// Rows of 32 have a type whatever is asked for; others are kept.
 bool takes(std::string_view /*name*/, const Shape& shape) { return shape.back() % 32 == 0; }
 
-/// A file's type for `--method q4_k_m`, or integers by their bits.
+/// The types of files. Of integers the first of its bits is what a method means.
 constexpr auto kChoices = [] {
   struct Row {
-    std::string_view name;
+    std::string_view name, quant_type;
     int bits;
+    bool symmetric;
+    int64_t group_size;
+    bool nested_scales;
   };
-  constexpr auto kRows = std::to_array<Row>(
-      {{"q8_0", 8},   {"q4_0", 4},   {"q4_1", 4},   {"q5_0", 5},   {"q5_1", 5},   {"nvfp4", 4},  {"mxfp4", 4},
-       {"tq1_0", 2},  {"tq2_0", 2},  {"q2_k", 2},   {"q2_k_s", 2}, {"q3_k_s", 3}, {"q3_k_m", 3}, {"q3_k_l", 3},
-       {"q4_k_s", 4}, {"q4_k_m", 4}, {"q5_k_s", 5}, {"q5_k_m", 5}, {"q6_k", 6},   {"iq4_nl", 4}, {"iq4_xs", 4}});
-  std::array<SchemeChoice, kRows.size() + 5> all{};
-  size_t n = 0;
-  const auto add = [&](std::string_view name, int bits, bool symmetric) {
-    all.at(n++) = {
-        .quant_type = name, .bits = bits, .symmetric = symmetric, .group_size = 32, .scale_dtype = "float16"};
-  };
-  add("int", 8, true);
-  add("int", 4, true);
-  add("int", 4, false);
-  add("int", 5, true);
-  add("int", 5, false);
-  for (const Row& row : kRows) add(row.name, row.bits, true);
+  constexpr auto kRows = std::to_array<Row>({
+      {"q4_k_m", "int", 4, false, 32, true},   {"q8_0", "int", 8, true, 32, false},
+      {"q6_k", "int", 6, true, 16, true},      {"q5_k_m", "int", 5, false, 32, true},
+      {"q3_k_m", "int", 3, true, 16, true},    {"q2_k", "int", 2, false, 16, true},
+      {"q4_0", "int", 4, true, 32, false},     {"q4_1", "int", 4, false, 32, false},
+      {"q5_0", "int", 5, true, 32, false},     {"q5_1", "int", 5, false, 32, false},
+      {"q2_k_s", "int", 2, false, 16, true},   {"q3_k_s", "int", 3, true, 16, true},
+      {"q3_k_l", "int", 3, true, 16, true},    {"q4_k_s", "int", 4, false, 32, true},
+      {"q5_k_s", "int", 5, false, 32, true},   {"iq4_nl", "iq4_nl", 4, true, 32, false},
+      {"iq4_xs", "iq4_xs", 4, true, 32, true}, {"nvfp4", "nvfp4", 4, true, 16, false},
+      {"mxfp4", "mxfp4", 4, true, 32, false},  {"tq1_0", "tq1_0", 2, true, 256, false},
+      {"tq2_0", "tq2_0", 2, true, 256, false}, {"f32", "f32", 32, true, 32, false},
+      {"f16", "f16", 16, true, 32, false},     {"bf16", "bf16", 16, true, 32, false},
+  });
+  std::array<SchemeChoice, kRows.size()> all{};
+  for (size_t i = 0; i < kRows.size(); ++i) {
+    const Row& row = kRows.at(i);
+    all.at(i) = {.name = row.name,
+                 .quant_type = row.quant_type,
+                 .bits = row.bits,
+                 .symmetric = row.symmetric,
+                 .group_size = row.group_size,
+                 .scale_dtype = "float16",
+                 .nested_scales = row.nested_scales};
+  }
   return all;
 }();
 
-std::string_view file_type_of(const SchemeChoice& choice) {
-  if (choice.quant_type != "int") return choice.quant_type;
-  if (choice.bits == 8) return "q8_0";
-  if (choice.bits == 5) return choice.symmetric ? "q5_0" : "q5_1";
-  return choice.symmetric ? "q4_0" : "q4_1";
+/// Throws Error where the choice was given what its type has not.
+Scheme scheme_for(const SchemeChoice& choice, const TensorRole& role, const Shape& shape) {
+  const auto row = std::ranges::find(kChoices, choice.name, &SchemeChoice::name);
+  const bool as_it_is = row != kChoices.end() && choice.bits == row->bits && choice.symmetric == row->symmetric &&
+                        choice.granularity == row->granularity && choice.group_size == row->group_size &&
+                        choice.scale_dtype == row->scale_dtype && choice.nested_scales == row->nested_scales;
+  if (!as_it_is)
+    throw Error({.code = "does-not-fit",
+                 .what = "cannot quantize",
+                 .where = "quantization",
+                 .why = fmt::format("no type of GGUF is {} of {} bits{} by {} of {}", choice.quant_type, choice.bits,
+                                    choice.symmetric ? "" : " with zero points", choice.granularity, choice.group_size),
+                 .fix = "give --gguf-type, or less",
+                 .status = ExitStatus::usage});
+  const std::string_view type = gguf_type_for(*find_gguf_file_type(row->name), role, shape);
+  if (const auto dtype = find_gguf_type(type)->dtype) return plain(*dtype);
+  return find_block_codec(type)->scheme();
 }
 
-Scheme scheme_for(const SchemeChoice& choice, const TensorRole& role, const Shape& shape) {
-  return find_block_codec(gguf_type_for(*find_gguf_file_type(file_type_of(choice)), role, shape))->scheme();
+std::string note_for(const SchemeChoice& choice, const TensorRole& role, const Shape& shape) {
+  const GgufFileType& file = *find_gguf_file_type(choice.name);
+  const std::string_view type = gguf_type_for(file, role, shape), wanted = gguf_type_wanted(file, role, shape);
+  if (type == wanted) return {};
+  return fmt::format("{} in place of {}: rows of {} are no multiple of {}", type, wanted, shape.back(),
+                     find_gguf_type(wanted)->block.elements);
+}
+
+QuantizedTensor round(const Scheme& scheme, const Shape& shape, WeightView weight) {
+  const auto dtype = float_of(scheme);
+  if (!dtype) return round_to_gguf(scheme, shape, weight);
+  QuantizedTensor t = {.scheme = scheme, .shape = shape};
+  t.codes.resize(static_cast<size_t>(element_count(shape)) * size_bytes(*dtype));
+  std::vector<float> values(static_cast<size_t>(element_count(shape)));
+  to_f32(weight.dtype, weight.bytes, values);
+  from_f32(*dtype, values, t.codes);
+  to_f32(*dtype, t.codes, values);
+  if (!std::ranges::all_of(values, [](float value) { return std::isfinite(value); }))
+    throw Error({.code = "out-of-range",
+                 .what = "cannot quantize",
+                 .why = fmt::format("a value is too large for {}", info(*dtype).name),
+                 .fix = "use --gguf-type bf16 or f32"});
+  return t;
+}
+
+QuantizedTensor round_weighted(const Scheme& scheme, const Shape& shape, WeightView weight,
+                               std::span<const float> importance) {
+  return float_of(scheme) ? round(scheme, shape, weight) : round_to_gguf(scheme, shape, weight, importance);
 }
 
 /// The file says all; engines are asked about a configuration that names it.
@@ -129,6 +193,9 @@ extern const Container gguf_container;
 const Container gguf_container = {.name = "gguf",
                                   .summary = "every block type of ggml decoded",
                                   .source = "ggml (d99724f), src/ggml-common.h and src/ggml-quants.c",
+                                  .rounding =
+                                      "as ggml's reference: Q4_0 to Q8_0, TQ1_0, TQ2_0, MXFP4, NVFP4; codes of the "
+                                      "other types are searched, with no more error than ggml's",
                                   .detect = detect,
                                   .list = list,
                                   .takes = takes,
@@ -139,9 +206,11 @@ const Container gguf_container = {.name = "gguf",
                                   .write_metadata = write_metadata,
                                   .by_rows = true,
                                   .choices = kChoices,
-                                  .encode = round_to_gguf,
-                                  .encode_weighted = round_to_gguf,
+                                  .encode = round,
+                                  .encode_weighted = round_weighted,
                                   .model_file = "gguf",
-                                  .scheme_for = scheme_for};
+                                  .scheme_for = scheme_for,
+                                  .note_for = note_for,
+                                  .embeddings = true};
 
 }  // namespace bitwright

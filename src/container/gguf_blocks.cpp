@@ -64,10 +64,13 @@ void unpack_fives(const uint8_t* high, const uint8_t* low, uint8_t* codes) {
 }
 void pack_fives(const uint8_t* codes, uint8_t* high, uint8_t* low) {
   uint32_t bits = 0;
-  std::array<uint8_t, kSmall> nibbles{};
-  for (size_t j = 0; j < kSmall; ++j) {
-    nibbles[j] = codes[j] & 15;
-    bits |= static_cast<uint32_t>(codes[j] >> 4) << j;
+  std::array<uint8_t, kSmall> nibbles;
+  for (size_t j = 0; j < kSmall; ++j) nibbles[j] = codes[j] & 15;
+  for (size_t j = 0; j < kSmall; j += 8) {
+    uint64_t eight = 0;
+    std::memcpy(&eight, codes + j, sizeof eight);
+    // The fifth bit of byte k moves to bit 56 + k.
+    bits |= static_cast<uint32_t>((eight >> 4 & 0x0101010101010101) * 0x0102040810204080 >> 56) << j;
   }
   pack_nibbles(nibbles.data(), kSmall / 2, low);
   put(high, bits);
@@ -190,6 +193,15 @@ void pack_twos(const uint8_t* codes, uint8_t* to) {
     }
 }
 
+/// Bit kBit of code 32 k + l, the highest there is, becomes bit k of byte l.
+template <unsigned kBit>
+void pack_highest(const uint8_t* codes, uint8_t* to) {
+  std::array<uint8_t, 32> bytes{};
+  for (size_t k = 8; k-- > 0;)
+    for (size_t l = 0; l < 32; ++l) bytes[l] = byte(bytes[l] << 1 | codes[32 * k + l] >> kBit);
+  std::ranges::copy(bytes, to);
+}
+
 // Q2_K: 16 bytes, scale | minimum << 4 | 64 bytes of codes | d, dmin
 Scheme q2_k() { return with_offset(super(2, 16, scale_codes(unsigned_element(4), 16)), OffsetKind::minimum); }
 void unpack_q2_k(const uint8_t* block, const BlockParts& to) {
@@ -222,7 +234,7 @@ void unpack_q3_k(const uint8_t* block, const BlockParts& to) {
 void pack_q3_k(const BlockParts& from, uint8_t* block) {
   std::fill_n(block, 110, uint8_t{0});
   pack_twos(from.codes, block + 32);
-  for (size_t i = 0; i < kSuper; ++i) block[i % 32] = byte(block[i % 32] | from.codes[i] >> 2 << i / 32);
+  pack_highest<2>(from.codes, block);
   uint8_t* const scales = block + 96;
   for (size_t j = 0; j < 16; ++j) {
     scales[j % 8] = byte(scales[j % 8] | (from.scale[j] & 15) << 4 * (j / 8));
@@ -283,11 +295,8 @@ void unpack_q5_k(const uint8_t* block, const BlockParts& to) {
 void pack_q5_k(const BlockParts& from, uint8_t* block) {
   pack_head(from, block);
   std::array<uint8_t, kSuper> low{};
-  std::fill_n(block + kCodes4, 32, uint8_t{0});
-  for (size_t i = 0; i < kSuper; ++i) {
-    low[i] = from.codes[i] & 15;
-    block[kCodes4 + i % 32] = byte(block[kCodes4 + i % 32] | from.codes[i] >> 4 << i / 32);
-  }
+  for (size_t i = 0; i < kSuper; ++i) low[i] = from.codes[i] & 15;
+  pack_highest<4>(from.codes, block + kCodes4);
   for (size_t c = 0; c < 4; ++c) pack_nibbles(low.data() + 64 * c, 32, block + kCodes5 + 32 * c);
 }
 

@@ -430,6 +430,7 @@ const Container mlx_container = {
     .choices = kChoices,
     .make_scheme = make_scheme,
     .encode = encode_mlx,
+    .embeddings = true,
     .weights_format = "mlx"};
 
 }  // namespace bitwright

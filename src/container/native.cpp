@@ -215,6 +215,7 @@ const Container native_container = {.name = "native",
                                     .unpack = unpack,
                                     .write_metadata = write_metadata,
                                     .by_rows = true,
-                                    .inputs_first = InputsFirst::as_it_is};
+                                    .inputs_first = InputsFirst::as_it_is,
+                                    .embeddings = true};
 
 }  // namespace bitwright

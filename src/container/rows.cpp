@@ -8,7 +8,7 @@
 namespace bitwright {
 namespace {
 
-constexpr int64_t kPieceElements = int64_t{1} << 20;  // with its codes it stays in the caches of one core
+constexpr int64_t kPieceElements = int64_t{1} << 18;  // f32, with its codes: it stays in the cache of one core
 constexpr int64_t kStep = 32;  // of so many rows, of any width and any code, a row or a column ends at a whole word
 
 /// Multiples of how many rows hold whole groups; 0: none.
@@ -87,8 +87,13 @@ Placement place(const ArraySpec& whole, const ArraySpec& before, const ArraySpec
 }
 
 std::vector<RowRange> row_pieces(const Container& container, const StoredTensor& tensor) {
+  if (container.by_rows) return row_pieces(tensor);
+  return {{0, row_count(tensor.shape)}};
+}
+
+std::vector<RowRange> row_pieces(const StoredTensor& tensor) {
   const int64_t rows = row_count(tensor.shape);
-  const auto step = container.by_rows ? row_step(tensor.scheme, tensor.shape) : std::nullopt;
+  const auto step = row_step(tensor.scheme, tensor.shape);
   if (!step) return {{0, rows}};
   const int64_t wanted = kPieceElements / tensor.shape.back() / *step * *step;
   const int64_t piece = std::max(wanted, *step);

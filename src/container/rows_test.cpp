@@ -130,7 +130,7 @@ TEST(Rows, WhatReachesAcrossRowsIsWhole) {
   EXPECT_EQ(row_pieces(native, {.name = "w", .shape = shape, .scheme = nested}).size(), 1u);
   const auto pieces =
       row_pieces(native, {.name = "w", .shape = shape, .scheme = integers(8, true, Grouping::channel(), false)});
-  EXPECT_EQ(pieces.size(), 16u);
+  EXPECT_EQ(pieces.size(), 64u);
   EXPECT_EQ(pieces.back().end, 4096);
 }
 

@@ -128,6 +128,11 @@ std::string joined(std::string_view a, std::string_view b) {
 
 /// The fewest options that give what naming everything gives.
 std::string fewest_options(const Container& container, const SchemeChoice& c, const Weight& weight, Answer& answer) {
+  if (!c.name.empty()) {
+    const std::string options = fmt::format("--gguf-type {}", c.name);
+    answer = ask(container, options, weight);
+    return options;
+  }
   const std::string kind = fmt::format("--quant-type {}", c.quant_type), bits = fmt::format("--bits {}", c.bits);
   const std::array<std::string, 3> rest = {fmt::format("--granularity {}", c.granularity),
                                            fmt::format("--symmetric {}", truth(c.symmetric)),
@@ -159,8 +164,8 @@ std::string fewest_options(const Container& container, const SchemeChoice& c, co
 std::vector<Line> lines_of(const Container& container) {
   std::vector<Line> lines;
   const auto alike = [](const SchemeChoice& a, const SchemeChoice& b) {
-    return a.quant_type == b.quant_type && a.granularity == b.granularity && a.group_size == b.group_size &&
-           a.nested_scales == b.nested_scales && a.weight_only == b.weight_only;
+    return a.name == b.name && a.quant_type == b.quant_type && a.granularity == b.granularity &&
+           a.group_size == b.group_size && a.nested_scales == b.nested_scales && a.weight_only == b.weight_only;
   };
   for (const SchemeChoice& choice : container.choices) {
     const auto found = std::ranges::find_if(lines, [&](const Line& l) { return alike(*l.choices.front(), choice); });

@@ -4,23 +4,32 @@ template <class L>
 struct GroupLoops {
   using V = typename L::V;
   static constexpr size_t kStep = L::kCount;
-  static constexpr int kAtOnce = 4;  ///< candidates: enough that the adders are never idle
+  static constexpr int kAtOnce = 4;       ///< candidates: enough that the adders are never idle
+  static constexpr float kFlat = 1e-30f;  ///< what is smaller is 0 to an f16, and its inverse nearly infinite
 
   static V infinity() { return L::set(std::numeric_limits<float>::infinity()); }
 
   /// 1 / x, 0 for 0.
   static V inverse(V x) { return L::select(L::equal(x, L::set(0)), L::set(0), L::div(L::set(1), x)); }
 
-  /// The value of the grid nearest to v.
+  /// Adding it rounds to a whole number, up to 2^22, and taking it away leaves that: 1.5 * 2^23.
+  static V rounder() { return L::set(12582912.0f); }
+
+  /// The value of the grid nearest to x * inverse.
+  template <bool kTable>
   struct Nearest {
-    V low, high;
+    V low, high, magic = rounder();
     const CodeGrid& grid;
     explicit Nearest(const CodeGrid& g) : low(L::set(g.low)), high(L::set(g.high)), grid(g) {}
-    V operator()(V v) const {
-      return grid.table == nullptr ? L::min(L::max(L::round(v), low), high) : L::lookup(grid.table, find(v));
+    V operator()(V x, V inverse) const {
+      if constexpr (kTable) return L::lookup(grid.table, find(L::mul(x, inverse)));
+      return L::min(L::max(L::sub(L::mul_add(x, inverse, magic), magic), low), high);
     }
     /// From 0 on.
-    V code(V v) const { return grid.table == nullptr ? L::sub((*this)(v), low) : L::to_float(find(v)); }
+    V code(V x, V inverse) const {
+      if constexpr (kTable) return L::to_float(find(L::mul(x, inverse)));
+      return L::sub((*this)(x, inverse), low);
+    }
 
     /// How many of the points between neighbours lie below v.
     typename L::I find(V v) const {
@@ -30,40 +39,64 @@ struct GroupLoops {
     }
   };
 
-  static void fit_affine(const GroupPanel& p, float levels, float first, float step, int steps, float* scale,
-                         float* minimum) {
-    for (size_t lane = 0; lane < kPanel; lane += kStep)
-      fit_affine_lanes({p.values + lane, p.weights + lane, p.size}, levels, first, step, steps, scale + lane,
-                       minimum + lane);
+  /// What is done with weights, and without: all are 1, and the bits are the same.
+  template <bool kWeighted>
+  struct Weighing {
+    static V load(const GroupPanel& p, size_t i) {
+      if constexpr (kWeighted) return L::load(p.weights + i * kPanel);
+      return L::set(1);
+    }
+    static V times(V w, V x) {
+      if constexpr (kWeighted) return L::mul(w, x);
+      return x;
+    }
+  };
+
+  static GroupPanel from_lane(const GroupPanel& p, size_t lane) {
+    return {p.values + lane, p.weights == nullptr ? nullptr : p.weights + lane, p.size};
   }
 
+  static void gather(const float* groups, size_t size, float* panel) {
+    for (size_t lane = 0; lane < kPanel; lane += kStep) {
+      const typename L::I at = L::multiples(size);
+      for (size_t i = 0; i < size; ++i) L::store(L::gather(groups + lane * size + i, at), panel + i * kPanel + lane);
+    }
+  }
+
+  static void fit_affine(const GroupPanel& p, float levels, float first, float step, int steps, float* scale,
+                         float* minimum) {
+    const auto fit = p.weights == nullptr ? fit_affine_lanes<false> : fit_affine_lanes<true>;
+    for (size_t lane = 0; lane < kPanel; lane += kStep)
+      fit(from_lane(p, lane), levels, first, step, steps, scale + lane, minimum + lane);
+  }
+
+  template <bool kWeighted>
   static void fit_affine_lanes(const GroupPanel& p, float levels, float first, float step, int steps, float* scale,
                                float* minimum) {
+    using W = Weighing<kWeighted>;
     V low = L::set(0), high = infinity(), sw = low, sx = low, sxx = low;
     high = L::sub(low, high);
     for (size_t i = 0; i < p.size; ++i) {
-      const V x = L::load(p.values + i * kPanel), w = L::load(p.weights + i * kPanel), wx = L::mul(w, x);
+      const V x = L::load(p.values + i * kPanel), w = W::load(p, i), wx = W::times(w, x);
       low = L::min(low, x);
       high = L::max(high, x);
       sw = L::add(sw, w);
       sx = L::add(sx, wx);
       sxx = L::mul_add(wx, x, sxx);
     }
-    const V span = L::sub(high, low), zero = L::set(0), top = L::set(levels);
-    const auto flat = L::less_equal(span, zero);
+    const V span = L::sub(high, low), zero = L::set(0), top = L::set(levels), magic = rounder();
+    const auto flat = L::less_equal(span, L::set(kFlat));
     V best = infinity(), best_scale = zero, best_minimum = L::sub(zero, low);
-    const V down = L::sub(zero, low);
     for (int k = 0; k < steps; k += kAtOnce) {
-      V inv[kAtOnce], shift[kAtOnce], se[kAtOnce], see[kAtOnce], sxe[kAtOnce];
+      V inv[kAtOnce], se[kAtOnce], see[kAtOnce], sxe[kAtOnce];
       for (int c = 0; c < kAtOnce; ++c) {
         inv[c] = L::select(flat, zero, L::div(L::set(levels + first + static_cast<float>(k + c) * step), span));
-        shift[c] = L::mul(down, inv[c]);
         se[c] = see[c] = sxe[c] = zero;
       }
       for (size_t i = 0; i < p.size; ++i) {
-        const V x = L::load(p.values + i * kPanel), w = L::load(p.weights + i * kPanel);
+        const V x = L::load(p.values + i * kPanel), w = W::load(p, i), above = L::sub(x, low);  // never below 0
         for (int c = 0; c < kAtOnce; ++c) {
-          const V e = L::min(L::max(L::round(L::mul_add(x, inv[c], shift[c])), zero), top), we = L::mul(w, e);
+          const V e = L::min(L::sub(L::mul_add(above, inv[c], magic), magic), top), we = W::times(w, e);
           se[c] = L::add(se[c], we);
           see[c] = L::mul_add(we, e, see[c]);
           sxe[c] = L::mul_add(we, x, sxe[c]);
@@ -91,12 +124,16 @@ struct GroupLoops {
   }
 
   static void fit_scale(const GroupPanel& p, const CodeGrid& grid, float first, float step, int steps, float* scale) {
-    for (size_t lane = 0; lane < kPanel; lane += kStep)
-      fit_scale_lanes({p.values + lane, p.weights + lane, p.size}, grid, first, step, steps, scale + lane);
+    const bool table = grid.table != nullptr;
+    const auto fit = p.weights == nullptr ? (table ? fit_scale_lanes<false, true> : fit_scale_lanes<false, false>)
+                                          : (table ? fit_scale_lanes<true, true> : fit_scale_lanes<true, false>);
+    for (size_t lane = 0; lane < kPanel; lane += kStep) fit(from_lane(p, lane), grid, first, step, steps, scale + lane);
   }
 
+  template <bool kWeighted, bool kTable>
   static void fit_scale_lanes(const GroupPanel& p, const CodeGrid& grid, float first, float step, int steps,
                               float* scale) {
+    using W = Weighing<kWeighted>;
     const V zero = L::set(0);
     V low = zero, high = zero;
     for (size_t i = 0; i < p.size; ++i) {
@@ -104,8 +141,10 @@ struct GroupLoops {
       low = L::min(low, x);
       high = L::max(high, x);
     }
-    const V extreme = L::select(L::less(high, L::sub(zero, low)), low, high), id = inverse(extreme);
-    const Nearest nearest(grid);
+    const V extreme = L::select(L::less(high, L::sub(zero, low)), low, high);
+    const auto flat = L::less_equal(L::max(high, L::sub(zero, low)), L::set(kFlat));
+    const V id = L::select(flat, zero, inverse(extreme));
+    const Nearest<kTable> nearest(grid);
     V best = zero, best_scale = zero;
     for (const float end : {grid.low, grid.high})
       for (int k = 0; k < steps; k += kAtOnce) {
@@ -116,10 +155,10 @@ struct GroupLoops {
           see[c] = sxe[c] = zero;
         }
         for (size_t i = 0; i < p.size; ++i) {
-          const V x = L::load(p.values + i * kPanel), w = L::load(p.weights + i * kPanel), wx = L::mul(w, x);
+          const V x = L::load(p.values + i * kPanel), w = W::load(p, i), wx = W::times(w, x);
           for (int c = 0; c < kAtOnce; ++c) {
-            const V e = nearest(L::mul(x, inv[c]));
-            see[c] = L::mul_add(L::mul(w, e), e, see[c]);
+            const V e = nearest(x, inv[c]);
+            see[c] = L::mul_add(W::times(w, e), e, see[c]);
             sxe[c] = L::mul_add(wx, e, sxe[c]);
           }
         }
@@ -135,36 +174,52 @@ struct GroupLoops {
 
   static void sum_up(const GroupPanel& p, const CodeGrid& grid, const float* scale, const float* minimum,
                      GroupSums& sums) {
-    const Nearest nearest(grid);
-    for (size_t lane = 0; lane < kPanel; lane += kStep) {
-      const V a = L::load(scale + lane), m = L::load(minimum + lane), inv = inverse(a), shift = L::mul(m, inv);
-      V sw = L::set(0), sx = sw, se = sw, see = sw, sxe = sw;
-      for (size_t i = 0; i < p.size; ++i) {
-        const V x = L::load(p.values + i * kPanel + lane), w = L::load(p.weights + i * kPanel + lane);
-        const V e = nearest(L::mul_add(x, inv, shift)), we = L::mul(w, e);
-        sw = L::add(sw, w);
-        sx = L::mul_add(w, x, sx);
-        se = L::add(se, we);
-        see = L::mul_add(we, e, see);
-        sxe = L::mul_add(we, x, sxe);
-      }
-      L::store(sw, sums.w + lane);
-      L::store(sx, sums.x + lane);
-      L::store(se, sums.e + lane);
-      L::store(see, sums.ee + lane);
-      L::store(sxe, sums.xe + lane);
+    const bool table = grid.table != nullptr;
+    const auto sum = p.weights == nullptr ? (table ? sum_up_lanes<false, true> : sum_up_lanes<false, false>)
+                                          : (table ? sum_up_lanes<true, true> : sum_up_lanes<true, false>);
+    for (size_t lane = 0; lane < kPanel; lane += kStep)
+      sum(from_lane(p, lane), grid, scale + lane, minimum + lane, lane, sums);
+  }
+
+  template <bool kWeighted, bool kTable>
+  static void sum_up_lanes(const GroupPanel& p, const CodeGrid& grid, const float* scale, const float* minimum,
+                           size_t lane, GroupSums& sums) {
+    using W = Weighing<kWeighted>;
+    const Nearest<kTable> nearest(grid);
+    const V m = L::load(minimum), inv = inverse(L::load(scale));
+    V sw = L::set(0), sx = sw, se = sw, see = sw, sxe = sw;
+    for (size_t i = 0; i < p.size; ++i) {
+      const V x = L::load(p.values + i * kPanel), w = W::load(p, i);
+      const V e = nearest(L::add(x, m), inv), we = W::times(w, e);
+      sw = L::add(sw, w);
+      sx = L::mul_add(w, x, sx);
+      se = L::add(se, we);
+      see = L::mul_add(we, e, see);
+      sxe = L::mul_add(we, x, sxe);
     }
+    L::store(sw, sums.w + lane);
+    L::store(sx, sums.x + lane);
+    L::store(se, sums.e + lane);
+    L::store(see, sums.ee + lane);
+    L::store(sxe, sums.xe + lane);
   }
 
   static void improve(const GroupPanel& p, const CodeGrid& grid, float low, float high, int rounds, ScaleCodes& codes) {
-    for (size_t lane = 0; lane < kPanel; lane += kStep)
-      improve_lanes({p.values + lane, p.weights + lane, p.size}, grid, low, high, rounds, lane, codes);
+    const bool weighted = p.weights != nullptr;
+    auto run = weighted ? improve_lanes<true, false, true> : improve_lanes<false, false, true>;
+    if (grid.table != nullptr)
+      run = weighted ? improve_lanes<true, true, false> : improve_lanes<false, true, false>;
+    else if (rounds == 0)
+      run = weighted ? improve_lanes<true, false, false> : improve_lanes<false, false, false>;
+    for (size_t lane = 0; lane < kPanel; lane += kStep) run(from_lane(p, lane), grid, low, high, rounds, lane, codes);
   }
 
+  template <bool kWeighted, bool kTable, bool kMinimum>
   static void improve_lanes(const GroupPanel& p, const CodeGrid& grid, float low, float high, int rounds, size_t lane,
                             ScaleCodes& codes) {
+    using W = Weighing<kWeighted>;
     constexpr int kTried = 3;
-    const Nearest nearest(grid);
+    const Nearest<kTable> nearest(grid);
     const V zero = L::set(0), scale_unit = L::load(codes.scale_unit + lane);
     const V minimum_unit = L::load(codes.minimum_unit + lane), minimum_inverse = inverse(minimum_unit);
     const V start = L::load(codes.scale + lane), lowest = L::set(low), highest = L::set(high);
@@ -176,24 +231,23 @@ struct GroupLoops {
       a[c] = L::mul(s[c], scale_unit);
       inv[c] = inverse(a[c]);
     }
-    for (int r = 0; r < rounds; ++r) {
-      V m[kTried], shift[kTried], se[kTried], error[kTried];
+    for (int r = 0; r < std::max(rounds, 1); ++r) {
+      V m[kTried], se[kTried], error[kTried];
       for (int c = 0; c < kTried; ++c) {
         m[c] = L::mul(n[c], minimum_unit);
-        shift[c] = L::mul(m[c], inv[c]);
         se[c] = error[c] = zero;
       }
       for (size_t i = 0; i < p.size; ++i) {
-        const V x = L::load(p.values + i * kPanel), w = L::load(p.weights + i * kPanel);
-        if (r == 0) {
+        const V x = L::load(p.values + i * kPanel), w = W::load(p, i);
+        if (kMinimum && r == 0) {
           sw = L::add(sw, w);
           sx = L::mul_add(w, x, sx);
         }
         for (int c = 0; c < kTried; ++c) {
-          const V e = nearest(L::mul_add(x, inv[c], shift[c]));
-          const V off = L::sub(L::mul_add(a[c], e, L::sub(zero, m[c])), x);
-          se[c] = L::mul_add(w, e, se[c]);
-          error[c] = L::mul_add(L::mul(w, off), off, error[c]);
+          const V above = kMinimum ? L::add(x, m[c]) : x, e = nearest(above, inv[c]);
+          const V off = L::mul_sub(a[c], e, above);
+          if (kMinimum) se[c] = L::mul_add(w, e, se[c]);
+          error[c] = L::mul_add(W::times(w, off), off, error[c]);
         }
       }
       const V per_weight = inverse(sw);
@@ -202,6 +256,7 @@ struct GroupLoops {
         best = L::select(better, error[c], best);
         best_scale = L::select(better, s[c], best_scale);
         best_minimum = L::select(better, n[c], best_minimum);
+        if (!kMinimum) continue;
         const V ideal = L::mul(L::mul(L::sub(L::mul(a[c], se[c]), sx), per_weight), minimum_inverse);
         n[c] = L::min(L::max(L::round(ideal), zero), highest);
       }
@@ -211,19 +266,23 @@ struct GroupLoops {
     L::store(best_minimum, codes.minimum + lane);
   }
 
-  static void codes(const GroupPanel& p, const CodeGrid& grid, const float* scale, const float* minimum, uint8_t* out) {
-    const Nearest nearest(grid);
-    for (size_t lane = 0; lane < kPanel; lane += kStep) {
-      const V a = L::load(scale + lane), m = L::load(minimum + lane), inv = inverse(a), shift = L::mul(m, inv);
-      for (size_t i = 0; i < p.size; ++i) {
-        const V x = L::load(p.values + i * kPanel + lane);
-        L::store_code(nearest.code(L::mul_add(x, inv, shift)), out + i * kPanel + lane);
-      }
-    }
+  static void codes(const float* groups, size_t size, size_t count, const CodeGrid& grid, const float* scale,
+                    const float* minimum, uint8_t* out) {
+    const auto run = grid.table == nullptr ? codes_of<false> : codes_of<true>;
+    for (size_t g = 0; g < count; ++g) run(groups + g * size, size, grid, scale[g], minimum[g], out + g * size);
+  }
+
+  template <bool kTable>
+  static void codes_of(const float* values, size_t size, const CodeGrid& grid, float scale, float minimum,
+                       uint8_t* out) {
+    const Nearest<kTable> nearest(grid);
+    const V m = L::set(minimum), inv = inverse(L::set(scale));
+    for (size_t i = 0; i < size; i += kStep) L::store_code(nearest.code(L::add(L::load(values + i), m), inv), out + i);
   }
 
   static constexpr GroupSearch row(std::string_view name) {
     return {.name = name,
+            .gather = gather,
             .fit_affine = fit_affine,
             .fit_scale = fit_scale,
             .improve = improve,

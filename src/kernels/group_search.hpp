@@ -17,7 +17,7 @@ struct CodeGrid {
 
 /// kPanel groups of `size` values with the weight of each one's squared error: [size][kPanel], a group a lane.
 struct GroupPanel {
-  const float *values, *weights;
+  const float *values, *weights;  ///< weights: null: all 1
   size_t size;
 };
 
@@ -36,6 +36,8 @@ struct ScaleCodes {
 /// each KernelLevel, by its name. Every row gives the same bits.
 struct GroupSearch {
   std::string_view name;
+  /// panel = kPanel groups of `size` values that lie one after the other.
+  void (*gather)(const float* groups, size_t size, float* panel);
   /// The scale and the minimum (not below 0) of least error, the codes [0, levels] chosen by `steps` finer and finer
   /// grids: (levels + first + i * step) of them between a group's extremes.
   void (*fit_affine)(const GroupPanel& panel, float levels, float first, float step, int steps, float* scale,
@@ -44,14 +46,15 @@ struct GroupSearch {
   /// the extreme, stretched by first + i * step levels.
   void (*fit_scale)(const GroupPanel& panel, const CodeGrid& grid, float first, float step, int steps, float* scale);
   /// Looks for better codes of scales, in [low, high], up to one away; with each the minimum, in [0, high], that is
-  /// best for the codes it gives, `rounds` times (1: the minimums stay). Replaces those of `codes` and their errors.
+  /// best for the codes it gives, `rounds` times (0: all minimums are 0). Replaces those of `codes` and their errors.
   void (*improve)(const GroupPanel& panel, const CodeGrid& grid, float low, float high, int rounds, ScaleCodes& codes);
   /// What the codes of the values sum up to.
   void (*sum_up)(const GroupPanel& panel, const CodeGrid& grid, const float* scale, const float* minimum,
                  GroupSums& sums);
-  /// codes[i * kPanel + lane], from 0 for the grid's lowest.
-  void (*codes)(const GroupPanel& panel, const CodeGrid& grid, const float* scale, const float* minimum,
-                uint8_t* codes);
+  /// Those of `count` groups of `size` values, a multiple of kPanel, that lie one after the other; from 0 for the
+  /// grid's lowest.
+  void (*codes)(const float* groups, size_t size, size_t count, const CodeGrid& grid, const float* scale,
+                const float* minimum, uint8_t* codes);
 };
 
 /// That of a level.

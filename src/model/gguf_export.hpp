@@ -14,14 +14,14 @@ namespace bitwright {
 struct GgufModel {
   std::string architecture;                  ///< general.architecture
   GgufMetadata metadata;                     ///< of the network: its architecture and the keys that begin with it
-  std::vector<ArrayView> arrays;             ///< tensors as llama.cpp calls and orders them
+  std::vector<ArrayView> arrays;             ///< tensors as llama.cpp calls and orders them, of the model's tensors
   std::map<std::string, std::string> names;  ///< of them in the model's own words; of a stack that of its first matrix
   std::vector<std::string> differences;      ///< in what llama.cpp computes and config.json says
 };
 
 /// From names, types and shapes alone. Matrices keep their type; lists, router matrices and positions become f32,
 /// which llama.cpp computes with. Throws Error{"no-gguf"} where llama.cpp has no such model or could not compute it as
-/// config.json says.
+/// config.json says. Of a GGUF file: everything as it is, `arrays` empty.
 GgufModel gguf_model(const Checkpoint& model);
 
 /// Where llama.cpp has a matrix of the model: number `index` of a tensor that holds `count`.

@@ -13,9 +13,7 @@
 #include "base/error.hpp"
 #include "base/progress.hpp"
 #include "base/threads.hpp"
-#include "container/rows.hpp"
 #include "kernels/decode.hpp"
-#include "quantize/output_layout.hpp"
 #include "scheme/regrid.hpp"
 #include "scheme/transposed.hpp"
 
@@ -53,31 +51,64 @@ std::set<int64_t> sizes_for(const Container& container, const SchemeChoice& choi
   return sizes;
 }
 
-/// As which types scales and offsets of a choice are tried.
-std::vector<std::string_view> scale_types(const SchemeChoice& choice, const ConversionRequest& request) {
+/// As which types scales and offsets of a choice are tried: as the owner has them, else as the source has them.
+std::vector<std::string_view> scale_types(const SchemeChoice& choice, const ConversionRequest& request,
+                                          const Scheme& from) {
   const bool open = choice.scale_dtype == SchemeChoice::kWeightDtype;
   const std::string_view wanted = request.scale_dtype ? info(*request.scale_dtype).name : std::string_view();
   if (request.scale_dtype && choice.quant_type == "int") {
     if (open || wanted == choice.scale_dtype) return {wanted};
     return {};
   }
-  if (open && request.exact) return {choice.scale_dtype, info(DType::f32).name};
-  return {choice.scale_dtype};
+  std::vector<std::string_view> types = {choice.scale_dtype};
+  if (!open) return types;
+  if (const auto own = from.scale ? dtype_of(*from.scale->scheme->element) : std::nullopt)
+    if (from.scale->scheme->is_plain() && size_bytes(*own) == 2) types.push_back(info(*own).name);
+  if (request.exact) types.push_back(info(DType::f32).name);
+  return types;
+}
+
+double largest_difference(std::span<const float> a, std::span<const float> b) {
+  double most = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    if (a[i] == b[i] || (std::isnan(a[i]) && std::isnan(b[i]))) continue;
+    const double difference = std::fabs(double{a[i]} - double{b[i]});
+    if (!std::isfinite(difference)) return std::numeric_limits<double>::infinity();
+    most = std::max(most, difference);
+  }
+  return most;
+}
+
+/// The most that a value moves when it becomes one of this type; infinite: one leaves its range.
+double rounding(std::span<const float> values, DType type) {
+  std::array<std::byte, 4096 * sizeof(float)> stored;
+  std::array<float, 4096> back;
+  double most = 0;
+  for (size_t begin = 0; begin < values.size(); begin += back.size()) {
+    const std::span<const float> some = values.subspan(begin, std::min(back.size(), values.size() - begin));
+    const std::span<std::byte> bytes = std::span(stored).first(some.size() * size_bytes(type));
+    from_f32(type, some, bytes);
+    to_f32(type, bytes, std::span(back).first(some.size()));
+    most = std::max(most, largest_difference(some, std::span(back).first(some.size())));
+  }
+  return most;
 }
 
 /// Plans one model.
 class Planner {
  public:
-  Planner(const Checkpoint& source, const ConversionRequest& request, std::optional<uint64_t> most_memory)
+  Planner(const Arranged& source, const ConversionRequest& request, const ForeignNames* names,
+          std::optional<uint64_t> most_memory)
       : source_(source),
         request_(request),
         container_(*request.container),
-        facts_(facts_of(source)),
+        facts_(source.facts()),
+        known_(names == nullptr ? facts_ : renamed(facts_, *names)),
         memory_(most_memory.value_or(thread_count() * (uint64_t{64} << 20))) {}
 
   std::vector<TensorConversion> run() {
     std::vector<TensorConversion> first = plan_all([](const Scheme&) { return true; });
-    if (is_whole(first)) return first;
+    if (refuse_nothing(first) || is_whole(first)) return first;
     // Some containers hold each tensor, and not all of them in one model: then alike.
     for (const Filter& filter : filters(first)) {
       std::vector<TensorConversion> other = plan_all(filter);
@@ -92,21 +123,19 @@ class Planner {
   }
 
  private:
-  const TensorEntry& entry(size_t i) const { return source_.tensors()[i]; }
+  const ArrangedTensor& entry(size_t i) const { return source_.tensors()[i]; }
+  const TensorEntry& part(size_t i) const { return *entry(i).parts.front(); }
 
   StoredTensor stored(size_t i, const Scheme& scheme) const {
     const TensorPlan plan = {.name = entry(i).name, .scheme = scheme, .linear = linear_of(i)};
     return stored_tensor(facts_[i], plan, container_);
   }
+  bool is_same_container() const { return source_.source().container() == &container_; }
   /// What is done to activations goes along within a container.
-  QuantizedLinear linear_of(size_t i) const {
-    return source_.container() == &container_ ? entry(i).linear : QuantizedLinear{};
-  }
+  QuantizedLinear linear_of(size_t i) const { return is_same_container() ? part(i).linear : QuantizedLinear{}; }
 
   /// Empty: the container holds this tensor by itself in this way.
   std::string why_not(size_t i, const StoredTensor& tensor) const {
-    if (container_.takes != nullptr && !container_.takes(tensor.name, facts_[i].shape))
-      return fmt::format("{} leaves it in floats", container_.name);
     if (Fit fit = fit_of(facts_[i], tensor, container_); fit.verdict == Verdict::impossible) return fit.reason;
     if (container_.fit_model != nullptr)
       if (Fit fit = container_.fit_model(std::span(&tensor, 1)); fit.verdict == Verdict::impossible) return fit.reason;
@@ -119,13 +148,17 @@ class Planner {
   };
   Candidates candidates(size_t i) const {
     Candidates all;
-    if (turned(i) && !can_transpose(entry(i).scheme)) {
+    if (!entry(i).scheme) {
+      all.reason = "rows in another order would cut its groups";
+      return all;
+    }
+    if (turned(i) && !can_transpose(*entry(i).scheme)) {
       all.reason = fmt::format("{} stores its transpose, which its groups do not allow", container_.name);
       return all;
     }
     const Scheme from = source_scheme(i);
     const auto add = [&](const Scheme& scheme) {
-      if (std::ranges::find(all.schemes, scheme) != all.schemes.end()) return;
+      if (scheme.is_plain() || std::ranges::find(all.schemes, scheme) != all.schemes.end()) return;
       const StoredTensor tensor = stored(i, scheme);
       std::string reason = why_not(i, tensor);
       if (reason.empty()) reason = why_not_regrid(from, scheme);
@@ -134,14 +167,19 @@ class Planner {
       else
         all.reason = std::move(reason);
     };
-    for (const SchemeChoice& choice : container_.choices)
+    for (const SchemeChoice& choice : container_.choices) {
+      if (container_.scheme_for != nullptr) {
+        add(container_.scheme_for(choice, {}, facts_[i].shape));
+        continue;
+      }
       for (const int64_t size : sizes_for(container_, choice, from, facts_[i].shape))
-        for (const std::string_view scales : scale_types(choice, request_)) {
+        for (const std::string_view scales : scale_types(choice, request_, from)) {
           SchemeChoice sized = choice;
           sized.group_size = size;
           sized.scale_dtype = scales;
           add(scheme_of(sized, container_, facts_[i].dtype));
         }
+    }
     std::ranges::stable_sort(all.schemes, {}, [&](const Scheme& s) { return std::pair(s.element->bits, bytes(i, s)); });
     if (!request_.scale_dtype) {  // the same is best
       std::vector<Scheme> others = std::move(all.schemes);
@@ -160,14 +198,22 @@ class Planner {
 
   bool turned(size_t i) const { return entry(i).transposed != is_stored_transposed(facts_[i], container_); }
   /// As the target has its rows and columns.
-  Scheme source_scheme(size_t i) const { return turned(i) ? transposed(entry(i).scheme) : entry(i).scheme; }
+  Scheme source_scheme(size_t i) const { return turned(i) ? transposed(*entry(i).scheme) : *entry(i).scheme; }
+
+  /// Such tensors are floats in each model of the owner's.
+  bool is_for_floats(size_t i) const {
+    if (entry(i).as_f32) return true;
+    if (is_same_container()) return false;
+    return (container_.takes != nullptr && !container_.takes(known_[i].name, facts_[i].shape)) ||
+           (!container_.embeddings && is_embedding(known_[i].name));
+  }
 
   uint64_t memory(size_t i) const {
     if (!entry(i).quantized()) return 0;
     const auto all = static_cast<uint64_t>(element_count(entry(i).shape));
     if (!container_.by_rows || turned(i)) return all * kBytesAnElement;
     uint64_t most = 0;
-    for (const RowRange rows : source_.row_pieces(entry(i)))
+    for (const RowRange rows : source_.pieces(i, turned(i)))
       most = std::max(most, static_cast<uint64_t>((rows.end - rows.begin) * entry(i).shape.back()));
     return most * kBytesAnElement;
   }
@@ -176,26 +222,68 @@ class Planner {
     std::vector<TensorConversion> all(facts_.size());
     parallel_within(
         facts_.size(), memory_, [&](size_t i) { return memory(i); },
-        [&](size_t i) {
-          all[i] = entry(i).quantized() ? plan(i, filter)
-                                        : TensorConversion{.plan = {.name = entry(i).name, .reason = "not quantized"}};
-        });
+        [&](size_t i) { all[i] = entry(i).quantized() ? plan(i, filter) : kept(i); });
     return all;
   }
 
+  /// A plain one: it moves where the owner adds to it (Gemma's norms).
+  TensorConversion kept(size_t i) const {
+    TensorConversion result = {.plan = {.name = entry(i).name, .reason = "not quantized"}};
+    if (entry(i).added == 0) return result;
+    const std::vector<float> before = source_.source().read_f32(part(i));
+    std::vector<float> after(before.size());
+    to_f32(DType::f32, source_.read_plain(i, {0, static_cast<int64_t>(before.size())}), after);
+    double most = 0;
+    for (size_t j = 0; j < before.size(); ++j)
+      most = std::max(most, std::fabs(double{after[j]} - double{entry(i).added} - double{before[j]}));
+    if (most > 0) result.verdict = ConversionVerdict::bounded;
+    result.max_abs_difference = most;
+    return result;
+  }
+
+  /// As floats, of the smallest type that holds them, or of that which the model has.
+  TensorConversion in_floats(size_t i) const {
+    TensorConversion result = {.turned = entry(i).transposed, .plan = {.name = entry(i).name}};
+    std::vector<DType> types = {DType::f32};
+    if (!entry(i).as_f32 && facts_[i].dtype != DType::f32) types.insert(types.begin(), facts_[i].dtype);
+    for (const DType type : types) {
+      double difference = 0;
+      for (const RowRange rows : source_.pieces(i, result.turned)) {
+        throw_if_interrupted();
+        difference = std::max(difference, rounding(source_.decoded(i, result.turned, rows), type));
+      }
+      result.floats = type;
+      result.max_abs_difference = difference;
+      result.verdict = difference == 0 ? ConversionVerdict::exact : ConversionVerdict::bounded;
+      if (difference == 0 || (!request_.exact && std::isfinite(difference))) break;
+    }
+    return result;
+  }
+
   TensorConversion plan(size_t i, const Filter& filter) const {
+    if (is_for_floats(i)) return in_floats(i);
+    TensorConversion best = on_a_grid(i, filter);
+    // The two that owners mostly have in floats stand so wherever they cannot be what they were.
+    const bool may_be_floats = is_head(known_[i].name) || is_embedding(known_[i].name);
+    return best.verdict == ConversionVerdict::impossible && may_be_floats ? in_floats(i) : best;
+  }
+
+  TensorConversion on_a_grid(size_t i, const Filter& filter) const {
     const Candidates tried = candidates(i);
     TensorConversion best = {
         .verdict = ConversionVerdict::impossible, .plan = {.name = entry(i).name}, .reason = tried.reason};
-    bool tried_one = false;
+    bool says_why = false;
     for (const Scheme& scheme : tried.schemes) {
       const bool possible = best.plan.scheme.has_value();
       if (possible && !request_.exact && scheme.element->bits > best.plan.scheme->element->bits) break;
       if (!filter(scheme)) continue;
       TensorConversion found = trial(i, scheme);
       if (found.verdict < best.verdict) best = std::move(found);
-      // Of what is impossible the way that takes the fewest bytes says why.
-      if (!std::exchange(tried_one, true) && !best.plan.scheme) best.reason = std::move(found.reason);
+      // Of what is impossible the smallest that has as many bits says why.
+      if (!says_why && !best.plan.scheme && !found.reason.empty()) {
+        says_why = scheme.element->bits >= entry(i).scheme->element->bits;
+        best.reason = std::move(found.reason);
+      }
       if (best.verdict == ConversionVerdict::exact) break;
     }
     return best;
@@ -205,9 +293,9 @@ class Planner {
     TensorConversion result = {.turned = turned(i), .plan = {.name = entry(i).name}};
     const StoredTensor target = stored(i, scheme);
     double difference = 0;
-    for (const RowRange rows : conversion_pieces(source_, entry(i), container_, target, turned(i))) {
+    for (const RowRange rows : source_.pieces(i, container_, target, turned(i))) {
       throw_if_interrupted();
-      const QuantizedTensor from = read_piece(source_, entry(i), turned(i), rows);
+      const QuantizedTensor from = source_.read(i, turned(i), rows);
       Regridded to = regrid(from, scheme);
       if (!to.tensor) {
         result.verdict = ConversionVerdict::impossible;
@@ -253,6 +341,20 @@ class Planner {
     return all;
   }
 
+  /// A container that would hold nothing of the model is none for it.
+  bool refuse_nothing(std::vector<TensorConversion>& all) const {
+    const auto is_kept = [](const TensorConversion& t) {
+      return t.floats.has_value() || (t.verdict != ConversionVerdict::impossible && !t.plan.scheme);
+    };
+    if (!std::ranges::all_of(all, is_kept)) return false;
+    for (TensorConversion& tensor : all)
+      if (tensor.floats)
+        tensor = {.verdict = ConversionVerdict::impossible,
+                  .plan = {.name = tensor.plan.name},
+                  .reason = fmt::format("{} has all such tensors in floats", container_.name)};
+    return true;
+  }
+
   void refuse_together(std::vector<TensorConversion>& all) const {
     const Fit fit = fit_together(all);
     if (fit.verdict != Verdict::impossible) return;
@@ -265,6 +367,10 @@ class Planner {
   QuantizationRequest request_for(const Scheme& from) const {
     QuantizationRequest request;
     request.skip_embeddings = false;
+    if (request_.scale_dtype) request.settings.scale_dtype = std::string(info(*request_.scale_dtype).name);
+    if (!request_.gguf_type.empty()) request.settings.gguf_type = request_.gguf_type;
+    if (!request_.method.empty()) request.settings.method = request_.method;
+    if (request.settings.method || request.settings.gguf_type) return request;
     const bool integers = from.element->kind == ElementKind::integer;
     const auto kind = std::ranges::find(container_.choices, from.element->name, &SchemeChoice::quant_type);
     if (!integers && kind != container_.choices.end()) request.settings.quant_type = std::string(kind->quant_type);
@@ -281,14 +387,13 @@ class Planner {
       request.settings.quant_type = "int";
       request.settings.bits = best;
     }
-    if (request_.scale_dtype) request.settings.scale_dtype = std::string(info(*request_.scale_dtype).name);
     return request;
   }
 
   template <class Which>
   void requantize_all(std::vector<TensorConversion>& all, const Which& which) const {
     for (size_t i = 0; i < all.size(); ++i)
-      if (entry(i).quantized() && which(all[i])) all[i] = requantized(i, all[i].reason);
+      if (entry(i).quantized() && !all[i].floats && which(all[i])) all[i] = requantized(i, all[i].reason);
   }
 
   TensorConversion requantized(size_t i, const std::string& why) const {
@@ -298,10 +403,9 @@ class Planner {
       result = {.verdict = ConversionVerdict::impossible, .plan = {.name = entry(i).name}, .reason = std::move(reason)};
       return result;
     };
-    if (entry(i).scheme.element->kind == ElementKind::block_code && entry(i).undecoded != nullptr)
-      return impossible("it cannot be decoded here");
     try {
-      result.plan = resolve(request_for(entry(i).scheme), std::span(&facts_[i], 1), &container_).tensors.at(0);
+      result.plan = resolve(request_for(part(i).scheme), std::span(&known_[i], 1), &container_).tensors.at(0);
+      result.plan.name = entry(i).name;
     } catch (const Error& error) {
       return impossible(error.report().why);
     }
@@ -315,10 +419,11 @@ class Planner {
     return result;
   }
 
-  const Checkpoint& source_;
+  const Arranged& source_;
   const ConversionRequest& request_;
   const Container& container_;
-  std::vector<TensorFacts> facts_;
+  const std::vector<TensorFacts>& facts_;
+  const std::vector<TensorFacts> known_;  ///< by the names that the model has
   uint64_t memory_;
 };
 
@@ -338,47 +443,34 @@ double max_abs_difference(const QuantizedTensor& a, const QuantizedTensor& b) {
     const auto count = static_cast<size_t>(std::min(static_cast<int64_t>(x.size()), elements - begin));
     first.decode(begin, std::span(x).first(count));
     second.decode(begin, std::span(y).first(count));
-    for (size_t i = 0; i < count; ++i) {
-      if (x[i] == y[i] || (std::isnan(x[i]) && std::isnan(y[i]))) continue;
-      const double difference = std::fabs(double{x[i]} - double{y[i]});
-      if (!std::isfinite(difference)) return std::numeric_limits<double>::infinity();
-      most = std::max(most, difference);
-    }
+    most = std::max(most, largest_difference(std::span(x).first(count), std::span(y).first(count)));
   }
   return most;
 }
 
-std::vector<RowRange> conversion_pieces(const Checkpoint& source, const TensorEntry& entry, const Container& container,
-                                        const StoredTensor& target, bool turned) {
-  const std::vector<RowRange> pieces = source.row_pieces(entry);
-  const auto step = container.by_rows ? row_step(target.scheme, target.shape) : std::nullopt;
-  if (!step || turned || pieces.size() == 1) return {{0, row_count(target.shape)}};
-  std::vector<RowRange> common = {pieces.front()};
-  for (const RowRange piece : std::span(pieces).subspan(1)) {
-    if (piece.begin % *step == 0)
-      common.push_back(piece);
-    else
-      common.back().end = piece.end;
+double max_abs_difference(std::span<const float> values, const QuantizedTensor& b) {
+  const RangeDecoder second(b);
+  std::array<float, 4096> y;
+  double most = 0;
+  for (size_t begin = 0; begin < values.size(); begin += y.size()) {
+    const std::span<const float> some = values.subspan(begin, std::min(y.size(), values.size() - begin));
+    second.decode(static_cast<int64_t>(begin), std::span(y).first(some.size()));
+    most = std::max(most, largest_difference(some, std::span(y).first(some.size())));
   }
-  return common;
+  return most;
 }
 
-QuantizedTensor read_piece(const Checkpoint& source, const TensorEntry& entry, bool turned, RowRange rows) {
-  if (turned) return transposed(source.read(entry));
-  const bool whole = rows.begin == 0 && rows.end == row_count(entry.shape);
-  return whole ? source.read(entry) : source.read_rows(entry, rows.begin, rows.end);
-}
-
-std::vector<TensorConversion> plan_conversion(const Checkpoint& source, const ConversionRequest& request,
-                                              std::optional<uint64_t> most_memory) {
-  if (std::ranges::none_of(source.tensors(), &TensorEntry::quantized))
+std::vector<TensorConversion> plan_conversion(const Arranged& source, const ConversionRequest& request,
+                                              const ForeignNames* names, std::optional<uint64_t> most_memory) {
+  const Checkpoint& model = source.source();
+  if (std::ranges::none_of(model.tensors(), &TensorEntry::quantized))
     throw Error({.code = "not-quantized",
                  .what = "nothing to convert",
-                 .where = source.path().string(),
+                 .where = model.path().string(),
                  .why = "the model is not quantized",
                  .fix = "use `bitwright quantize`"});
-  for (const TensorEntry& entry : source.tensors()) source.require_decoded(entry);
-  return Planner(source, request, most_memory).run();
+  for (const TensorEntry& entry : model.tensors()) model.require_decoded(entry);
+  return Planner(source, request, names, most_memory).run();
 }
 
 }  // namespace bitwright

@@ -11,6 +11,7 @@
 #include "quantize/model_files.hpp"
 #include "quantize/quantize.hpp"
 #include "quantize/stream.hpp"
+#include "quantize/write_output.hpp"
 #include "scheme/transposed.hpp"
 
 namespace bitwright {
@@ -39,7 +40,7 @@ class Plain {
 
   Job job() const {
     Job job = {.label = "dequantizing",
-               .identity = {{"tool", BITWRIGHT_VERSION}, {"command", "dequantize"}, {"dtype", info(dtype_).name}},
+               .identity = {{"command", "dequantize"}, {"dtype", info(dtype_).name}},
                .arrays = {},
                .pieces = {},
                .produce = [this](const Piece& piece) { return produce(piece); },
@@ -126,25 +127,13 @@ OrderedJson dequantize(const Checkpoint& source, const OutputOptions& options, D
   for (const TensorEntry& entry : source.tensors()) source.require_decoded(entry);
   const Plain plain(source, dtype);
   Job job = plain.job();
-  ShardPlan shards = plan_shards(job.arrays, options.max_shard_bytes);
+  const ShardPlan shards = plan_shards(job.arrays, options.max_shard_bytes);
   const uint64_t bytes = shards.bytes();
   const Estimate expected = estimate(job, bytes, source.tensors().size(), kSecondsAByte, options.max_memory);
-  OutputDirectory directory(options.output, options.existing);
-  announce(expected, directory.staging(), allocated_bytes(directory.staging()));
-  const OrderedJson files = source_identity(source);
-  job.identity["max_shard_size"] = std::to_string(options.max_shard_bytes);
-  job.identity["model"] = files;
-  Journal journal(directory.journal(), job.identity);
-  check_resumable(journal, job, shards, directory.staging());
-  copy_side_files(source, directory.staging());  // first: one that cannot be read does not cost the work on the weights
-  resumable(directory, [&] {
-    ShardWriter writer(directory.staging(), std::move(shards));
-    stream(job, expected.piece_memory, writer, journal);
-    writer.finish();
-    check_unchanged(source, files);
-    write_config(source, directory.staging(), dtype);
-    directory.commit();
-  });
+  const auto finish = [&](const std::filesystem::path& staging, std::span<const SquaredError> /*errors*/) {
+    write_config(source, staging, dtype);
+  };
+  write_output(source, job, shards, expected, options, {.finish = finish});
   return {{"output", options.output.string()},
           {"dtype", info(dtype).name},
           {"bytes", bytes},

@@ -3,14 +3,17 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
 
 #include "base/mapped_file.hpp"
+#include "base/threads.hpp"
 #include "container/gguf_file_types.hpp"
 #include "container/gguf_types.hpp"
 #include "evaluate/evaluate.hpp"
+#include "model/end_tokens.hpp"
 #include "model/model.hpp"
 #include "quantize/model_files.hpp"
 #include "tokenizer/tokenizer.hpp"
@@ -20,6 +23,7 @@ namespace {
 
 constexpr const char* kNoVocabulary = "no_vocab";  // as llama.cpp calls it
 constexpr uint32_t kQuantizationVersion = 2;       // ggml's GGML_QNT_VERSION
+constexpr int64_t kMostCount = 1 << 20;            // of layers, heads and experts
 
 std::string chat_template_of(const std::filesystem::path& directory) {
   if (std::filesystem::exists(directory / "chat_template.jinja"))
@@ -39,7 +43,30 @@ void take_id(const Json& config, const char* key, size_t size, std::optional<int
   if (first.is_number_integer() && first >= 0 && first < size) id = first.get<int32_t>();
 }
 
+/// Ids that end a text beside the first: of a turn the last, of a message one between (Llama 3.1's three).
+void take_turn_ends(const std::vector<int32_t>& ends, size_t size, GgufVocabulary& out) {
+  std::vector<int32_t> others;
+  for (const int32_t id : ends)
+    if (static_cast<size_t>(id) < size && id != out.eos) others.push_back(id);
+  if (!others.empty()) out.eot = others.back();
+  if (others.size() > 1) out.eom = others.front();
+}
+
+/// From the keys of a GGUF file.
+TensorRole role_in_file(const Json& facts, const GgufModel& as) {
+  const auto number = [&](const char* key, int64_t missing) {
+    const Json value = facts.value(fmt::format("{}.{}", as.architecture, key), Json());
+    return value.is_number_integer() && value >= 0 && value < kMostCount ? value.get<int64_t>() : missing;
+  };
+  const int64_t heads = number("attention.head_count", 1);
+  return {.layers = number("block_count", 0),
+          .experts = number("expert_count", 0),
+          .queries_a_key = heads / std::max<int64_t>(number("attention.head_count_kv", heads), 1),
+          .has_output = as.names.contains("output.weight")};
+}
+
 TensorRole role_of(const Checkpoint& model, const GgufModel& as) {
+  if (model.facts() != nullptr) return role_in_file(*model.facts(), as);
   const ModelConfig c = find_architecture(model.config())->configure(model.config(), model.path().string());
   return {.layers = c.layers,
           .experts = c.experts,
@@ -61,36 +88,49 @@ const GgufFileType* type_of_most(std::span<const std::vector<ArraySpec>> arrays)
 }  // namespace
 
 GgufOutput::GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings)
-    : model_(gguf_model(model)), arranged_(open_as_gguf(model, model_)), role_(role_of(model, model_)) {
+    : model_(gguf_model(model)), role_(role_of(model, model_)) {
+  if (model.container() == nullptr) arranged_.emplace(open_as_gguf(model, model_));
   for (const std::string& difference : model_.differences)
     warnings.push_back({"COMPUTED_OTHERWISE", fmt::format("llama.cpp computes it otherwise: {}", difference)});
+  if (model.facts() != nullptr) return;  // its metadata has the vocabulary
   const std::filesystem::path directory = model_directory(model);
   name_ = std::filesystem::weakly_canonical(std::filesystem::absolute(directory)).filename().string();
-  const TensorEntry* const embedding = arranged_.find("token_embd.weight");
-  const auto rows = static_cast<size_t>(embedding == nullptr || embedding->shape.empty() ? 0 : embedding->shape[0]);
+  const auto embedding = std::ranges::find(model_.arrays, "token_embd.weight", &ArrayView::name);
+  const bool has_rows = embedding != model_.arrays.end() && !embedding->shape.empty();
+  const auto rows = static_cast<size_t>(has_rows ? embedding->shape[0] : 0);
   chat_template_ = chat_template_of(directory);
   if (!Tokenizer::exists_in(directory)) {
     vocabulary_.model = kNoVocabulary;
     warnings.push_back({"NO_TOKENIZER", "the model has no tokenizer, so the file has no vocabulary"});
     return;
   }
-  vocabulary_ = gguf_vocabulary_of(directory, rows);
-  take_id(model.config(), "bos_token_id", rows, vocabulary_.bos);
-  take_id(model.config(), "eos_token_id", rows, vocabulary_.eos);
-  const Tokenizer own(directory), theirs = Tokenizer::from_gguf(vocabulary_, directory.string());
-  if (own.encode(bundled_text()) != theirs.encode(bundled_text()))
+  std::array<std::vector<int32_t>, 2> ids;  // of the model's tokenizer and of the file's
+  parallel_for(2, [&](size_t i) {
+    if (i == 0) {
+      ids[0] = Tokenizer(directory).encode(bundled_text());
+      return;
+    }
+    vocabulary_ = gguf_vocabulary_of(directory, rows);
+    take_id(model.config(), "bos_token_id", rows, vocabulary_.bos);
+    take_id(model.config(), "eos_token_id", rows, vocabulary_.eos);
+    take_turn_ends(end_tokens(model.config(), directory), rows, vocabulary_);
+    ids[1] = Tokenizer::from_gguf(vocabulary_, directory.string()).encode(bundled_text());
+  });
+  if (ids[0] != ids[1])
     warnings.push_back({"OTHER_TOKENS", "llama.cpp will cut some texts into other tokens than the model's tokenizer"});
 }
 
 GgufMetadata GgufOutput::metadata(std::span<const std::vector<ArraySpec>> arrays, std::string_view file_type,
                                   const Importance* importance) const {
   GgufMetadata out = model_.metadata;
+  const bool from_gguf = arranged_.facts() != nullptr;
   if (!name_.empty()) out.add("general.name", name_);
-  out.add("general.type", "model");
+  if (!from_gguf) out.add("general.type", "model");
   const GgufFileType* type = find_gguf_file_type(file_type);
   if (type == nullptr) type = type_of_most(arrays);
   if (type != nullptr) out.add("general.file_type", type->id);
   out.add("general.quantization_version", kQuantizationVersion);
+  if (from_gguf) return out;
   add_vocabulary(vocabulary_, out);
   if (!chat_template_.empty()) out.add("tokenizer.chat_template", chat_template_);
   if (importance != nullptr) importance->add_to(out);

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -17,16 +18,17 @@ class GgufOutput {
  public:
   /// Adds a warning where llama.cpp would cut text into other tokens. Throws what gguf_model and gguf_vocabulary_of do.
   GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings);
-  const Checkpoint& arranged() const { return arranged_; }
+  const Checkpoint& arranged() const { return *arranged_; }  ///< of a plain model
+  const GgufModel& model() const { return model_; }
   ForeignNames names() const { return {.names = model_.names, .role = role_}; }
-  /// arrays: what the file will hold. file_type: as --method names it; another name: that of most of the numbers.
+  /// arrays: what the file will hold. file_type: as --gguf-type names it; another name: that of most of the numbers.
   /// importance: by which the weights are quantized; null: none.
   GgufMetadata metadata(std::span<const std::vector<ArraySpec>> arrays, std::string_view file_type,
                         const Importance* importance = nullptr) const;
 
  private:
   GgufModel model_;
-  Checkpoint arranged_;
+  std::optional<Checkpoint> arranged_;
   TensorRole role_;
   GgufVocabulary vocabulary_;
   std::string name_, chat_template_;

@@ -24,9 +24,9 @@ namespace {
 using test::TemporaryDirectory;
 namespace fs = std::filesystem;
 
-OrderedJson write(const fs::path& model, const fs::path& out, const std::string& method,
+OrderedJson write(const fs::path& model, const fs::path& out, const std::string& asked,
                   std::vector<Warning>& warnings) {
-  return quantize(Checkpoint(model), read_request(parse_config_value("quantization: {method: " + method + "}", "test")),
+  return quantize(Checkpoint(model), read_request(parse_config_value("quantization: {" + asked + "}", "test")),
                   {.output = {.output = out}, .verify = false, .container = find_container("gguf")}, warnings);
 }
 
@@ -41,7 +41,7 @@ TEST(ModelReference, GgufWritingIsUndoneByReading) {
     const Checkpoint original(entry.path() / "model");
     std::vector<Warning> warnings;
     try {
-      write(entry.path() / "model", dir / "out", "none", warnings);
+      write(entry.path() / "model", dir / "out", "method: none", warnings);
     } catch (const Error& error) {
       EXPECT_EQ(error.code(), "no-gguf") << error.what();
       ++refused;
@@ -93,7 +93,7 @@ TEST(GgufFileTypes, FollowLlamaCpp) {
 TEST(GgufOutput, IsTheModelWithItsVocabulary) {
   const TemporaryDirectory dir;
   std::vector<Warning> warnings;
-  const OrderedJson result = write(test::example_model(), dir / "out", "q4_k_m", warnings);
+  const OrderedJson result = write(test::example_model(), dir / "out", "gguf_type: Q4_K_M", warnings);
   EXPECT_TRUE(warnings.empty());
   const Checkpoint original(test::example_model()), written = open_model(dir / "out");
   EXPECT_EQ(written.config()["num_hidden_layers"], original.config()["num_hidden_layers"]);

@@ -28,6 +28,32 @@ std::string quality_section(const OrderedJson& verification) {
       protocol["context"].get<int64_t>());
 }
 
+std::string cell(const OrderedJson& tensor, const char* key) {
+  const OrderedJson value = tensor.value(key, OrderedJson());
+  if (value.is_number()) return fmt::format("{:.3g}", value.get<double>());
+  return value.is_string() ? printable(value.get<std::string>()) : "";
+}
+
+std::string conversion_card(const OrderedJson& record) {
+  const OrderedJson& conversion = record["conversion"];
+  const OrderedJson& most = conversion["max_abs_difference"];
+  std::string card = fmt::format(
+      "# Converted model\n\n"
+      "From {} to {}: {}{}; {} (before: {}).\n"
+      "Made by bitwright {}; `bitwright dequantize` turns it back into plain floats.\n\n"
+      "## Tensors\n\n| tensor | was | is | type | verdict | largest difference |\n|---|---|---|---|---|---|\n",
+      conversion["converted_from"].get<std::string>(), conversion["format"].get<std::string>(),
+      conversion["verdict"].get<std::string>(),
+      most.is_number() && most > 0 ? fmt::format(", no value moved by more than {:.3g}", most.get<double>()) : "",
+      format_bytes(record["bytes_out"].get<uint64_t>()), format_bytes(record["bytes_in"].get<uint64_t>()),
+      record["tool"]["version"].get<std::string>());
+  for (const OrderedJson& tensor : conversion["tensors"])
+    card += fmt::format("| {} | {} | {} | {} | {} | {} |\n", cell(tensor, "name"), cell(tensor, "from"),
+                        cell(tensor, "scheme"), cell(tensor, "type"), cell(tensor, "verdict"),
+                        cell(tensor, "max_abs_difference"));
+  return card;
+}
+
 }  // namespace
 
 std::string quality_sentence(double ratio, double kl_mean) {
@@ -40,6 +66,7 @@ std::string quality_sentence(double ratio, double kl_mean) {
 }
 
 std::string model_card(const OrderedJson& record) {
+  if (record.contains("conversion")) return conversion_card(record);
   std::string card = fmt::format(
       "# Quantized model\n\n"
       "{} with algorithm {}; {} of {} tensors, {:.3f} bits per weight over the whole model, {} (original: {}).\n"

@@ -6,7 +6,7 @@
 
 namespace bitwright {
 
-/// The README.md of a quantized model, from the record that quantization_metadata.json holds.
+/// The README.md of a quantized or converted model, from the record that quantization_metadata.json holds.
 std::string model_card(const OrderedJson& record);
 
 /// From "practically equal to the original" to "much worse", by perplexity over the original's and mean KL divergence.

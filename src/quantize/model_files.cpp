@@ -87,6 +87,12 @@ void copy_side_files(const Checkpoint& model, const fs::path& to) {
   for (const fs::path& file : files) write_text_file(to / file.filename(), MappedFile(file).text());
 }
 
+Warning no_tokenizer_written() {
+  return {"NO_TOKENIZER",
+          "the output has no tokenizer: the file's vocabulary is not written as tokenizer.json; copy the original "
+          "model's beside it"};
+}
+
 OrderedJson digests_of(const std::filesystem::path& directory) {
   std::map<std::string, OrderedJson> sorted;
   for (const auto& entry : std::filesystem::directory_iterator(directory)) {

@@ -5,6 +5,7 @@
 #include <nlohmann/json.hpp>
 #include <string>
 
+#include "base/error.hpp"
 #include "base/json.hpp"
 #include "checkpoint/checkpoint.hpp"
 
@@ -22,6 +23,9 @@ OrderedJson read_config(const Checkpoint& model);
 /// Copies what belongs to a model beside weights and configuration: tokenizer files, generation settings, templates.
 /// No program code and no README.
 void copy_side_files(const Checkpoint& model, const std::filesystem::path& to);
+
+/// Of a directory made from a GGUF file that has none beside it.
+Warning no_tokenizer_written();
 
 /// Size and SHA-256 of each file so far: weights and what belongs to them. Not of what is written afterwards, nor of
 /// hidden files, which are ours.

@@ -57,7 +57,8 @@ std::vector<std::string> kept_modules(std::span<const TensorFacts> source, const
                .fix = "skip the module"});
 }
 
-/// As patterns know them.
+}  // namespace
+
 std::vector<TensorFacts> renamed(std::span<const TensorFacts> source, const ForeignNames& foreign) {
   std::vector<TensorFacts> facts(source.begin(), source.end());
   for (TensorFacts& each : facts) {
@@ -66,8 +67,6 @@ std::vector<TensorFacts> renamed(std::span<const TensorFacts> source, const Fore
   }
   return facts;
 }
-
-}  // namespace
 
 Fit fit_of(const TensorFacts& tensor, const StoredTensor& stored, const Container& container) {
   if (container.inputs_first == InputsFirst::refused && tensor.inputs_first)

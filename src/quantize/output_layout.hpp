@@ -26,6 +26,8 @@ struct ForeignNames {
   const std::map<std::string, std::string>& names;  ///< the model's name for each, by which patterns know it
   TensorRole role;                                  ///< what is the same for all
 };
+/// As patterns know them.
+std::vector<TensorFacts> renamed(std::span<const TensorFacts> source, const ForeignNames& foreign);
 /// Throws what resolve does, Error{"does-not-fit"} where the container cannot hold a scheme, and Error{"name-clash"}.
 OutputLayout lay_out(std::span<const TensorFacts> source, const QuantizationRequest& request,
                      const Container& container, uint64_t max_shard_bytes, const ForeignNames* names = nullptr);

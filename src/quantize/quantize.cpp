@@ -27,6 +27,7 @@
 #include "quantize/output_layout.hpp"
 #include "quantize/stream.hpp"
 #include "quantize/verify.hpp"
+#include "quantize/write_output.hpp"
 #include "scheme/transposed.hpp"
 
 namespace bitwright {
@@ -62,7 +63,7 @@ class Pipeline {
     check_importance();
     shards_ = gguf == nullptr
                   ? std::move(layout.shards)
-                  : plan_gguf(job_.arrays, gguf->metadata(job_.arrays, recipe_.settings.value("quant_type", ""),
+                  : plan_gguf(job_.arrays, gguf->metadata(job_.arrays, recipe_.settings.value("gguf_type", ""),
                                                           importance_ ? &*importance_ : nullptr));
     check_apart(model, options.output.output);
     plan();
@@ -80,29 +81,23 @@ class Pipeline {
   OrderedJson run(std::vector<Warning>& warnings) {
     const auto start = std::chrono::steady_clock::now();
     warnings.insert(warnings.end(), recipe_.warnings.begin(), recipe_.warnings.end());
-    OutputDirectory output(options_.output.output, options_.output.existing);
-    staging_ = output.staging();
-    announce(estimate_, staging_, allocated_bytes(staging_));
-    const OrderedJson files = source_identity(source_);
-    job_.identity["max_shard_size"] = std::to_string(options_.output.max_shard_bytes);
-    job_.identity["model"] = files;
-    Journal journal(output.journal(), job_.identity);
-    check_resumable(journal, job_, shards_, staging_);
-    if (gguf_ == nullptr)
-      copy_side_files(source_, staging_);  // first: one that cannot be read does not cost the work on the weights
+    warn_of_notes(warnings);
     OrderedJson record;
-    resumable(output, [&] {
-      write_weights(journal);
-      check_unchanged(source_, files);
+    const auto finish = [&](const std::filesystem::path& staging, std::span<const SquaredError> errors) {
+      staging_ = staging;
+      add_layers(errors);
       warn_of_lost_layers(warnings);
       write_metadata(OrderedJson::object());  // the written model must open before it can be verified
       record = make_record();
-      record["files"] = digests_of(staging_);
+      if (gguf_ == nullptr) record["files"] = digests_of(staging_);  // the file itself has no place for its digest
       record["verification"] = verify(warnings);
       engines_ = engines_json(write_metadata(record));
       write_text_file(staging_ / "README.md", model_card(record));
-      output.commit();
-    });
+    };
+    write_output(source_, job_, shards_, estimate_, options_.output,
+                 {.begin = [this] { largest_ = fused_magnitudes(source_, recipe_); },
+                  .finish = finish,
+                  .side_files = gguf_ == nullptr});
     OrderedJson result = {{"output", options_.output.output.string()}, {"format", options_.container->name}};
     for (const char* key : {"algorithm", "scheme", "bytes_in", "bytes_out", "bits_per_weight"})
       result[key] = record[key];
@@ -154,7 +149,7 @@ class Pipeline {
     }
     metadata(OrderedJson::object());  // what cannot be written is refused before there is any work
     const std::string recipe = decisions + recipe_.settings.dump() + std::string(options_.container->name);
-    job_.identity = {{"tool", BITWRIGHT_VERSION}, {"command", "quantize"}, {"recipe", sha256(recipe)}};
+    job_.identity = {{"command", "quantize"}, {"recipe", sha256(recipe)}};
     job_.identity["statistics"] = importance_ ? importance_->digest() : "none";
   }
 
@@ -196,11 +191,7 @@ class Pipeline {
     return static_cast<uint64_t>(piece.rows.begin * width(piece)) * size_bytes(source_.tensors()[piece.tensor].dtype);
   }
 
-  void write_weights(Journal& journal) {
-    largest_ = fused_magnitudes(source_, recipe_);
-    ShardWriter writer(staging_, shards_);
-    const std::vector<SquaredError> errors = stream(job_, estimate_.piece_memory, writer, journal);
-    writer.finish();
+  void add_layers(std::span<const SquaredError> errors) {
     size_t piece = 0;
     for (size_t i = 0; i < recipe_.tensors.size(); ++i) {
       SquaredError sums;
@@ -212,6 +203,7 @@ class Pipeline {
   void add_layer(size_t i, double error) {
     const TensorPlan& plan = recipe_.tensors[i];
     uint64_t bytes = 0;
+    notes_[plan.name] = plan.note;
     for (const ArraySpec& array : job_.arrays[i]) bytes += array.bytes();
     layers_.push_back({.name = plan.name,
                        .scheme = *plan.scheme,
@@ -301,11 +293,22 @@ class Pipeline {
 
   OrderedJson layer_json(const LayerResult& layer) const {
     const auto elements = static_cast<double>(element_count(source_.find(layer.name)->shape));
-    return {{"name", layer.name},
-            {"scheme", describe(layer.scheme)},
-            {"algorithm", layer.algorithm},
-            {"relative_error", layer.relative_error},
-            {"bits_per_weight", 8.0 * static_cast<double>(layer.bytes) / elements}};
+    OrderedJson json = {{"name", layer.name},
+                        {"scheme", describe(layer.scheme)},
+                        {"algorithm", layer.algorithm},
+                        {"relative_error", layer.relative_error},
+                        {"bits_per_weight", 8.0 * static_cast<double>(layer.bytes) / elements}};
+    if (const std::string& note = notes_.at(layer.name); !note.empty()) json["note"] = note;
+    return json;
+  }
+
+  void warn_of_notes(std::vector<Warning>& warnings) const {
+    const auto noted = [](const TensorPlan& plan) { return !plan.note.empty(); };
+    const auto first = std::ranges::find_if(recipe_.tensors, noted);
+    if (first == recipe_.tensors.end()) return;
+    const auto count = std::ranges::count_if(recipe_.tensors, noted);
+    warnings.push_back({"OTHER_TYPE", fmt::format("{} of {} tensors get another type, first '{}': {}", count,
+                                                  recipe_.tensors.size(), printable(first->name), first->note)});
   }
 
   /// The value most layers share; others are in `layers`.
@@ -400,6 +403,7 @@ class Pipeline {
   std::optional<Importance> importance_;
   std::string not_judged_;  ///< why, if it is known beforehand
   std::vector<LayerResult> layers_;
+  std::map<std::string, std::string> notes_;  ///< of them, by name
   OrderedJson engines_;
 };
 

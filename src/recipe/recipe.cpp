@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cctype>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <span>
@@ -28,6 +29,7 @@ void take(const OrderedJson& settings, const char* key, std::optional<T>& value)
 
 void read_settings(const OrderedJson& scheme, const OrderedJson& rest, QuantizationSettings& s) {
   take(rest, "method", s.method);
+  take(rest, "gguf_type", s.gguf_type);
   take(rest, "algorithm", s.algorithm);
   take(rest, "range", s.range);
   take(rest, "weight_only", s.weight_only);
@@ -45,12 +47,14 @@ QuantizationSettings merge(QuantizationSettings base, const QuantizationSettings
   const auto set = [](auto& value, const auto& with) {
     if (with) value = with;
   };
+  if (over.method || over.bits || over.quant_type) base.gguf_type.reset();
   // A layer's own method starts from that method's defaults, not from what was set for the model's.
   if (over.method) base = {.algorithm = base.algorithm, .range = base.range};
   // Of a granularity and a group size, one set for the layer replaces the other set for the model.
   if (over.granularity) base.group_size.reset();
   if (over.group_size && base.granularity != "flat") base.granularity.reset();
   set(base.method, over.method);
+  set(base.gguf_type, over.gguf_type);
   set(base.algorithm, over.algorithm);
   set(base.range, over.range);
   set(base.granularity, over.granularity);
@@ -75,7 +79,7 @@ QuantizationSettings merge(QuantizationSettings base, const QuantizationSettings
 
 /// The request for one tensor with every default filled in.
 struct Resolved {
-  std::string quant_type, granularity, scale_dtype, range;
+  std::string name, quant_type, granularity, scale_dtype, range;
   int64_t bits, group_size;
   bool symmetric, nested_scales, weight_only;
 };
@@ -112,6 +116,7 @@ std::span<const SchemeChoice> choices_of(const Container* container) {
 }
 
 bool asks_for_something(const QuantizationSettings& s, const Container* container) {
+  if (s.gguf_type && container != nullptr && !container->model_file.empty()) return true;
   if (s.method) return *s.method != "none";
   return s.bits || s.quant_type || !choices_of(container).empty();
 }
@@ -120,18 +125,37 @@ bool is_sized(std::string_view granularity) {
   return granularity == "group" || granularity == "flat" || granularity == "block";
 }
 
+[[noreturn]] void unknown_type(const std::string& name, std::span<const SchemeChoice> choices) {
+  std::vector<std::string_view> known;
+  for (const SchemeChoice& choice : choices) known.push_back(choice.name);
+  throw Error({.code = "bad-value",
+               .what = "bad configuration",
+               .where = "quantization",
+               .why = fmt::format("gguf_type: '{}' is not known; valid: {}", printable(name), fmt::join(known, ", ")),
+               .status = ExitStatus::usage});
+}
+
+/// Case does not matter, as in llama.cpp.
+const SchemeChoice* named_choice(std::string name, const Container& container) {
+  std::ranges::transform(name, name.begin(), [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  const auto found = std::ranges::find(container.choices, name, &SchemeChoice::name);
+  // llama.cpp's short names
+  const auto medium = std::ranges::find(container.choices, name + "_m", &SchemeChoice::name);
+  if (found == container.choices.end() && medium == container.choices.end()) unknown_type(name, container.choices);
+  return found != container.choices.end() ? &*found : &*medium;
+}
+
 /// The container's choice that a request begins from: the first that has all it says, else the first of its kind and
 /// bits, else of its kind (what it says is then laid over it, and `fit` speaks). A request that leaves kind and bits
 /// open is for what the first choice of all is. Null: the container leaves the choice open, or has no such kind.
 const SchemeChoice* choose(const QuantizationSettings& s, const Container* container) {
   const std::span<const SchemeChoice> choices = choices_of(container);
   if (choices.empty()) return nullptr;
+  if (s.gguf_type && !container->model_file.empty()) return named_choice(*s.gguf_type, *container);
   const Meaning* const meaning = meaning_of(s);
   std::optional<std::string> kind = s.quant_type;
   std::optional<int64_t> bits = s.bits;
   if (meaning != nullptr && !kind) kind = meaning->quant_type;
-  const bool names_one = meaning == nullptr && s.method && *s.method != "none" && *s.method != "auto";
-  if (names_one && !kind) kind = *s.method;  // a kind of the container's own
   if (meaning != nullptr && !bits) bits = meaning->bits;
   if (!kind && !bits) {
     kind = choices.front().quant_type;
@@ -142,6 +166,7 @@ const SchemeChoice* choose(const QuantizationSettings& s, const Container* conta
   const auto has_all = [&](const SchemeChoice& choice) {
     return has_bits(choice) && (!s.symmetric || *s.symmetric == choice.symmetric) &&
            (!s.weight_only || *s.weight_only == choice.weight_only) &&
+           (!s.nested_scales || *s.nested_scales == choice.nested_scales) &&
            (!s.granularity || *s.granularity == choice.granularity) &&
            (!s.group_size || is_sized(s.granularity.value_or(std::string(choice.granularity)))) &&
            (!s.scale_dtype || choice.scale_dtype == SchemeChoice::kWeightDtype || *s.scale_dtype == choice.scale_dtype);
@@ -156,10 +181,7 @@ const SchemeChoice* choose(const QuantizationSettings& s, const Container* conta
 SchemeChoice common_choice(const QuantizationSettings& s) {
   const Meaning* const meaning = meaning_of(s);
   SchemeChoice c;
-  c.quant_type = s.quant_type                                             ? std::string_view(*s.quant_type)
-                 : meaning != nullptr                                     ? meaning->quant_type
-                 : s.method && *s.method != "auto" && *s.method != "none" ? std::string_view(*s.method)
-                                                                          : "int";
+  c.quant_type = s.quant_type ? std::string_view(*s.quant_type) : meaning != nullptr ? meaning->quant_type : "int";
   const bool integer = c.quant_type == "int", table = c.quant_type == "nf4" || c.quant_type == "fp4";
   const int64_t bits = integer ? s.bits.value_or(meaning != nullptr ? meaning->bits : 4) : bits_of(c.quant_type);
   c.bits = static_cast<int>(bits);
@@ -186,9 +208,10 @@ Resolved fill_in(const QuantizationSettings& s, const Container* container, cons
   const SchemeChoice c = chosen != nullptr ? *chosen : common_choice(s);
   check_kind(c.quant_type, container);
   Resolved r;
+  r.name = c.name;
   r.quant_type = c.quant_type;
   const Meaning* const meaning = meaning_of(s);
-  r.bits = s.bits.value_or(meaning != nullptr && !s.quant_type ? meaning->bits : c.bits);
+  r.bits = s.bits.value_or(meaning != nullptr && !s.quant_type && !s.gguf_type ? meaning->bits : c.bits);
   const int64_t own_bits = chosen != nullptr ? chosen->bits : bits_of(r.quant_type);
   if (r.quant_type != "int" && r.bits != own_bits)
     contradiction(fmt::format("{} has {} bits, not {}", r.quant_type, own_bits, r.bits), "");
@@ -248,7 +271,8 @@ const ElementType* element_of(std::string_view quant_type) {
 
 /// Refers to `r`.
 SchemeChoice choice_of(const Resolved& r) {
-  return {.quant_type = r.quant_type,
+  return {.name = r.name,
+          .quant_type = r.quant_type,
           .bits = static_cast<int>(r.bits),
           .symmetric = r.symmetric,
           .granularity = r.granularity,
@@ -296,6 +320,7 @@ OrderedJson to_json(const Resolved& r, const Algorithm& algorithm) {
   OrderedJson json = {{"algorithm", algorithm.name}, {"range", r.range},
                       {"quant_type", r.quant_type},  {"bits", r.bits},
                       {"symmetric", r.symmetric},    {"granularity", r.granularity}};
+  if (!r.name.empty()) json["gguf_type"] = r.name;
   if (r.group_size != 0) json["group_size"] = r.group_size;
   json["scale_dtype"] = r.nested_scales ? "float32" : r.scale_dtype;
   json["nested_scales"] = r.nested_scales;
@@ -309,15 +334,6 @@ std::string_view module_of(std::string_view tensor) {
 
 bool any_matches(std::span<const std::string_view> patterns, std::string_view tensor) {
   return std::ranges::any_of(patterns, [&](std::string_view pattern) { return matches(pattern, tensor); });
-}
-
-/// Tables that are looked up, of tokens, positions, segments and distances: by the names that models give them.
-bool is_embedding(std::string_view tensor) {
-  constexpr auto kNames = std::to_array<std::string_view>(
-      {"embed_tokens", "embed_in", "tok_embeddings", "word_embeddings", "wte", "wpe", "token_embedding",
-       "embed_positions", "position_embedding", "position_embeddings", "pos_embed", "token_type_embeddings",
-       "relative_attention_bias", "embedding"});
-  return any_matches(kNames, tensor) || tensor == "shared.weight";  // the last: T5's
 }
 
 /// The small matrix that sends a token to its experts: one row an expert, and an error in it changes the expert.
@@ -368,17 +384,24 @@ class Resolver {
       plan.reason = "embedding";
     if (plan.reason.empty() && rule == nullptr && is_router(t)) plan.reason = "router of experts";
     if (plan.reason.empty() && container_ != nullptr && container_->takes != nullptr &&
-        !container_->takes(t.name, t.shape))
+        container_->scheme_for == nullptr && !container_->takes(t.name, t.shape))
       plan.reason = fmt::format("{} leaves it in floats", container_->name);
     if (plan.reason.empty() && !asks_for_something(settings, container_)) plan.reason = "method none";
     if (!plan.reason.empty()) return plan;
     const Resolved r = fill_in(settings, container_, &t.shape);
     plan.algorithm = algorithm_of(settings, request_.has_statistics, container_);
-    TensorRole role = t.role;
+    TensorRole role = rule != nullptr ? TensorRole() : t.role;
     role.weighted = plan.algorithm->weighted;
     plan.scheme = container_ != nullptr && container_->scheme_for != nullptr
                       ? container_->scheme_for(choice_of(r), role, t.shape)
                       : scheme_of(r, container_, t.dtype);
+    if (*plan.scheme == plain(t.dtype)) {  // it is what was asked for
+      plan.scheme.reset();
+      plan.reason = fmt::format("{} already", info(t.dtype).name);
+      return plan;
+    }
+    if (container_ != nullptr && container_->note_for != nullptr)
+      plan.note = container_->note_for(choice_of(r), role, t.shape);
     if (!r.weight_only) plan.linear = container_->make_linear(choice_of(r));
     plan.options.range = r.range == "mse" ? RangeRule::mse : RangeRule::minmax;
     plan.options.owner = container_ != nullptr ? container_->encode : nullptr;
@@ -434,7 +457,8 @@ OrderedJson settings_json(const QuantizationRequest& request, const Container* c
 }  // namespace
 
 Scheme scheme_of(const SchemeChoice& choice, const Container& container, DType weight) {
-  const Resolved all = {.quant_type = std::string(choice.quant_type),
+  const Resolved all = {.name = std::string(choice.name),
+                        .quant_type = std::string(choice.quant_type),
                         .granularity = std::string(choice.granularity),
                         .scale_dtype = std::string(choice.scale_dtype),
                         .range = {},
@@ -445,6 +469,16 @@ Scheme scheme_of(const SchemeChoice& choice, const Container& container, DType w
                         .weight_only = choice.weight_only};
   return scheme_of(all, &container, weight);
 }
+
+bool is_embedding(std::string_view tensor) {
+  constexpr auto kNames = std::to_array<std::string_view>(
+      {"embed_tokens", "embed_in", "tok_embeddings", "word_embeddings", "wte", "wpe", "token_embedding",
+       "embed_positions", "position_embedding", "position_embeddings", "pos_embed", "token_type_embeddings",
+       "relative_attention_bias", "embedding"});
+  return any_matches(kNames, tensor) || tensor == "shared.weight";  // the last: T5's
+}
+
+bool is_head(std::string_view tensor) { return matches("lm_head", tensor) || matches(kNeoxHead, tensor); }
 
 bool matches(std::string_view pattern, std::string_view tensor) {
   const std::string_view module = module_of(tensor);

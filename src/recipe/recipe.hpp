@@ -17,7 +17,7 @@ namespace bitwright {
 
 /// What the user asked for one tensor: explicit values, else what intent leaves open.
 struct QuantizationSettings {
-  std::optional<std::string> method{}, algorithm{}, range{}, granularity{}, scale_dtype{}, quant_type{};
+  std::optional<std::string> method{}, gguf_type{}, algorithm{}, range{}, granularity{}, scale_dtype{}, quant_type{};
   std::optional<int64_t> bits{}, group_size{};
   std::optional<bool> symmetric{}, nested_scales{}, weight_only{};
 };
@@ -63,6 +63,7 @@ struct TensorPlan {
   const Algorithm* algorithm = nullptr;
   AlgorithmOptions options{};
   std::string reason{};  ///< why it is kept
+  std::string note{};    ///< why it is not quantized as others are (Container::note_for)
 };
 
 struct Recipe {
@@ -79,6 +80,11 @@ Recipe resolve(const QuantizationRequest& request, std::span<const TensorFacts> 
 
 /// What a row of the container's table of choices makes of a weight of this type; the container may refuse it.
 Scheme scheme_of(const SchemeChoice& choice, const Container& container, DType weight);
+
+/// Is it a table that is looked up (of tokens, positions …), by the names that models give them?
+bool is_embedding(std::string_view tensor);
+/// The matrix that gives the logits.
+bool is_head(std::string_view tensor);
 
 /// Does `pattern` name this tensor's module? A glob (*, ?) is compared with the whole name, with and without ".weight";
 /// other patterns match whole components in a row: "model.layers.0", "down_proj".

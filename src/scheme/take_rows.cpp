@@ -26,6 +26,13 @@ std::optional<int64_t> run_in_row(const Grouping& grouping, int64_t columns) {
   return std::nullopt;
 }
 
+/// How a parameter of the rows taken is grouped: a line of groups a row.
+std::optional<Grouping> taken_grouping(const Grouping& grouping, int64_t columns) {
+  if (grouping.kind == Grouping::Kind::index) return grouping;
+  const std::optional<int64_t> run = run_in_row(grouping, columns);
+  return run ? std::optional(Grouping::along(*run)) : std::nullopt;
+}
+
 /// A parameter of the rows taken, as plain f32.
 struct TakenParameter {
   Parameter parameter;
@@ -46,11 +53,10 @@ TakenParameter plain_parameter(const Parameter& old, const Grouping& grouping, i
 std::optional<TakenParameter> take(const Parameter& parameter, const QuantizedTensor& stored, const Shape& shape,
                                    std::span<const int64_t> rows) {
   const int64_t columns = shape.back(), stored_rows = element_count(shape) / columns;
-  const bool indexed = parameter.grouping.kind == Grouping::Kind::index;  // a line of groups a row, in any order
-  const std::optional<int64_t> run =
-      indexed ? std::optional(parameter.grouping.size) : run_in_row(parameter.grouping, columns);
-  if (!run) return std::nullopt;
-  const int64_t groups = (columns + *run - 1) / *run;
+  const std::optional<Grouping> grouping = taken_grouping(parameter.grouping, columns);
+  if (!grouping) return std::nullopt;
+  const bool indexed = grouping->kind == Grouping::Kind::index;
+  const int64_t groups = (columns + grouping->size - 1) / grouping->size;
   const Decoder decoder(stored);
   const std::optional<GroupMap> map = indexed ? std::nullopt : std::optional<GroupMap>({parameter.grouping, shape});
   std::vector<float> values(rows.size() * static_cast<size_t>(groups));
@@ -62,8 +68,45 @@ std::optional<TakenParameter> take(const Parameter& parameter, const QuantizedTe
                    std::span(values).subspan(i * static_cast<size_t>(groups), static_cast<size_t>(groups)));
     BW_ASSERT(indexed || group_of(columns - 1) == group_of(0) + groups - 1);
   }
-  const Grouping grouping = indexed ? parameter.grouping : Grouping::along(*run);
-  return plain_parameter(parameter, grouping, static_cast<int64_t>(rows.size()), values);
+  return plain_parameter(parameter, *grouping, static_cast<int64_t>(rows.size()), values);
+}
+
+bool lies_within_rows(const Parameter& p, bool one_matrix) {
+  const Grouping& g = p.grouping;
+  if (g.kind == Grouping::Kind::tensor) return one_matrix;
+  if (g.kind != Grouping::Kind::index && !(g.kind == Grouping::Kind::axis && g.axis == -1)) return false;
+  return (!p.scheme->scale || lies_within_rows(*p.scheme->scale, one_matrix)) &&
+         (!p.scheme->offset || lies_within_rows(*p.scheme->offset, one_matrix));
+}
+bool stays_as_stored(const Scheme& s, bool one_matrix) {
+  return (!s.scale || lies_within_rows(*s.scale, one_matrix)) && (!s.offset || lies_within_rows(*s.offset, one_matrix));
+}
+
+std::vector<std::byte> codes_of_rows(const QuantizedTensor& tensor, std::span<const int64_t> rows) {
+  const int64_t columns = tensor.shape.back(), stored_rows = element_count(tensor.shape) / columns;
+  const auto row_bytes = columns * static_cast<int64_t>(tensor.scheme.element->code_bytes());
+  std::vector<std::byte> codes;
+  codes.reserve(rows.size() * static_cast<size_t>(row_bytes));
+  for (const int64_t row : rows) {
+    BW_ASSERT(row >= 0 && row < stored_rows);
+    codes.insert(codes.end(), tensor.codes.begin() + row * row_bytes, tensor.codes.begin() + (row + 1) * row_bytes);
+  }
+  return codes;
+}
+
+/// Of a tensor whose parameters lie within rows.
+QuantizedTensor picked(const QuantizedTensor& tensor, std::span<const int64_t> rows) {
+  QuantizedTensor out = {.scheme = tensor.scheme,
+                         .shape = {static_cast<int64_t>(rows.size()), tensor.shape.back()},
+                         .codes = codes_of_rows(tensor, rows),
+                         .group_index = tensor.group_index};
+  const auto pick = [&](const std::optional<Parameter>& p, const std::shared_ptr<const QuantizedTensor>& from) {
+    if (!p || p->grouping.kind == Grouping::Kind::tensor) return from;
+    return std::make_shared<const QuantizedTensor>(picked(*from, rows));
+  };
+  out.scale = pick(tensor.scheme.scale, tensor.scale);
+  out.offset = pick(tensor.scheme.offset, tensor.offset);
+  return out;
 }
 
 }  // namespace
@@ -71,9 +114,8 @@ std::optional<TakenParameter> take(const Parameter& parameter, const QuantizedTe
 std::optional<QuantizedTensor> take_rows(const QuantizedTensor& tensor, std::span<const int64_t> rows) {
   BW_ASSERT(tensor.shape.size() >= 2 && tensor.shape.back() > 0);
   if (tensor.scheme.element->kind == ElementKind::block_code) return std::nullopt;
-  const int64_t columns = tensor.shape.back(), stored_rows = element_count(tensor.shape) / columns;
   QuantizedTensor out = {.scheme = tensor.scheme,
-                         .shape = {static_cast<int64_t>(rows.size()), columns},
+                         .shape = {static_cast<int64_t>(rows.size()), tensor.shape.back()},
                          .group_index = tensor.group_index};
   const auto take_parameter = [&](std::optional<Parameter>& parameter, const auto& from, auto& to) {
     if (!parameter) return true;
@@ -86,13 +128,49 @@ std::optional<QuantizedTensor> take_rows(const QuantizedTensor& tensor, std::spa
   if (!take_parameter(out.scheme.scale, tensor.scale, out.scale) ||
       !take_parameter(out.scheme.offset, tensor.offset, out.offset))
     return std::nullopt;
-  const auto row_bytes = columns * static_cast<int64_t>(tensor.scheme.element->code_bytes());
-  out.codes.reserve(rows.size() * static_cast<size_t>(row_bytes));
-  for (const int64_t row : rows) {
-    BW_ASSERT(row >= 0 && row < stored_rows);
-    out.codes.insert(out.codes.end(), tensor.codes.begin() + row * row_bytes,
-                     tensor.codes.begin() + (row + 1) * row_bytes);
+  out.codes = codes_of_rows(tensor, rows);
+  return out;
+}
+
+std::optional<QuantizedTensor> rows_as_stored(const QuantizedTensor& tensor, std::span<const int64_t> rows,
+                                              bool one_matrix) {
+  BW_ASSERT(tensor.shape.size() >= 2 && tensor.shape.back() > 0);
+  if (tensor.scheme.element->kind == ElementKind::block_code) return std::nullopt;
+  return stays_as_stored(tensor.scheme, one_matrix) ? picked(tensor, rows) : take_rows(tensor, rows);
+}
+
+std::optional<Scheme> scheme_of_rows(const Scheme& scheme, const Shape& shape, bool one_matrix) {
+  if (shape.size() < 2 || shape.back() == 0 || scheme.element->kind == ElementKind::block_code) return std::nullopt;
+  if (stays_as_stored(scheme, one_matrix)) return scheme;
+  Scheme out = scheme;
+  for (std::optional<Parameter>* p : {&out.scale, &out.offset}) {
+    if (!p->has_value()) continue;
+    const std::optional<Grouping> grouping = taken_grouping((*p)->grouping, shape.back());
+    if (!grouping) return std::nullopt;
+    const bool divides = (*p)->divides;
+    *p = parameter(*grouping, plain(DType::f32));
+    (*p)->divides = divides;
   }
+  return out;
+}
+
+QuantizedTensor stacked(std::span<const QuantizedTensor> parts) {
+  QuantizedTensor out = {.scheme = parts.front().scheme,
+                         .shape = {0, parts.front().shape.back()},
+                         .group_index = parts.front().group_index};
+  for (const QuantizedTensor& part : parts) {
+    BW_ASSERT(part.scheme == out.scheme && part.shape.back() == out.shape.back());
+    out.shape[0] += element_count(part.shape) / part.shape.back();
+    out.codes.insert(out.codes.end(), part.codes.begin(), part.codes.end());
+  }
+  const auto stack = [&](const auto& of) -> std::shared_ptr<const QuantizedTensor> {
+    if (of(parts.front()) == nullptr) return nullptr;
+    std::vector<QuantizedTensor> all;
+    for (const QuantizedTensor& part : parts) all.push_back(*of(part));
+    return std::make_shared<const QuantizedTensor>(stacked(all));
+  };
+  out.scale = stack([](const QuantizedTensor& t) { return t.scale; });
+  out.offset = stack([](const QuantizedTensor& t) { return t.offset; });
   return out;
 }
 
