@@ -107,6 +107,7 @@ constexpr auto kFewBits =
 std::string_view wanted(const GgufFileType& file, const TensorRole& role, const Shape& shape) {
   if (role.name == "position_embd.weight") return "F32";
   if (role.name.empty() || find_gguf_type(file.type)->dtype) return file.type;
+  if (role.name == "position_embd.weight") return "F32";
   if (is_output(role)) {
     if (file.name == "mxfp4" || shape.back() % find_gguf_type(file.type)->block.elements != 0) return "Q8_0";
     return file.type == "Q8_0" ? file.type : "Q6_K";

@@ -77,6 +77,7 @@ TEST(GgufFileTypes, FollowLlamaCpp) {
     of.name = name;
     return gguf_type_for(*find_gguf_file_type(file), of, shape);
   };
+  EXPECT_EQ(type("q4_k_m", "position_embd.weight"), "F32");
   EXPECT_EQ(type("q4_k_m", "blk.0.ffn_down.weight"), "Q6_K");  // the first eighth
   EXPECT_EQ(type("q4_k_m", "blk.4.ffn_down.weight"), "Q4_K");
   EXPECT_EQ(type("q4_k_m", "blk.6.attn_v.weight"), "Q6_K");  // every third
@@ -88,6 +89,18 @@ TEST(GgufFileTypes, FollowLlamaCpp) {
   EXPECT_EQ(type("q4_k_m", "blk.4.attn_q.weight", {512, 288}), "Q5_0");  // no whole blocks of 256
   EXPECT_EQ(type("q6_k", "blk.4.attn_q.weight", {512, 288}), "Q8_0");
   EXPECT_EQ(type("q6_k", "blk.4.attn_q.weight", {512, 300}), "F16");
+}
+
+TEST(GgufFileTypes, FollowLlamaCppWhereThereIsImportance) {
+  const auto type = [&](const char* file, const char* name, bool weighted) {
+    return gguf_type_for(*find_gguf_file_type(file), {.name = name, .layers = 32, .weighted = weighted}, {512, 512});
+  };
+  EXPECT_EQ(type("q4_0", "blk.3.ffn_down.weight", true), "Q4_1");
+  EXPECT_EQ(type("q4_0", "blk.3.ffn_down.weight", false), "Q4_0");
+  EXPECT_EQ(type("q4_0", "blk.4.ffn_down.weight", true), "Q4_0");
+  EXPECT_EQ(type("q5_0", "blk.0.ffn_down.weight", true), "Q5_1");
+  EXPECT_EQ(type("iq4_xs", "blk.0.ffn_down.weight", true), "IQ4_XS");
+  EXPECT_EQ(type("iq4_xs", "blk.0.ffn_down.weight", false), "Q5_K");
 }
 
 TEST(GgufOutput, IsTheModelWithItsVocabulary) {

@@ -36,7 +36,8 @@ void Importance::check(const Recipe& recipe, std::span<const TensorFacts> tensor
   std::vector<std::string> missing;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const auto& [name, shape] = std::tie(tensors[i].name, tensors[i].shape);
-    if (!recipe.tensors[i].scheme || !recipe.tensors[i].algorithm->weighted) continue;
+    const TensorPlan& plan = recipe.tensors[i];
+    if (!plan.scheme || plan.scheme->is_plain() || !plan.algorithm->weighted) continue;
     ++weighted;
     const auto found = imatrix_.entries.find(name);
     if (found == imatrix_.entries.end()) {

@@ -107,7 +107,7 @@ TEST(Importance, OfEachExpertIsItsOwn) {
   const Checkpoint model(dir / "model"), arranged = open_as_gguf(model, gguf_model(model));
   write_imatrix(random_importance(arranged), dir / "stats", ImatrixForm::gguf);
   std::vector<Warning> warnings;
-  quantize_to(dir / "model", dir / "out", "method: q5_1", dir / "stats", warnings);
+  quantize_to(dir / "model", dir / "out", "gguf_type: Q5_1", dir / "stats", warnings);
   const Checkpoint written(dir / "out");
   const Imatrix imatrix = read_imatrix(dir / "stats");
   size_t stacks = 0;
@@ -141,7 +141,7 @@ class StatsOfExample : public ::testing::Test {
 };
 
 TEST_F(StatsOfExample, AreNamedInTheFile) {
-  EXPECT_EQ(run("method: q4_k_m")["algorithm"], "imatrix");
+  EXPECT_EQ(run("gguf_type: Q4_K_M")["algorithm"], "imatrix");
   EXPECT_TRUE(warnings.empty());
   const Checkpoint written(dir / "out");
   const Json& facts = *written.facts();
@@ -153,7 +153,7 @@ TEST_F(StatsOfExample, AreNamedInTheFile) {
 
 TEST_F(StatsOfExample, ThatLackATensorWarn) {
   imatrix.entries.erase("blk.1.ffn_up.weight");
-  run("method: q4_0");
+  run("gguf_type: Q4_0");
   ASSERT_EQ(warnings.size(), 1u);
   EXPECT_EQ(warnings[0].code, "NO_IMPORTANCE");
   EXPECT_NE(warnings[0].message.find("blk.1.ffn_up.weight"), std::string::npos) << warnings[0].message;
@@ -161,16 +161,16 @@ TEST_F(StatsOfExample, ThatLackATensorWarn) {
 
 TEST_F(StatsOfExample, OfAnotherModelAreRefused) {
   imatrix.entries["blk.1.ffn_up.weight"].sums.push_back(1);
-  auto [code, message] = failure("method: q4_0");
+  auto [code, message] = failure("gguf_type: Q4_0");
   EXPECT_EQ(code, "bad-imatrix");
   EXPECT_NE(message.find("tensor 'blk.1.ffn_up.weight' has 256 columns"), std::string::npos) << message;
   imatrix.entries.clear();
   imatrix.entries["blk.99.ffn_up.weight"] = {.sums = {1}, .counts = {1}};
-  EXPECT_EQ(failure("method: q4_0").first, "bad-imatrix");
+  EXPECT_EQ(failure("gguf_type: Q4_0").first, "bad-imatrix");
 }
 
 TEST_F(StatsOfExample, WithoutUseWarn) {
-  EXPECT_EQ(run("method: q4_0, algorithm: rtn")["algorithm"], "rtn");
+  EXPECT_EQ(run("gguf_type: Q4_0, algorithm: rtn")["algorithm"], "rtn");
   ASSERT_EQ(warnings.size(), 1u);
   EXPECT_EQ(warnings[0].code, "STATS_UNUSED");
   warnings.clear();
