@@ -136,6 +136,7 @@ struct TensorRole {
   int64_t layers = 0, experts = 0;
   int64_t queries_a_key = 1;  ///< query heads that share keys and values
   bool has_output = true;     ///< the output matrix is no embedding
+  bool weighted = false;      ///< by the importance of its columns (algorithm imatrix)
 };
 
 /// One way of laying quantized tensors out as bytes: a row of a table, not a base class.

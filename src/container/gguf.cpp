@@ -88,10 +88,12 @@ constexpr auto kChoices = [] {
     std::string_view name;
     int bits;
   };
-  constexpr auto kRows = std::to_array<Row>(
-      {{"q8_0", 8},   {"q4_0", 4},   {"q4_1", 4},   {"q5_0", 5},   {"q5_1", 5},   {"nvfp4", 4},  {"mxfp4", 4},
-       {"tq1_0", 2},  {"tq2_0", 2},  {"q2_k", 2},   {"q2_k_s", 2}, {"q3_k_s", 3}, {"q3_k_m", 3}, {"q3_k_l", 3},
-       {"q4_k_s", 4}, {"q4_k_m", 4}, {"q5_k_s", 5}, {"q5_k_m", 5}, {"q6_k", 6},   {"iq4_nl", 4}, {"iq4_xs", 4}});
+  constexpr auto kRows =
+      std::to_array<Row>({{"q8_0", 8},   {"q4_0", 4},    {"q4_1", 4},   {"q5_0", 5},    {"q5_1", 5},   {"nvfp4", 4},
+                          {"mxfp4", 4},  {"tq1_0", 2},   {"tq2_0", 2},  {"q2_k", 2},    {"q2_k_s", 2}, {"q3_k_s", 3},
+                          {"q3_k_m", 3}, {"q3_k_l", 3},  {"q4_k_s", 4}, {"q4_k_m", 4},  {"q5_k_s", 5}, {"q5_k_m", 5},
+                          {"q6_k", 6},   {"iq4_nl", 4},  {"iq4_xs", 4}, {"iq2_xxs", 2}, {"iq2_xs", 2}, {"iq2_s", 2},
+                          {"iq2_m", 2},  {"iq3_xxs", 3}, {"iq3_xs", 3}, {"iq3_s", 3},   {"iq3_m", 3}});
   std::array<SchemeChoice, kRows.size() + 5> all{};
   size_t n = 0;
   const auto add = [&](std::string_view name, int bits, bool symmetric) {

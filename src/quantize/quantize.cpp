@@ -76,6 +76,7 @@ class Pipeline {
   OrderedJson run(std::vector<Warning>& warnings) {
     const auto start = std::chrono::steady_clock::now();
     warnings.insert(warnings.end(), recipe_.warnings.begin(), recipe_.warnings.end());
+    if (gguf_ != nullptr) warn_of_importance(job_.arrays, warnings);
     OutputDirectory output(options_.output.output, options_.output.existing);
     staging_ = output.staging();
     announce(estimate_, staging_, allocated_bytes(staging_));
