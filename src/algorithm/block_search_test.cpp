@@ -4,10 +4,12 @@
 
 #include <algorithm>
 #include <cctype>
+#include <cmath>
 #include <iostream>
 #include <limits>
 #include <random>
 
+#include "algorithm/codebook_blocks.hpp"
 #include "base/error.hpp"
 #include "container/gguf_blocks.hpp"
 #include "container/gguf_types.hpp"
@@ -70,11 +72,63 @@ TEST(BlockSearch, GivesTheSameBitsOnEveryLevel) {
   }
 }
 
+// Numbers no type reaches, numbers below all scales, no importance at all: codes that can be stored, finite values.
+TEST(BlockSearch, HostileNumbersHaveCodes) {
+  std::mt19937 random(3);
+  std::vector<float> values(8 * 256), importance(256);
+  for (size_t i = 0; i < values.size(); ++i) {
+    const auto exponent = static_cast<int>(random() % 60);
+    values[i] = std::ldexp(random() % 2 == 0 ? 1.5f : -1.25f, i < 512 ? 60 + exponent : -120 - exponent / 2);
+  }
+  std::fill_n(values.begin() + 1024, 1024, 0.0f);
+  for (size_t i = 1536; i < 1792; ++i) values[i] = i % 2 == 0 ? 3.4e38f : 1e-40f;
+  const std::vector<float> none(256), enormous(256, 3e38f);
+  for (size_t i = 0; i < importance.size(); ++i)
+    importance[i] = i % 3 == 0 ? 0.0f : std::ldexp(1.0f, static_cast<int>(i % 200) - 99);
+  const WeightView weight = {DType::f32, std::as_bytes(std::span(values))};
+  for (const BlockCodec& codec : all_block_codecs()) {
+    if (!is_codebook_scheme(codec.scheme())) continue;
+    for (const std::vector<float>& weights : {std::vector<float>(), importance, none, enormous}) {
+      SCOPED_TRACE(codec.type);
+      const QuantizedTensor t = search_blocks(codec.scheme(), {8, 256}, weight, weights);
+      std::vector<uint8_t> block(find_gguf_type(codec.type)->block.bytes);
+      QuantizedTensor back = block_tensor(t.scheme, t.shape);
+      const TensorBlocks from(t, 8), to(back, 8);
+      for (size_t i = 0; i < 8; ++i) {
+        codec.pack(from.of(i), block.data());
+        codec.unpack(block.data(), to.of(i));
+      }
+      EXPECT_TRUE(back == t);
+      const std::vector<float> decoded = decode(t);
+      EXPECT_TRUE(std::ranges::all_of(decoded, [](float x) { return std::isfinite(x); }));
+      EXPECT_TRUE(std::ranges::all_of(std::span(decoded).subspan(1024, 512), [](float x) { return x == 0; }));
+      EXPECT_GT(decoded[1536], 1e6f);
+    }
+  }
+}
+
+// Columns of no importance are near their values where that costs the others nothing.
+TEST(BlockSearch, ColumnsOfNoImportanceAreNotForgotten) {
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal(0, 0.02f);
+  std::vector<float> values(4 * 256), importance(256, 1.0f);
+  for (float& v : values) v = normal(random);
+  std::fill_n(importance.begin() + 64, 128, 0.0f);
+  const WeightView weight = {DType::f32, std::as_bytes(std::span(values))};
+  for (const BlockCodec& codec : all_block_codecs()) {
+    if (!is_codebook_scheme(codec.scheme())) continue;
+    const std::vector<float> decoded = decode(search_blocks(codec.scheme(), {4, 256}, weight, importance));
+    EXPECT_LT(squared_error(values, decoded, {}), 0.2 * squared_error(values, std::vector<float>(values.size()), {}))
+        << codec.type;
+  }
+}
+
 TEST(BlockSearch, NoNumberIsNoNumber) {
   std::vector<float> values(256, 1.0f);
   values[77] = std::numeric_limits<float>::quiet_NaN();
   const WeightView weight = {DType::f32, std::as_bytes(std::span(values))};
-  EXPECT_THROW(search_blocks(find_block_codec("Q4_K")->scheme(), {1, 256}, weight), Error);
+  for (const char* type : {"Q4_K", "IQ2_XS"})
+    EXPECT_THROW(search_blocks(find_block_codec(type)->scheme(), {1, 256}, weight), Error) << type;
 }
 
 }  // namespace

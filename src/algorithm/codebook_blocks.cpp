@@ -126,7 +126,7 @@ class PanelSearch {
   std::array<float, kMostGroup * kPanel> values_{}, weights_{};  ///< as a MagnitudePanel has them
   std::array<uint8_t, kMostGroup * kPanel> negative_{};          ///< the sign that a value has, a bit of a code
   LaneValues high_{};                                            ///< where the larger values are
-  LaneValues ideal_{};  ///< scale of least error
+  LaneValues ideal_{};                                           ///< scale of least error
   LaneValues unit_{}, code_{};
   std::array<uint8_t, kMostVectors * kPanel> first_{}, second_{}, turned_{};  ///< as ChosenHalves has them
   std::array<uint8_t, kMostGroup * kPanel> codes_{};
@@ -296,6 +296,7 @@ void PanelSearch::store(const TensorBlocks& parts, size_t first_block) const {
     const BlockParts to = parts.of(first_block + g / plan_.groups);
     const size_t at = g % plan_.groups;
     if (at == 0) put_half(unit_[g], to.scale_scale);
+    if (unit_[g] == 0) continue;  // whatever the codes are: all 0, as ggml has them
     to.scale[at] = static_cast<uint8_t>(code_[g]);
     for (size_t i = 0; i < plan_.group; ++i) to.codes[at * plan_.group + i] = codes_[i * kPanel + g];
   }
@@ -339,7 +340,8 @@ QuantizedTensor search_codebooks(const Scheme& scheme, const Shape& shape, Weigh
       const size_t used = std::min(kPanel, groups - p * kPanel), first = p * a_panel, count = used * plan.group;
       to_f32(weight.dtype, weight.bytes.subspan(first * bytes, count * bytes), std::span(wide).first(count));
       std::fill(wide.begin() + static_cast<std::ptrdiff_t>(count), wide.end(), 0.0f);
-      for (size_t i = 0; !column_weights.empty() && i < count; ++i) weights[i] = column_weights[(first + i) % columns];
+      for (size_t i = 0; !column_weights.empty() && i < count; i += plan.group)  // a group lies within a row
+        std::copy_n(&column_weights[(first + i) % columns], plan.group, &weights[i]);
       search.load(wide.data(), column_weights.empty() ? nullptr : weights.data(), used);
       search.run();
       search.store(parts, p * kPanel / plan.groups);

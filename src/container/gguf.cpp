@@ -106,18 +106,22 @@ constexpr auto kChoices = [] {
     bool nested_scales;
   };
   constexpr auto kRows = std::to_array<Row>({
-      {"q4_k_m", "int", 4, false, 32, true},   {"q8_0", "int", 8, true, 32, false},
-      {"q6_k", "int", 6, true, 16, true},      {"q5_k_m", "int", 5, false, 32, true},
-      {"q3_k_m", "int", 3, true, 16, true},    {"q2_k", "int", 2, false, 16, true},
-      {"q4_0", "int", 4, true, 32, false},     {"q4_1", "int", 4, false, 32, false},
-      {"q5_0", "int", 5, true, 32, false},     {"q5_1", "int", 5, false, 32, false},
-      {"q2_k_s", "int", 2, false, 16, true},   {"q3_k_s", "int", 3, true, 16, true},
-      {"q3_k_l", "int", 3, true, 16, true},    {"q4_k_s", "int", 4, false, 32, true},
-      {"q5_k_s", "int", 5, false, 32, true},   {"iq4_nl", "iq4_nl", 4, true, 32, false},
-      {"iq4_xs", "iq4_xs", 4, true, 32, true}, {"nvfp4", "nvfp4", 4, true, 16, false},
-      {"mxfp4", "mxfp4", 4, true, 32, false},  {"tq1_0", "tq1_0", 2, true, 256, false},
-      {"tq2_0", "tq2_0", 2, true, 256, false}, {"f32", "f32", 32, true, 32, false},
-      {"f16", "f16", 16, true, 32, false},     {"bf16", "bf16", 16, true, 32, false},
+      {"q4_k_m", "int", 4, false, 32, true},     {"q8_0", "int", 8, true, 32, false},
+      {"q6_k", "int", 6, true, 16, true},        {"q5_k_m", "int", 5, false, 32, true},
+      {"q3_k_m", "int", 3, true, 16, true},      {"q2_k", "int", 2, false, 16, true},
+      {"q4_0", "int", 4, true, 32, false},       {"q4_1", "int", 4, false, 32, false},
+      {"q5_0", "int", 5, true, 32, false},       {"q5_1", "int", 5, false, 32, false},
+      {"q2_k_s", "int", 2, false, 16, true},     {"q3_k_s", "int", 3, true, 16, true},
+      {"q3_k_l", "int", 3, true, 16, true},      {"q4_k_s", "int", 4, false, 32, true},
+      {"q5_k_s", "int", 5, false, 32, true},     {"iq4_nl", "iq4_nl", 4, true, 32, false},
+      {"iq2_xxs", "iq2_xxs", 2, true, 32, true}, {"iq2_xs", "iq2_xs", 2, true, 32, true},
+      {"iq2_s", "iq2_s", 2, true, 32, true},     {"iq2_m", "iq2_m", 2, true, 32, true},
+      {"iq3_xxs", "iq3_xxs", 3, true, 32, true}, {"iq3_xs", "iq3_xs", 3, true, 32, true},
+      {"iq3_s", "iq3_s", 3, true, 32, true},     {"iq3_m", "iq3_m", 3, true, 32, true},
+      {"iq4_xs", "iq4_xs", 4, true, 32, true},   {"nvfp4", "nvfp4", 4, true, 16, false},
+      {"mxfp4", "mxfp4", 4, true, 32, false},    {"tq1_0", "tq1_0", 2, true, 256, false},
+      {"tq2_0", "tq2_0", 2, true, 256, false},   {"f32", "f32", 32, true, 32, false},
+      {"f16", "f16", 16, true, 32, false},       {"bf16", "bf16", 16, true, 32, false},
   });
   std::array<SchemeChoice, kRows.size()> all{};
   for (size_t i = 0; i < kRows.size(); ++i) {

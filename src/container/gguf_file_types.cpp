@@ -10,17 +10,19 @@ namespace bitwright {
 namespace {
 
 constexpr auto kFileTypes = std::to_array<GgufFileType>({
-    {"q8_0", 7, "Q8_0"},      {"q4_0", 2, "Q4_0"},    {"q4_1", 3, "Q4_1"},    {"q5_0", 8, "Q5_0"},
-    {"q5_1", 9, "Q5_1"},      {"q2_k", 10, "Q2_K"},   {"q2_k_s", 21, "Q2_K"}, {"q3_k_s", 11, "Q3_K"},
-    {"q3_k_m", 12, "Q3_K"},   {"q3_k_l", 13, "Q3_K"}, {"q4_k_s", 14, "Q4_K"}, {"q4_k_m", 15, "Q4_K"},
-    {"q5_k_s", 16, "Q5_K"},   {"q5_k_m", 17, "Q5_K"}, {"q6_k", 18, "Q6_K"},   {"iq4_nl", 25, "IQ4_NL"},
-    {"iq4_xs", 30, "IQ4_XS"}, {"tq1_0", 36, "TQ1_0"}, {"tq2_0", 37, "TQ2_0"}, {"mxfp4", 38, "MXFP4"},
-    {"nvfp4", 39, "NVFP4"},   {"f32", 0, "F32"},      {"f16", 1, "F16"},      {"bf16", 32, "BF16"},
+    {"q8_0", 7, "Q8_0"},        {"q4_0", 2, "Q4_0"},      {"q4_1", 3, "Q4_1"},     {"q5_0", 8, "Q5_0"},
+    {"q5_1", 9, "Q5_1"},        {"q2_k", 10, "Q2_K"},     {"q2_k_s", 21, "Q2_K"},  {"q3_k_s", 11, "Q3_K"},
+    {"q3_k_m", 12, "Q3_K"},     {"q3_k_l", 13, "Q3_K"},   {"q4_k_s", 14, "Q4_K"},  {"q4_k_m", 15, "Q4_K"},
+    {"q5_k_s", 16, "Q5_K"},     {"q5_k_m", 17, "Q5_K"},   {"q6_k", 18, "Q6_K"},    {"iq4_nl", 25, "IQ4_NL"},
+    {"iq4_xs", 30, "IQ4_XS"},   {"tq1_0", 36, "TQ1_0"},   {"tq2_0", 37, "TQ2_0"},  {"mxfp4", 38, "MXFP4"},
+    {"nvfp4", 39, "NVFP4"},     {"f32", 0, "F32"},        {"f16", 1, "F16"},       {"bf16", 32, "BF16"},
+    {"iq2_xxs", 19, "IQ2_XXS"}, {"iq2_xs", 20, "IQ2_XS"}, {"iq2_s", 28, "IQ2_XS"}, {"iq2_m", 29, "IQ2_S"},
+    {"iq3_xxs", 23, "IQ3_XXS"}, {"iq3_s", 26, "IQ3_S"},   {"iq3_xs", 22, "IQ3_S"}, {"iq3_m", 27, "IQ3_S"},
 });
 
 // ---- which tensors get another type
 
-enum class Part { attn_v, attn_k, attn_q, attn_output, ffn_down, other };
+enum class Part { attn_v, attn_k, attn_q, attn_output, ffn_up, ffn_gate, ffn_down, other };
 
 /// "blk.3.attn_v.weight"; q, k and v in one matrix count as v.
 Part part_of(std::string_view name) {
@@ -29,6 +31,8 @@ Part part_of(std::string_view name) {
   if (is(".attn_k.")) return Part::attn_k;
   if (is(".attn_q.")) return Part::attn_q;
   if (is(".attn_output.")) return Part::attn_output;
+  if (is(".ffn_up")) return Part::ffn_up;
+  if (is(".ffn_gate")) return Part::ffn_gate;
   return is(".ffn_down") ? Part::ffn_down : Part::other;
 }
 
@@ -51,12 +55,22 @@ bool first_eighth(int64_t layer, const TensorRole& role) { return layer < role.l
 bool first_sixteenth(int64_t layer, const TensorRole& role) { return layer < role.layers / 16; }
 bool first_eighth_weighted(int64_t layer, const TensorRole& role) { return role.weighted && first_eighth(layer, role); }
 bool first_eighth_plain(int64_t layer, const TensorRole& role) { return !role.weighted && first_eighth(layer, role); }
+bool plain(int64_t /*layer*/, const TensorRole& role) { return !role.weighted; }
 bool shared_keys(int64_t /*layer*/, const TensorRole& role) { return role.queries_a_key >= 4; }
 /// The first and last eighth, and every third between them.
 bool every_third(int64_t layer, const TensorRole& role) {
   const int64_t eighth = role.layers / 8;
   return layer < eighth || layer >= 7 * role.layers / 8 || (layer - eighth) % 3 == 2;
 }
+
+/// Mixtral's eight experts share what attends.
+bool mixtral(int64_t /*layer*/, const TensorRole& role) { return role.experts == 8; }
+bool shared_attention(int64_t layer, const TensorRole& role) { return shared_keys(layer, role) || role.experts >= 4; }
+bool first_eighth_or_mixtral(int64_t layer, const TensorRole& role) {
+  return first_eighth(layer, role) || (mixtral(layer, role) && every_third(layer, role));
+}
+/// Neither the first nor the last eighth.
+bool middle(int64_t layer, const TensorRole& role) { return layer >= role.layers / 8 && layer < 7 * role.layers / 8; }
 
 struct Rule {
   std::string_view file;
@@ -92,33 +106,86 @@ constexpr auto kRules = std::to_array<Rule>({
     {"iq4_xs", Part::ffn_down, first_eighth_plain, "Q5_K"},
     {"q4_0", Part::ffn_down, first_eighth_weighted, "Q4_1"},
     {"q5_0", Part::ffn_down, first_eighth_weighted, "Q5_1"},
+    {"iq2_xxs", Part::attn_v, shared_attention, "Q4_K"},
+    {"iq2_xxs", Part::attn_v, always, "Q2_K"},
+    {"iq2_xxs", Part::attn_k, mixtral, "Q4_K"},
+    {"iq2_xxs", Part::ffn_down, first_eighth, "Q2_K"},
+    {"iq2_xxs", Part::attn_output, mixtral, "Q5_K"},
+    {"iq2_xs", Part::attn_v, shared_attention, "Q4_K"},
+    {"iq2_xs", Part::attn_v, always, "Q2_K"},
+    {"iq2_xs", Part::attn_k, mixtral, "Q4_K"},
+    {"iq2_xs", Part::ffn_down, first_eighth, "Q2_K"},
+    {"iq2_xs", Part::attn_output, mixtral, "Q5_K"},
+    {"iq2_s", Part::attn_v, shared_attention, "Q4_K"},
+    {"iq2_s", Part::attn_v, always, "IQ3_S"},
+    {"iq2_s", Part::attn_k, mixtral, "Q4_K"},
+    {"iq2_s", Part::ffn_down, first_eighth, "IQ3_S"},
+    {"iq2_s", Part::attn_output, mixtral, "Q5_K"},
+    {"iq2_s", Part::attn_output, always, "IQ3_S"},
+    {"iq2_m", Part::attn_v, shared_attention, "Q4_K"},
+    {"iq2_m", Part::attn_v, always, "IQ3_S"},
+    {"iq2_m", Part::attn_k, mixtral, "Q4_K"},
+    {"iq2_m", Part::ffn_down, first_eighth, "IQ3_S"},
+    {"iq2_m", Part::attn_output, mixtral, "Q5_K"},
+    {"iq2_m", Part::attn_output, always, "IQ3_S"},
+    {"iq3_xxs", Part::attn_v, shared_keys, "Q4_K"},
+    {"iq3_xxs", Part::attn_v, plain, "IQ3_S"},
+    {"iq3_xxs", Part::attn_k, always, "IQ2_S"},
+    {"iq3_xxs", Part::attn_q, always, "IQ2_S"},
+    {"iq3_xxs", Part::ffn_down, first_eighth_plain, "Q4_K"},
+    {"iq3_xxs", Part::ffn_down, plain, "Q3_K"},
+    {"iq3_xxs", Part::attn_output, always, "IQ3_S"},
+    {"iq3_xs", Part::attn_v, shared_keys, "Q4_K"},
+    {"iq3_xs", Part::attn_k, always, "IQ3_XXS"},
+    {"iq3_xs", Part::attn_q, always, "IQ3_XXS"},
+    {"iq3_xs", Part::ffn_gate, middle, "IQ3_XXS"},
+    {"iq3_xs", Part::ffn_up, middle, "IQ3_XXS"},
+    {"iq3_s", Part::attn_v, shared_keys, "Q4_K"},
+    {"iq3_m", Part::attn_v, always, "Q4_K"},
+    {"iq3_m", Part::ffn_down, first_eighth_or_mixtral, "Q4_K"},
+    {"iq3_m", Part::attn_output, always, "Q4_K"},
 });
 
 bool is_output(const TensorRole& role) {
   return role.name == "output.weight" || (!role.has_output && role.name == "token_embd.weight");
 }
 
-/// Mixtral's eight experts share what attends.
-constexpr int64_t kMixtral = 8;
 constexpr int64_t kLayersOf70B = 80;
-constexpr auto kFewBits =
-    std::to_array<std::string_view>({"q2_k", "q3_k_s", "q3_k_m", "iq4_nl", "q4_k_s", "q4_k_m", "iq4_xs"});
+constexpr auto kFewBits = std::to_array<std::string_view>(
+    {"q2_k", "q3_k_s", "q3_k_m", "iq4_nl", "q4_k_s", "q4_k_m", "iq4_xs", "iq3_xxs", "iq3_xs", "iq3_s", "iq3_m"});
+
+/// What embeddings and the output matrix get in files of few bits, where it is not what others give them.
+struct Ends {
+  std::string_view file, embedding, output;
+};
+constexpr auto kEnds = std::to_array<Ends>({{"iq2_xxs", "Q2_K", "Q5_K"},
+                                            {"iq2_xs", "Q2_K", "Q5_K"},
+                                            {"iq2_s", "IQ3_S", "Q5_K"},
+                                            {"iq2_m", "IQ3_S", "Q5_K"},
+                                            {"iq3_xxs", "IQ3_S", "Q5_K"},
+                                            {"tq1_0", "Q4_K", "Q6_K"},
+                                            {"tq2_0", "Q4_K", "Q6_K"},
+                                            {"q8_0", "Q8_0", "Q8_0"}});
+
+/// These have rules of their own for it.
+bool is_two_bits(const GgufFileType& file) { return file.name.starts_with("iq2"); }
 
 std::string_view wanted(const GgufFileType& file, const TensorRole& role, const Shape& shape) {
   if (role.name == "position_embd.weight") return "F32";
   if (role.name.empty() || find_gguf_type(file.type)->dtype) return file.type;
-  if (role.name == "position_embd.weight") return "F32";
+  const auto ends = std::ranges::find(kEnds, file.name, &Ends::file);
   if (is_output(role)) {
     if (file.name == "mxfp4" || shape.back() % find_gguf_type(file.type)->block.elements != 0) return "Q8_0";
-    return file.type == "Q8_0" ? file.type : "Q6_K";
+    return ends == kEnds.end() ? "Q6_K" : ends->output;
   }
   if (file.name == "mxfp4") return shape.size() > 2 ? "MXFP4" : "Q8_0";
-  if (role.name == "token_embd.weight") return file.name.starts_with("tq") ? "Q4_K" : file.type;
+  if (role.name == "token_embd.weight") return ends == kEnds.end() ? file.type : ends->embedding;
   const Part part = part_of(role.name);
-  if (role.experts == kMixtral && (part == Part::attn_v || part == Part::attn_k)) return "Q8_0";
-  if (role.experts == kMixtral && part == Part::attn_output)
-    return std::ranges::find(kFewBits, file.name) != kFewBits.end() ? "Q5_K" : file.type;
   const int64_t layer = layer_of(role.name);
+  if (mixtral(layer, role) && !is_two_bits(file)) {
+    if (part == Part::attn_v || part == Part::attn_k) return "Q8_0";
+    if (part == Part::attn_output) return std::ranges::find(kFewBits, file.name) != kFewBits.end() ? "Q5_K" : file.type;
+  }
   const auto rule = std::ranges::find_if(
       kRules, [&](const Rule& r) { return r.file == file.name && r.part == part && r.when(layer, role); });
   const std::string_view type = rule == kRules.end() ? file.type : rule->type;
@@ -131,6 +198,11 @@ struct Instead {
   std::string_view type, instead;
 };
 constexpr auto kInstead = std::to_array<Instead>({{"IQ4_XS", "IQ4_NL"},
+                                                  {"IQ2_XXS", "IQ4_NL"},
+                                                  {"IQ2_XS", "IQ4_NL"},
+                                                  {"IQ2_S", "IQ4_NL"},
+                                                  {"IQ3_XXS", "IQ4_NL"},
+                                                  {"IQ3_S", "IQ4_NL"},
                                                   {"Q2_K", "Q4_0"},
                                                   {"Q3_K", "Q4_0"},
                                                   {"TQ1_0", "Q4_0"},

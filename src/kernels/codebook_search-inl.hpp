@@ -1,6 +1,6 @@
-// Part of group_search.cpp, as group_search-inl.hpp is. At scale a the levels g of an entry have the error, less the sum
-// of w x^2 and divided by a, sum of a w g^2 - 2 w x g. It is the sum of what its two halves have, so that each half is
-// computed once, and an entry costs one comparison: the least of the second halves that go with the same first.
+// Part of group_search.cpp, as group_search-inl.hpp is. At scale a the levels g of an entry have the error, less the
+// sum of w x^2 and divided by a, sum of a w g^2 - 2 w x g. It is the sum of what its two halves have, so that each half
+// is computed once, and an entry costs one comparison: the least of the second halves that go with the same first.
 template <class L>
 struct CodebookLoops {
   using V = typename L::V;
@@ -29,8 +29,7 @@ struct CodebookLoops {
         V more[kAtOnce];
         for (size_t c = 0; c < kAtOnce; ++c) more[c] = L::mul_add(a[c], square, twice);
         for (size_t i = 0; i < count; ++i)
-          for (size_t c = 0; c < kAtOnce; ++c)
-            store(L::add(load(costs[c].of, i), more[c]), costs[c].of, l * count + i);
+          for (size_t c = 0; c < kAtOnce; ++c) store(L::add(load(costs[c].of, i), more[c]), costs[c].of, l * count + i);
       }
     }
   }
@@ -99,8 +98,7 @@ struct CodebookLoops {
         for (size_t i = 0; i < count; ++i) {
           const V plain = load(costs.plain.of, i);
           if constexpr (kEven)
-            store(L::min(L::add(load(costs.turned.of, i), more), L::add(plain, other)), costs.turned.of,
-                  l * count + i);
+            store(L::min(L::add(load(costs.turned.of, i), more), L::add(plain, other)), costs.turned.of, l * count + i);
           store(L::add(plain, more), costs.plain.of, l * count + i);
         }
       }

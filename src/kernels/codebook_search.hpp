@@ -34,8 +34,8 @@ struct MagnitudePanel {
   size_t size;
 };
 
-/// Of vector v of a lane, at [v * kPanel + lane]: the halves of its entry, and 1 if one of its signs is turned over, the
-/// one that costs least, 0 if none.
+/// Of vector v of a lane, at [v * kPanel + lane]: the halves of its entry, and 1 if one of its signs is turned over,
+/// the one that costs least, 0 if none.
 struct ChosenHalves {
   uint8_t *first, *second, *turned;
 };

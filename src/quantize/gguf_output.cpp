@@ -137,4 +137,19 @@ GgufMetadata GgufOutput::metadata(std::span<const std::vector<ArraySpec>> arrays
   return out;
 }
 
+void warn_of_importance(std::span<const std::vector<ArraySpec>> arrays, std::vector<Warning>& warnings) {
+  constexpr auto kNeedIt = std::to_array<std::string_view>({"IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"});
+  size_t tensors = 0;
+  for (const std::vector<ArraySpec>& tensor : arrays)
+    for (const ArraySpec& array : tensor) {
+      const GgufType* const type = gguf_type_of(array);
+      tensors += type != nullptr && std::ranges::find(kNeedIt, type->block.name) != kNeedIt.end() ? 1 : 0;
+    }
+  if (tensors > 0)
+    warnings.push_back(
+        {"NO_IMPORTANCE", fmt::format("{} tensors have types that llama.cpp writes only with an imatrix: "
+                                      "here all columns count alike, which loses more",
+                                      tensors)});
+}
+
 }  // namespace bitwright

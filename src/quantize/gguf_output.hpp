@@ -34,4 +34,8 @@ class GgufOutput {
   std::string name_, chat_template_;
 };
 
+/// Warns of tensors whose type llama.cpp does not write without the importance of their columns. arrays: those of the
+/// file; of none of them is it known.
+void warn_of_importance(std::span<const std::vector<ArraySpec>> arrays, std::vector<Warning>& warnings);
+
 }  // namespace bitwright

@@ -103,6 +103,63 @@ TEST(GgufFileTypes, FollowLlamaCppWhereThereIsImportance) {
   EXPECT_EQ(type("iq4_xs", "blk.0.ffn_down.weight", false), "Q5_K");
 }
 
+TEST(GgufFileTypes, OfTwoAndThreeBitsFollowLlamaCpp) {
+  static const TensorRole kPlain = {.layers = 32}, kShared = {.layers = 32, .queries_a_key = 4};
+  static const TensorRole kMixtral = {.layers = 32, .experts = 8, .queries_a_key = 4};
+  static const TensorRole kWeighted = {.layers = 32, .weighted = true};
+  static const TensorRole kTied = {.layers = 32, .has_output = false};
+  struct Case {
+    const char *file, *name, *type;
+    const TensorRole* role = &kPlain;
+    int64_t columns = 512;
+  };
+  for (const Case& c : {
+           Case{"iq2_xxs", "blk.9.attn_q.weight", "IQ2_XXS"},
+           {"iq2_xxs", "blk.9.attn_v.weight", "Q2_K"},
+           {"iq2_xs", "blk.9.attn_v.weight", "Q4_K", &kShared},
+           {"iq2_s", "blk.9.attn_q.weight", "IQ2_XS"},
+           {"iq2_s", "blk.9.attn_v.weight", "IQ3_S"},
+           {"iq2_m", "blk.9.attn_q.weight", "IQ2_S"},
+           {"iq2_m", "blk.9.attn_output.weight", "IQ3_S"},
+           {"iq2_m", "blk.9.attn_output.weight", "Q5_K", &kMixtral},
+           {"iq2_xxs", "blk.9.attn_output.weight", "IQ2_XXS"},
+           {"iq2_xxs", "blk.9.attn_k.weight", "Q4_K", &kMixtral},
+           {"iq2_xxs", "blk.3.ffn_down.weight", "Q2_K"},
+           {"iq2_xxs", "blk.4.ffn_down.weight", "IQ2_XXS"},
+           {"iq2_xxs", "output.weight", "Q5_K"},
+           {"iq2_xxs", "token_embd.weight", "Q2_K"},
+           {"iq2_xxs", "token_embd.weight", "Q5_K", &kTied},
+           {"iq2_m", "token_embd.weight", "IQ3_S"},
+           {"iq3_xxs", "token_embd.weight", "IQ3_S"},
+           {"iq3_xxs", "blk.9.attn_k.weight", "IQ2_S"},
+           {"iq3_xxs", "blk.9.attn_v.weight", "IQ3_S"},
+           {"iq3_xxs", "blk.9.attn_v.weight", "IQ3_XXS", &kWeighted},
+           {"iq3_xxs", "blk.3.ffn_down.weight", "Q4_K"},
+           {"iq3_xxs", "blk.4.ffn_down.weight", "Q3_K"},
+           {"iq3_xxs", "blk.4.ffn_down.weight", "IQ3_XXS", &kWeighted},
+           {"iq3_xxs", "blk.9.attn_output.weight", "IQ3_S"},
+           {"iq3_xs", "blk.9.attn_q.weight", "IQ3_XXS"},
+           {"iq3_xs", "blk.3.ffn_up.weight", "IQ3_S"},
+           {"iq3_xs", "blk.4.ffn_up.weight", "IQ3_XXS"},
+           {"iq3_xs", "blk.27.ffn_gate.weight", "IQ3_XXS"},
+           {"iq3_xs", "blk.28.ffn_gate.weight", "IQ3_S"},
+           {"iq3_xs", "blk.9.ffn_down.weight", "IQ3_S"},
+           {"iq3_s", "blk.9.attn_v.weight", "Q4_K", &kShared},
+           {"iq3_s", "blk.9.attn_v.weight", "Q8_0", &kMixtral},
+           {"iq3_s", "output.weight", "Q6_K"},
+           {"iq3_m", "blk.9.attn_v.weight", "Q4_K"},
+           {"iq3_m", "blk.9.attn_output.weight", "Q4_K"},
+           {"iq3_m", "blk.3.ffn_down.weight", "Q4_K"},
+           {"iq3_m", "blk.9.ffn_down.weight", "IQ3_S"},
+           {"iq3_m", "blk.9.ffn_down_exps.weight", "Q4_K", &kMixtral},
+           {"iq3_m", "blk.9.attn_q.weight", "IQ4_NL", &kPlain, 288},
+       }) {
+    TensorRole role = *c.role;
+    role.name = c.name;
+    EXPECT_EQ(gguf_type_for(*find_gguf_file_type(c.file), role, {512, c.columns}), c.type) << c.file << ' ' << c.name;
+  }
+}
+
 TEST(GgufOutput, IsTheModelWithItsVocabulary) {
   const TemporaryDirectory dir;
   std::vector<Warning> warnings;

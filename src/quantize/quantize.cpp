@@ -82,6 +82,7 @@ class Pipeline {
     const auto start = std::chrono::steady_clock::now();
     warnings.insert(warnings.end(), recipe_.warnings.begin(), recipe_.warnings.end());
     warn_of_notes(warnings);
+    if (gguf_ != nullptr && !importance_) warn_of_importance(job_.arrays, warnings);
     OrderedJson record;
     const auto finish = [&](const std::filesystem::path& staging, std::span<const SquaredError> errors) {
       staging_ = staging;
