@@ -193,7 +193,7 @@ TEST(ModelReference, GgufKeepsYarn) {
     const TemporaryDirectory dir;
     const fs::path model = fs::path(BITWRIGHT_REFERENCES) / name / "model";
     std::vector<Warning> warnings;
-    write(model, dir / "out", "none", warnings);
+    write(model, dir / "out", "method: none", warnings);
     const std::vector<float> now = logits_of(open_model(dir / "out")), then = logits_of(Checkpoint(model));
     ASSERT_EQ(now.size(), then.size());
     float most = 0;
@@ -210,9 +210,9 @@ TEST(GgufOutput, FloatsOfTheTypeAskedFor) {
   for (const DType dtype : {DType::f16, DType::bf16, DType::f32}) {
     const TemporaryDirectory dir;
     std::vector<Warning> warnings;
-    const std::string method = dtype == DType::f16 ? "f16" : dtype == DType::bf16 ? "bf16" : "f32";
+    const std::string type = dtype == DType::f16 ? "f16" : dtype == DType::bf16 ? "bf16" : "f32";
     const OrderedJson result =
-        quantize(original, read_request(parse_config_value("quantization: {method: " + method + "}", "test")),
+        quantize(original, read_request(parse_config_value("quantization: {gguf_type: " + type + "}", "test")),
                  {.output = {.output = dir / "out"}, .container = find_container("gguf")}, warnings);
     EXPECT_TRUE(result["verification"]["read_back"].get<bool>());
     const Checkpoint written = open_model(dir / "out");
@@ -223,17 +223,17 @@ TEST(GgufOutput, FloatsOfTheTypeAskedFor) {
     std::vector<std::byte> rounded(then.size() * size_bytes(dtype));
     from_f32(dtype, then, rounded);
     to_f32(dtype, rounded, then);
-    EXPECT_EQ(now, then) << method;
+    EXPECT_EQ(now, then) << type;
   }
 }
 
 TEST(GgufOutput, AFloatFileIsASourceToo) {
   const TemporaryDirectory dir;
   std::vector<Warning> warnings;
-  write(test::example_model(), dir / "float", "none", warnings);
-  write(test::example_model(), dir / "direct", "q4_0", warnings);
+  write(test::example_model(), dir / "float", "method: none", warnings);
+  write(test::example_model(), dir / "direct", "gguf_type: q4_0", warnings);
   const auto convert = [&](const fs::path& from, const fs::path& to) {
-    quantize(open_model(from), read_request(parse_config_value("quantization: {method: q4_0}", "test")),
+    quantize(open_model(from), read_request(parse_config_value("quantization: {gguf_type: q4_0}", "test")),
              {.output = {.output = to}, .verify = false, .container = find_container("gguf")}, warnings);
   };
   convert(dir / "float", dir / "again");
