@@ -214,7 +214,7 @@ const Container gguf_container = {.name = "gguf",
                                   .encode_weighted = round_weighted,
                                   .model_file = "gguf",
                                   .scheme_for = scheme_for,
-                                  .note_for = note_for,
-                                  .embeddings = true};
+                                  .embeddings = true,
+                                  .note_for = note_for};
 
 }  // namespace bitwright
