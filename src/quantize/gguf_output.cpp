@@ -123,15 +123,14 @@ GgufOutput::GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings)
 GgufMetadata GgufOutput::metadata(std::span<const std::vector<ArraySpec>> arrays, std::string_view file_type,
                                   const Importance* importance) const {
   GgufMetadata out = model_.metadata;
-  const bool from_gguf = arranged_.facts() != nullptr;
+  const bool from_gguf = arranged_ && arranged_->facts() != nullptr;
   if (!name_.empty()) out.add("general.name", name_);
   if (!from_gguf) out.add("general.type", "model");
   const GgufFileType* type = find_gguf_file_type(file_type);
   if (type == nullptr) type = type_of_most(arrays);
   if (type != nullptr) out.add("general.file_type", type->id);
   out.add("general.quantization_version", kQuantizationVersion);
-  if (from_gguf) return out;
-  add_vocabulary(vocabulary_, out);
+  if (!from_gguf) add_vocabulary(vocabulary_, out);
   if (!chat_template_.empty()) out.add("tokenizer.chat_template", chat_template_);
   if (importance != nullptr) importance->add_to(out);
   return out;
