@@ -23,6 +23,7 @@ namespace {
 
 constexpr const char* kNoVocabulary = "no_vocab";  // as llama.cpp calls it
 constexpr uint32_t kQuantizationVersion = 2;       // ggml's GGML_QNT_VERSION
+constexpr int32_t kByteToken = 6;                  // SentencePiece's number, GGUF's too
 constexpr int64_t kMostCount = 1 << 20;            // of layers, heads and experts
 
 std::string chat_template_of(const std::filesystem::path& directory) {
@@ -116,6 +117,9 @@ GgufOutput::GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings)
     take_turn_ends(end_tokens(model.config(), directory), rows, vocabulary_);
     ids[1] = Tokenizer::from_gguf(vocabulary_, directory.string()).encode(bundled_text());
   });
+  const bool bytes = std::ranges::find(vocabulary_.types, kByteToken) != vocabulary_.types.end();
+  if (vocabulary_.model == "llama" && !bytes)
+    warnings.push_back({"NO_BYTE_TOKENS", "llama.cpp fails on texts with characters that the vocabulary lacks"});
   if (ids[0] != ids[1])
     warnings.push_back({"OTHER_TOKENS", "llama.cpp will cut some texts into other tokens than the model's tokenizer"});
 }

@@ -243,7 +243,7 @@ TEST(GgufOutput, AFloatFileIsASourceToo) {
     EXPECT_EQ(direct.read(entry).codes, again.read(*again.find(entry.name)).codes) << entry.name;
   EXPECT_EQ((*again.facts())["general.file_type"], 2);
   for (const auto& [key, value] : direct.facts()->items())
-    if (key != "general.name") EXPECT_EQ(again.facts()->value(key, Json()), value) << key;
+    EXPECT_TRUE(key == "general.name" || again.facts()->value(key, Json()) == value) << key;
   EXPECT_THROW(convert(dir / "direct", dir / "twice"), Error);
 }
 

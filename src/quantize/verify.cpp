@@ -106,7 +106,7 @@ class ReadBack {
   static bool has_dtype(const TensorEntry& found, const TensorEntry& original, const std::vector<LayerResult>& layers) {
     if (found.dtype == original.dtype) return found.stored_bytes == original.stored_bytes;
     const auto layer = std::ranges::find(layers, original.name, &LayerResult::name);
-    return layer != layers.end() && layer->scheme == plain(found.dtype);
+    return layer != layers.end() && layer->scheme.is_plain() && dtype_of(*layer->scheme.element) == found.dtype;
   }
 
   std::vector<RowRange> pieces_of(const TensorEntry& original, const TensorEntry& found) const {

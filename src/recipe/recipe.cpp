@@ -395,7 +395,7 @@ class Resolver {
     plan.scheme = container_ != nullptr && container_->scheme_for != nullptr
                       ? container_->scheme_for(choice_of(r), role, t.shape)
                       : scheme_of(r, container_, t.dtype);
-    if (*plan.scheme == plain(t.dtype)) {  // it is what was asked for
+    if (plan.scheme->is_plain() && dtype_of(*plan.scheme->element) == t.dtype) {  // it is what was asked for
       plan.scheme.reset();
       plan.reason = fmt::format("{} already", info(t.dtype).name);
       return plan;

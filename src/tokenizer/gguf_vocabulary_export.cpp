@@ -192,6 +192,13 @@ GgufVocabulary from_tokenizer_json(const std::filesystem::path& path, size_t siz
 }
 
 GgufVocabulary from_pieces(const ScoredVocabulary& vocabulary, const std::filesystem::path& path, size_t size) {
+  // llama.cpp's unigram knows neither bytes nor the user's pieces as SentencePiece does.
+  const auto special = [](const ScoredPiece& piece) {
+    return piece.type == PieceType::byte || piece.type == PieceType::user_defined;
+  };
+  if (vocabulary.unigram &&
+      (std::ranges::any_of(vocabulary.pieces, special) || !vocabulary.normalization.add_dummy_prefix))
+    unsupported_tokenizer(path.string(), "a unigram vocabulary with bytes, pieces of the user's or no prefix as GGUF");
   GgufVocabulary out = {.model = vocabulary.unigram ? "t5" : "llama", .tokens = {}};
   Tokens tokens(size);
   for (size_t id = 0; id < vocabulary.pieces.size(); ++id) {

@@ -107,7 +107,6 @@ TOKENIZERS = {
     "llama2.model": ("tokenizer.model", "tokenizers/llama2/tokenizer.model"),
     "mistral.model": ("tokenizer.model", "tokenizers/mistral/tokenizer.model.v1"),
     "stories.model": ("tokenizer.model", "tokenizers/misc/tinystories_tokenizer_4096.model"),
-    "tok105.model": ("tokenizer.model", "models/babyllama_tok105/original/tok105.model"),
     "tok361": ("tokenizer.json", "models/babyllama_tok361/hf/tokenizer.json"),
 }
 TRAINED = ("tinystories4M", "stories260K", "babyllama_tok361")
