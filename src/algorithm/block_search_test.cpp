@@ -75,8 +75,9 @@ TEST(BlockSearch, GivesTheSameBitsOnEveryLevel) {
 // Numbers no type reaches, numbers below all scales, no importance at all: codes that can be stored, finite values.
 TEST(BlockSearch, HostileNumbersHaveCodes) {
   std::mt19937 random(3);
-  std::vector<float> values(8 * 256), importance(256);
-  for (size_t i = 0; i < values.size(); ++i) {
+  std::vector<float> values(16 * 256), importance(256);
+  for (size_t i = 8 * 256; i < values.size(); ++i) values[i] = static_cast<float>(random() % 5) - 2;  // many zeros
+  for (size_t i = 0; i < 8 * 256; ++i) {
     const auto exponent = static_cast<int>(random() % 60);
     values[i] = std::ldexp(random() % 2 == 0 ? 1.5f : -1.25f, i < 512 ? 60 + exponent : -120 - exponent / 2);
   }
@@ -90,11 +91,11 @@ TEST(BlockSearch, HostileNumbersHaveCodes) {
     if (!is_codebook_scheme(codec.scheme())) continue;
     for (const std::vector<float>& weights : {std::vector<float>(), importance, none, enormous}) {
       SCOPED_TRACE(codec.type);
-      const QuantizedTensor t = search_blocks(codec.scheme(), {8, 256}, weight, weights);
+      const QuantizedTensor t = search_blocks(codec.scheme(), {16, 256}, weight, weights);
       std::vector<uint8_t> block(find_gguf_type(codec.type)->block.bytes);
       QuantizedTensor back = block_tensor(t.scheme, t.shape);
-      const TensorBlocks from(t, 8), to(back, 8);
-      for (size_t i = 0; i < 8; ++i) {
+      const TensorBlocks from(t, 16), to(back, 16);
+      for (size_t i = 0; i < 16; ++i) {
         codec.pack(from.of(i), block.data());
         codec.unpack(block.data(), to.of(i));
       }

@@ -164,7 +164,12 @@ void PanelSearch::make_even(size_t eight) {
       least = is < cost ? at : least;
       cost = std::min(cost, is);
     }
-    values_[least] = negative != 0 ? -values_[least] : values_[least];
+    if (negative == 0) continue;
+    if (values_[least] == 0) {
+      negative_[least] ^= kSign;  // 0 has the sign that is wanted
+    } else {
+      values_[least] = -values_[least];
+    }
   }
 }
 
