@@ -74,7 +74,7 @@ class Converter {
     staging_ = output.staging();
     announce(estimate_, staging_, allocated_bytes(staging_));
     const OrderedJson files = source_identity(source_);
-    job_.identity["max_shard_size"] = std::to_string(options_.output.max_shard_bytes);
+    job_.identity["max_shard_size"] = std::to_string(options_.output.shard_bytes());
     job_.identity["model"] = files;
     Journal journal(output.journal(), job_.identity);
     check_resumable(journal, job_, shards_, staging_);
@@ -154,7 +154,7 @@ class Converter {
       decisions += fmt::format("{} {} {}\n", t.plan.name, t.plan.scheme ? to_json(*t.plan.scheme).dump() : "kept",
                                name_of(t.verdict));
     }
-    OutputLayout layout = lay_out(facts_, std::move(recipe), container_, options_.output.max_shard_bytes);
+    OutputLayout layout = lay_out(facts_, std::move(recipe), container_, options_.output.shard_bytes());
     recipe_ = std::move(layout.recipe);
     job_.arrays = std::move(layout.arrays);
     shards_ = std::move(layout.shards);
@@ -167,7 +167,7 @@ class Converter {
                      {"recipe", sha256(decisions + std::string(container_.name))}};
     for (size_t i = 0; i < tensors_.size(); ++i) add_pieces(i);
     if (find_sizes(job_, options_.output.max_memory))
-      shards_ = plan_shards(job_.arrays, options_.output.max_shard_bytes, container_.weights_format);
+      shards_ = plan_shards(job_.arrays, options_.output.shard_bytes(), container_.weights_format);
     estimate_ = estimate(job_, shards_.bytes(), tensors_.size(), kSecondsAByte, options_.output.max_memory);
   }
 

@@ -126,13 +126,13 @@ OrderedJson dequantize(const Checkpoint& source, const OutputOptions& options, D
   for (const TensorEntry& entry : source.tensors()) source.require_decoded(entry);
   const Plain plain(source, dtype);
   Job job = plain.job();
-  ShardPlan shards = plan_shards(job.arrays, options.max_shard_bytes);
+  ShardPlan shards = plan_shards(job.arrays, options.shard_bytes());
   const uint64_t bytes = shards.bytes();
   const Estimate expected = estimate(job, bytes, source.tensors().size(), kSecondsAByte, options.max_memory);
   OutputDirectory directory(options.output, options.existing);
   announce(expected, directory.staging(), allocated_bytes(directory.staging()));
   const OrderedJson files = source_identity(source);
-  job.identity["max_shard_size"] = std::to_string(options.max_shard_bytes);
+  job.identity["max_shard_size"] = std::to_string(options.shard_bytes());
   job.identity["model"] = files;
   Journal journal(directory.journal(), job.identity);
   check_resumable(journal, job, shards, directory.staging());

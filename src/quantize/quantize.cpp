@@ -54,16 +54,17 @@ class Pipeline {
       : model_(model), source_(source), facts_(facts_of(source)), gguf_(gguf), options_(options) {
     const std::optional<ForeignNames> names = gguf == nullptr ? std::nullopt : std::optional(gguf->names());
     OutputLayout layout =
-        lay_out(facts_, request, *options.container, options.output.max_shard_bytes, names ? &*names : nullptr);
+        lay_out(facts_, request, *options.container, options.output.shard_bytes(), names ? &*names : nullptr);
     recipe_ = std::move(layout.recipe);
     job_.arrays = std::move(layout.arrays);
     shards_ = gguf == nullptr
                   ? std::move(layout.shards)
-                  : plan_gguf(job_.arrays, gguf->metadata(job_.arrays, recipe_.settings.value("quant_type", "")));
+                  : plan_gguf(job_.arrays, gguf->metadata(job_.arrays, recipe_.settings.value("quant_type", "")),
+                              options.output.max_shard_bytes);
     check_apart(model, options.output.output);
     plan();
     if (find_sizes(job_, options.output.max_memory))
-      shards_ = plan_shards(job_.arrays, options.output.max_shard_bytes, options.container->weights_format);
+      shards_ = plan_shards(job_.arrays, options.output.shard_bytes(), options.container->weights_format);
     bytes_out_ = shards_.bytes();
     const bool searches = std::ranges::any_of(
         recipe_.tensors, [](const TensorPlan& p) { return p.scheme && p.options.range == RangeRule::mse; });
@@ -80,7 +81,8 @@ class Pipeline {
     staging_ = output.staging();
     announce(estimate_, staging_, allocated_bytes(staging_));
     const OrderedJson files = source_identity(source_);
-    job_.identity["max_shard_size"] = std::to_string(options_.output.max_shard_bytes);
+    job_.identity["max_shard_size"] =
+        std::to_string(gguf_ == nullptr ? options_.output.shard_bytes() : options_.output.max_shard_bytes.value_or(0));
     job_.identity["model"] = files;
     Journal journal(output.journal(), job_.identity);
     check_resumable(journal, job_, shards_, staging_);
