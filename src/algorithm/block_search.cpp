@@ -223,8 +223,8 @@ class PanelSearch {
   /// The unit of `start` and 1, -1, 2, -2 … hundredths of it, with the codes that come nearest to the scales.
   void start_with_unit(const ScaleCodes& start, int unit) {
     constexpr float kStep = 0.01f;
-    const float hundredths = static_cast<float>((unit + 1) / 2),
-                factor = 1 + kStep * (unit % 2 ? hundredths : -hundredths);
+    const int hundredths = unit % 2 == 1 ? (unit + 1) / 2 : -(unit / 2);
+    const float factor = 1 + kStep * static_cast<float>(hundredths);
     copy(start, 0, kPanel, found_);
     LaneValues scales{};
     for (size_t g = 0; g < kPanel; ++g) {
