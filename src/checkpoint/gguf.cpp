@@ -475,7 +475,6 @@ WeightContents parse(std::span<const std::byte> file, const std::string& where) 
 
 }  // namespace
 
-extern const WeightFormat gguf_format;
 const WeightFormat gguf_format = {.name = "gguf",
                                   .suffix = ".gguf",
                                   .usual_name = "model.gguf",
