@@ -51,7 +51,7 @@ void run(std::span<char*> types) {
   for (const SchemeChoice& choice : gguf.choices)
     codecs.push_back(find_block_codec(gguf.scheme_for(choice, {}, shape)));
   std::ranges::sort(codecs);
-  codecs.erase(std::ranges::unique(codecs).begin(), codecs.end());
+  codecs.erase(std::unique(codecs.begin(), codecs.end()), codecs.end());
   for (const BlockCodec* codec : codecs) {
     const auto asked = [&](const char* type) { return codec->type == type; };
     if (!types.empty() && std::ranges::none_of(types, asked)) continue;

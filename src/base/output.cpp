@@ -36,17 +36,20 @@ constexpr const char* kComplete = ".bitwright-complete";
 }
 
 /// `--force` replaces models and empty directories, never somebody's home.
-/// A file that is a whole model lies alone, but for what is said of it.
-bool holds_one_file(const fs::path& target) {
-  bool only = true;
-  for (const fs::directory_entry& entry : fs::directory_iterator(target))
-    only = only && (entry.path().filename() == "model.gguf" || entry.path().filename() == "README.md");
-  return only && fs::exists(target / "model.gguf");
+/// A file that is a whole model, or the parts of one, lie alone, but for what is said of them.
+bool holds_gguf(const fs::path& target) {
+  bool only = true, any = false;
+  for (const fs::directory_entry& entry : fs::directory_iterator(target)) {
+    const bool is_model = entry.path().extension() == ".gguf" && entry.path().filename().string().starts_with("model");
+    any = any || is_model;
+    only = only && (is_model || entry.path().filename() == "README.md");
+  }
+  return only && any;
 }
 
 bool may_replace(const fs::path& target) {
   if (!fs::is_directory(target)) return false;
-  if (fs::is_empty(target) || holds_one_file(target)) return true;
+  if (fs::is_empty(target) || holds_gguf(target)) return true;
   if (!fs::exists(target / "config.json")) return false;
   for (const fs::directory_entry& entry : fs::directory_iterator(target))
     if (entry.path().extension() == ".safetensors") return true;

@@ -314,6 +314,12 @@ void GgufMetadata::add_raw(std::string_view key, GgufValueType type, bool is_arr
   if (key == kAlignmentKey) alignment_ = load<uint32_t>(raw);
 }
 
+void GgufMetadata::add(std::string_view key, uint16_t value) {
+  add_raw(key, GgufValueType::u16, false, 1, std::as_bytes(std::span(&value, 1)));
+}
+void GgufMetadata::add(std::string_view key, int32_t value) {
+  add_raw(key, GgufValueType::i32, false, 1, std::as_bytes(std::span(&value, 1)));
+}
 void GgufMetadata::add(std::string_view key, uint32_t value) {
   add_raw(key, GgufValueType::u32, false, 1, std::as_bytes(std::span(&value, 1)));
 }
@@ -382,21 +388,49 @@ void check_writable(const ArraySpec& spec) {
 
 }  // namespace
 
-ShardPlan plan_gguf(std::span<const std::vector<ArraySpec>> tensors, const GgufMetadata& metadata) {
-  ShardPlan plan = {.files = {{.name = "model.gguf", .arrays = {}, .header = {}, .bytes = 0}}, .places = {}};
-  ShardPlan::File& file = plan.files.front();
-  for (const std::vector<ArraySpec>& arrays : tensors)
-    file.arrays.insert(file.arrays.end(), arrays.begin(), arrays.end());
-  std::ranges::for_each(file.arrays, check_writable);
-  std::vector<uint64_t> offsets;
-  file.header = header_of(file.arrays, metadata, offsets);
-  file.header.resize(*padded(file.header.size(), metadata.alignment()));
-  file.bytes = file.header.size() + offsets.back();
-  size_t next = 0;
+extern const WeightFormat gguf_format;
+
+ShardPlan plan_gguf(std::span<const std::vector<ArraySpec>> tensors, const GgufMetadata& metadata,
+                    std::optional<uint64_t> most_bytes) {
+  constexpr size_t kMostFiles = 65535;  // split.count has 16 bits
+  ShardPlan plan;
+  plan.files.emplace_back();
+  uint64_t data = 0;
+  int32_t count = 0;
   for (const std::vector<ArraySpec>& arrays : tensors) {
-    std::vector<ShardPlan::Place>& places = plan.places.emplace_back();
-    for (size_t a = 0; a < arrays.size(); ++a)
-      places.push_back({.file = 0, .offset = file.header.size() + offsets[next++]});
+    uint64_t bytes = 0;
+    for (const ArraySpec& array : arrays) {
+      check_writable(array);
+      bytes += array.bytes();
+      ++count;
+    }
+    if (most_bytes && data > 0 && bytes > *most_bytes - std::min(data, *most_bytes) && plan.files.size() < kMostFiles) {
+      plan.files.emplace_back();
+      data = 0;
+    }
+    data += bytes;
+    ShardPlan::File& file = plan.files.back();
+    file.arrays.insert(file.arrays.end(), arrays.begin(), arrays.end());
+    plan.places.emplace_back(arrays.size(), ShardPlan::Place{.file = plan.files.size() - 1, .offset = 0});
+  }
+  auto places = plan.places.begin();
+  for (size_t f = 0; f < plan.files.size(); ++f) {
+    ShardPlan::File& file = plan.files[f];
+    file.name = gguf_format.usual_name;
+    GgufMetadata own = f == 0 ? metadata : GgufMetadata();
+    if (plan.files.size() > 1) {
+      file.name = fmt::format("model-{:05}-of-{:05}.gguf", f + 1, plan.files.size());
+      own.add("split.no", static_cast<uint16_t>(f));
+      own.add("split.tensors.count", count);
+      own.add("split.count", static_cast<uint16_t>(plan.files.size()));
+    }
+    std::vector<uint64_t> offsets;
+    file.header = header_of(file.arrays, own, offsets);
+    file.header.resize(*padded(file.header.size(), own.alignment()));
+    file.bytes = file.header.size() + offsets.back();
+    size_t next = 0;
+    for (; places != plan.places.end() && (places->empty() || places->front().file == f); ++places)
+      for (ShardPlan::Place& place : *places) place.offset = file.header.size() + offsets[next++];
   }
   return plan;
 }
@@ -441,7 +475,6 @@ WeightContents parse(std::span<const std::byte> file, const std::string& where) 
 
 }  // namespace
 
-extern const WeightFormat gguf_format;
 const WeightFormat gguf_format = {.name = "gguf",
                                   .suffix = ".gguf",
                                   .usual_name = "model.gguf",

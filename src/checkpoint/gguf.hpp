@@ -45,6 +45,8 @@ Json to_json(const GgufEntry& entry);
 /// Metadata to be written, in the order of adding.
 class GgufMetadata {
  public:
+  void add(std::string_view key, uint16_t value);
+  void add(std::string_view key, int32_t value);
   void add(std::string_view key, uint32_t value);
   void add(std::string_view key, float value);
   void add(std::string_view key, bool value);
@@ -65,9 +67,12 @@ class GgufMetadata {
   uint64_t count_ = 0, alignment_ = 32;
 };
 
-/// A file of version 3 for ShardWriter, "model.gguf": `arrays` of each tensor in their order. Throws Error{"no-gguf"}
-/// for a type, a name or a shape that GGUF has not.
-ShardPlan plan_gguf(std::span<const std::vector<ArraySpec>> tensors, const GgufMetadata& metadata);
+/// Files of version 3 for ShardWriter: `arrays` of each tensor in their order in "model.gguf"; where their data is more
+/// than `most_bytes`, in "model-00001-of-00003.gguf" and so on as llama.cpp's gguf-split does it, the metadata in the
+/// first, each of at most so much data, or of one tensor. Throws Error{"no-gguf"} for a type, a name or a shape that
+/// GGUF has not.
+ShardPlan plan_gguf(std::span<const std::vector<ArraySpec>> tensors, const GgufMetadata& metadata,
+                    std::optional<uint64_t> most_bytes = {});
 
 /// Writes a GGUF file of version 3 front to back; arrays must be added in the order of `specs`, whose types are all
 /// GGUF's and whose rows are whole blocks. A file that was read is written to the same bytes.

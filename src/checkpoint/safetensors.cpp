@@ -185,6 +185,7 @@ ShardPlan plan_shards(std::span<const std::vector<ArraySpec>> tensors, uint64_t 
     for (size_t a = 0; a < arrays.size(); ++a) files.back().push_back({&arrays[a], &places[a]});
   }
   plan.files.resize(files.size());
+  plan.has_index = files.size() > 1;
   for (size_t f = 0; f < files.size(); ++f) {
     ShardPlan::File& file = plan.files[f];
     // Loaders cast bytes to numbers in place; the format has no padding between arrays.
@@ -228,7 +229,7 @@ void ShardWriter::sync_data() {
 
 void ShardWriter::finish() {
   for (OutputFile& file : files_) file.finish();
-  if (plan_.files.size() == 1) return;
+  if (!plan_.has_index) return;
   uint64_t total = 0;
   Json map = Json::object();  // sorted by name, as the format's own library writes it
   for (const ShardPlan::File& file : plan_.files) {

@@ -37,6 +37,7 @@ struct ShardPlan {
   };
   std::vector<File> files;
   std::vector<std::vector<Place>> places;  ///< of each tensor's arrays
+  bool has_index = false;                  ///< beside several files, as safetensors has it
   uint64_t bytes() const;                  ///< of all files
 };
 /// Tensors in their order; a new file where the data of one would grow over `most_bytes` (a larger tensor gets one of

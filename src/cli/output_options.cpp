@@ -20,7 +20,7 @@ std::vector<Option> with_output_options(std::vector<Option> own) {
       {.name = "--max-shard-size",
        .type = Option::Type::size,
        .value_name = "SIZE",
-       .help = "data in one file (default: 5GB)"},
+       .help = "data in one file (default: 5GB; for GGUF all)"},
       {.name = "--max-memory",
        .type = Option::Type::size,
        .value_name = "SIZE",
@@ -41,7 +41,7 @@ OutputOptions output_options(const Arguments& arguments) {
   return {.output = *arguments.text("--output"),
           .existing = arguments.flag("--resume") ? (force ? Existing::resume_replace : Existing::resume)
                                                  : (force ? Existing::replace : Existing::refuse),
-          .max_shard_bytes = arguments.size("--max-shard-size").value_or(OutputOptions::kUsualShard),
+          .max_shard_bytes = arguments.size("--max-shard-size"),
           .max_memory = arguments.size("--max-memory")};
 }
 

@@ -107,8 +107,10 @@ template <int kLevels>
     const float low = least, d = (most - low) / static_cast<float>(kLevels), id = inverse(d);
     put_half(d, out.scale);
     put_half(low, out.offset);
-    for (size_t j = 0; j < 32; ++j)
-      out.codes[j] = static_cast<uint8_t>(std::min(kLevels, static_cast<int>((x[j] - low) * id + 0.5f)));
+    for (size_t j = 0; j < 32; ++j) {
+      const float up = (x[j] - low) * id + 0.5f;
+      out.codes[j] = static_cast<uint8_t>(std::min(kLevels, static_cast<int>(up)));
+    }
   }
 }
 BITWRIGHT_VECTORIZED void q4_1(const float* x, size_t blocks, const BlockParts& out) {
@@ -164,7 +166,8 @@ uint8_t to_ue4m3(float x) {
   uint32_t bits = 0;
   std::memcpy(&bits, &value, sizeof bits);
   const int exponent = static_cast<int>(bits >> 23 & 255) - 127 + 7;
-  if (exponent <= 0) return static_cast<uint8_t>(std::clamp(static_cast<int>(value * 512.0f + 0.5f), 0, 7));
+  const float up = value * 512.0f + 0.5f;
+  if (exponent <= 0) return static_cast<uint8_t>(std::clamp(static_cast<int>(up), 0, 7));
   const auto code = static_cast<uint32_t>(exponent) * 8 + (bits >> 20 & 7) + (bits >> 19 & 1);
   return static_cast<uint8_t>(exponent >= 15 || code >= 15 * 8 ? 0x7e : code);
 }

@@ -154,7 +154,8 @@ class Converter {
     OrderedJson json = {{"name", t.plan.name}, {"verdict", name_of(t.verdict)}};
     json["max_abs_difference"] = t.max_abs_difference ? OrderedJson(*t.max_abs_difference) : OrderedJson();
     json["from"] = type_of(part(i));
-    if (t.plan.scheme || t.floats) json["scheme"] = t.floats ? std::string(info(*t.floats).name) : describe(*t.plan.scheme);
+    if (t.plan.scheme || t.floats)
+      json["scheme"] = t.floats ? std::string(info(*t.floats).name) : describe(*t.plan.scheme);
     if (t.plan.scheme && gguf_ != nullptr) json["type"] = container_.layout(stored(i)).front().block->name;
     if (t.verdict > ConversionVerdict::bounded) json["reason"] = t.reason;
     return json;
@@ -174,10 +175,12 @@ class Converter {
                                              : "kept",
                                name_of(t.verdict));
     }
-    OutputLayout layout = lay_out(facts_, std::move(recipe), container_, options_.output.max_shard_bytes);
+    OutputLayout layout = lay_out(facts_, std::move(recipe), container_, options_.output.shard_bytes());
     recipe_ = std::move(layout.recipe);
     job_.arrays = std::move(layout.arrays);
-    shards_ = gguf_ == nullptr ? std::move(layout.shards) : plan_gguf(job_.arrays, gguf_->metadata(job_.arrays, ""));
+    shards_ = gguf_ == nullptr
+                  ? std::move(layout.shards)
+                  : plan_gguf(job_.arrays, gguf_->metadata(job_.arrays, ""), options_.output.max_shard_bytes);
     metadata(OrderedJson::object());  // what cannot be written is refused before there is any work
     job_.label = "converting";
     job_.produce = [this](const Piece& piece) { return produce(piece); };
@@ -185,7 +188,7 @@ class Converter {
     job_.identity = {{"command", "convert"}, {"recipe", sha256(decisions + std::string(container_.name))}};
     for (size_t i = 0; i < tensors_.size(); ++i) add_pieces(i);
     if (find_sizes(job_, options_.output.max_memory))
-      shards_ = plan_shards(job_.arrays, options_.output.max_shard_bytes, container_.weights_format);
+      shards_ = plan_shards(job_.arrays, options_.output.shard_bytes(), container_.weights_format);
     estimate_ = estimate(job_, shards_.bytes(), tensors_.size(), kSecondsAByte, options_.output.max_memory);
   }
 
@@ -206,8 +209,7 @@ class Converter {
     for (const RowRange rows : pieces) {
       const auto elements = static_cast<uint64_t>((rows.end - rows.begin) * width);
       uint64_t memory = elements * kBytesAnElement;
-      if (t.plan.algorithm != nullptr)
-        memory += quantized_piece_memory(static_cast<int64_t>(elements), DType::f32);
+      if (t.plan.algorithm != nullptr) memory += quantized_piece_memory(static_cast<int64_t>(elements), DType::f32);
       job_.pieces.push_back({.tensor = i, .rows = rows, .bytes = elements, .memory = memory});
     }
   }
@@ -221,9 +223,10 @@ class Converter {
         return produced;
       }
       const uint64_t width = is_copied(i) ? 1 : static_cast<uint64_t>(facts_[i].shape.back());
-      produced.slices.push_back({.array = 0,
-                                 .offset = static_cast<uint64_t>(piece.rows.begin) * width * size_bytes(facts_[i].dtype),
-                                 .data = plain_bytes(i, piece.rows)});
+      produced.slices.push_back(
+          {.array = 0,
+           .offset = static_cast<uint64_t>(piece.rows.begin) * width * size_bytes(facts_[i].dtype),
+           .data = plain_bytes(i, piece.rows)});
     } catch (const Error& error) {
       throw error.at(fmt::format("tensor '{}'", printable(tensors_[i].plan.name)));
     }

@@ -127,7 +127,7 @@ OrderedJson dequantize(const Checkpoint& source, const OutputOptions& options, D
   for (const TensorEntry& entry : source.tensors()) source.require_decoded(entry);
   const Plain plain(source, dtype);
   Job job = plain.job();
-  const ShardPlan shards = plan_shards(job.arrays, options.max_shard_bytes);
+  const ShardPlan shards = plan_shards(job.arrays, options.shard_bytes());
   const uint64_t bytes = shards.bytes();
   const Estimate expected = estimate(job, bytes, source.tensors().size(), kSecondsAByte, options.max_memory);
   const auto finish = [&](const std::filesystem::path& staging, std::span<const SquaredError> /*errors*/) {

@@ -24,10 +24,13 @@ namespace {
 using test::TemporaryDirectory;
 namespace fs = std::filesystem;
 
-OrderedJson write(const fs::path& model, const fs::path& out, const std::string& asked,
-                  std::vector<Warning>& warnings) {
+OrderedJson write(const fs::path& model, const fs::path& out, const std::string& asked, std::vector<Warning>& warnings,
+                  std::optional<uint64_t> most_bytes = {}) {
   return quantize(Checkpoint(model), read_request(parse_config_value("quantization: {" + asked + "}", "test")),
-                  {.output = {.output = out}, .verify = false, .container = find_container("gguf")}, warnings);
+                  {.output = {.output = out, .max_shard_bytes = most_bytes},
+                   .verify = most_bytes.has_value(),
+                   .container = find_container("gguf")},
+                  warnings);
 }
 
 // Names, order of rows, stacks of experts, norms: undone by open_model, so every number is where it was.
@@ -245,6 +248,38 @@ TEST(GgufOutput, AFloatFileIsASourceToo) {
   for (const auto& [key, value] : direct.facts()->items())
     EXPECT_TRUE(key == "general.name" || again.facts()->value(key, Json()) == value) << key;
   EXPECT_THROW(convert(dir / "direct", dir / "twice"), Error);
+}
+
+// As gguf-split names and numbers them; the parts hold the bytes of the whole.
+TEST(GgufOutput, IsCutIntoPartsWhereAsked) {
+  const TemporaryDirectory dir;
+  std::vector<Warning> warnings;
+  write(test::example_model(), dir / "whole", "gguf_type: q4_0", warnings);
+  write(test::example_model(), dir / "parts", "gguf_type: q4_0", warnings, 1'000'000);
+  EXPECT_FALSE(fs::exists(dir / "parts/model.gguf"));
+  EXPECT_FALSE(fs::exists(dir / "parts/model.safetensors.index.json"));
+  const WeightFile first(dir / "parts/model-00001-of-00003.gguf"), third(dir / "parts/model-00003-of-00003.gguf");
+  EXPECT_EQ((*first.facts())["split.no"], 0);
+  EXPECT_EQ((*third.facts())["split.no"], 2);
+  EXPECT_EQ((*third.facts())["split.count"], 3);
+  EXPECT_FALSE(third.facts()->contains("general.architecture"));
+  const Checkpoint whole(dir / "whole/model.gguf"), parts(dir / "parts/model-00002-of-00003.gguf");
+  EXPECT_EQ((*parts.facts())["split.tensors.count"], whole.tensors().size());
+  ASSERT_EQ(parts.tensors().size(), whole.tensors().size());
+  for (const TensorEntry& entry : whole.tensors()) {
+    const TensorEntry* const found = parts.find(entry.name);
+    ASSERT_NE(found, nullptr) << entry.name;
+    if (!entry.quantized()) continue;
+    EXPECT_TRUE(parts.read(*found) == whole.read(entry)) << entry.name;
+  }
+  EXPECT_THROW(write(test::example_model(), dir / "parts", "gguf_type: q4_0", warnings), Error);
+  const QuantizeOptions again = {.output = {.output = dir / "parts", .existing = Existing::replace},
+                                 .verify = false,
+                                 .container = find_container("gguf")};
+  quantize(Checkpoint(test::example_model()),
+           read_request(parse_config_value("quantization: {gguf_type: q8_0}", "test")), again, warnings);
+  EXPECT_TRUE(fs::exists(dir / "parts/model.gguf"));
+  EXPECT_FALSE(fs::exists(dir / "parts/model-00001-of-00003.gguf"));
 }
 
 }  // namespace

@@ -57,18 +57,19 @@ class Pipeline {
     if (request.has_statistics) importance_.emplace(options.stats);
     const std::optional<ForeignNames> names = gguf == nullptr ? std::nullopt : std::optional(gguf->names());
     OutputLayout layout =
-        lay_out(facts_, request, *options.container, options.output.max_shard_bytes, names ? &*names : nullptr);
+        lay_out(facts_, request, *options.container, options.output.shard_bytes(), names ? &*names : nullptr);
     recipe_ = std::move(layout.recipe);
     job_.arrays = std::move(layout.arrays);
     check_importance();
-    shards_ = gguf == nullptr
-                  ? std::move(layout.shards)
-                  : plan_gguf(job_.arrays, gguf->metadata(job_.arrays, recipe_.settings.value("gguf_type", ""),
-                                                          importance_ ? &*importance_ : nullptr));
+    shards_ = gguf == nullptr ? std::move(layout.shards)
+                              : plan_gguf(job_.arrays,
+                                          gguf->metadata(job_.arrays, recipe_.settings.value("gguf_type", ""),
+                                                         importance_ ? &*importance_ : nullptr),
+                                          options.output.max_shard_bytes);
     check_apart(model, options.output.output);
     plan();
     if (find_sizes(job_, options.output.max_memory))
-      shards_ = plan_shards(job_.arrays, options.output.max_shard_bytes, options.container->weights_format);
+      shards_ = plan_shards(job_.arrays, options.output.shard_bytes(), options.container->weights_format);
     bytes_out_ = shards_.bytes();
     const bool searches = std::ranges::any_of(
         recipe_.tensors, [](const TensorPlan& p) { return p.scheme && p.options.range == RangeRule::mse; });

@@ -19,9 +19,10 @@ namespace bitwright {
 struct OutputOptions {
   std::filesystem::path output;
   Existing existing = Existing::refuse;
-  uint64_t max_shard_bytes = kUsualShard;
+  std::optional<uint64_t> max_shard_bytes{};              ///< of data; else kUsualShard, and of GGUF one file
   std::optional<uint64_t> max_memory{};                   ///< bytes this process may hold
   static constexpr uint64_t kUsualShard = 5'000'000'000;  ///< as transformers has it
+  uint64_t shard_bytes() const { return max_shard_bytes.value_or(kUsualShard); }
 };
 
 struct QuantizeOptions {

@@ -17,7 +17,7 @@ void write_output(const Checkpoint& source, Job& job, const ShardPlan& shards, c
   announce(estimate, staging, allocated_bytes(staging));
   const OrderedJson files = source_identity(source);
   job.identity["tool"] = BITWRIGHT_VERSION;
-  job.identity["max_shard_size"] = std::to_string(options.max_shard_bytes);
+  job.identity["max_shard_size"] = std::to_string(options.max_shard_bytes.value_or(0));
   job.identity["model"] = files;
   Journal journal(output.journal(), job.identity);
   check_resumable(journal, job, shards, staging);
