@@ -25,7 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 sys.path.insert(0, os.path.join(ROOT, "tools", "reference"))
 sys.dont_write_bytecode = True
-from tiny import write_safetensors  # noqa: E402
+import numpy  # noqa: E402
+from tiny import encode, write_safetensors  # noqa: E402
 
 SHARED = os.environ.get("BITWRIGHT_SHARED", os.path.join(ROOT, "..", "shared"))
 TEXT = os.path.join(ROOT, "examples", "tinystories-4m", "tinystories_valid.txt")
@@ -96,7 +97,7 @@ RANDOM = {
                               "rope_scaling": None}, {"dtype": "BF16"}),
     "phi": ("phi3", {**LLAMA, "rope_scaling": None, "sliding_window": None}, {"dtype": "F32"}),
     "phi-long": ("phi3", {**LLAMA, "original_max_position_embeddings": 64, "rope_scaling": LONG}, {"dtype": "F32"}),
-    "phi-160": ("phi3", {**NARROW, "rope_scaling": None, "sliding_window": 40}, {"dtype": "BF16"}),
+    "phi-160": ("phi3", {**NARROW, "rope_scaling": None, "sliding_window": None}, {"dtype": "BF16"}),
 }
 # Real tokenizers, below the shared data: as what file, which one.
 TOKENIZERS = {
@@ -112,6 +113,16 @@ TOKENIZERS = {
 TRAINED = ("tinystories4M", "stories260K", "babyllama_tok361")
 
 
+def scale(stored, name, factor):
+    """A head that is the embedding too makes logits so large that f16 in llama.cpp's GELU shows."""
+    dtype, shape, data = stored[name]
+    if dtype == "BF16":
+        values = (numpy.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    else:
+        values = numpy.frombuffer(data, "<f4" if dtype == "F32" else "<f2")
+    stored[name] = (dtype, shape, encode(values.astype("<f4") * factor, dtype)[0])
+
+
 def write_random(folder, script, changes, arguments):
     """A model with the example's tokenizer."""
     module = importlib.import_module(script)
@@ -120,6 +131,8 @@ def write_random(folder, script, changes, arguments):
     config = {**module.BASE, "max_position_embeddings": 256, "vocab_size": vocabulary, **changes}
     config = {key: value for key, value in config.items() if value is not None or key != "rope_scaling"}
     tensors = module.weights(config, 1, **arguments)
+    if script in ("gpt2", "qwen2", "gemma3"):
+        scale(tensors.stored, next(n for n in tensors.stored if n.endswith(("wte.weight", "embed_tokens.weight"))), 0.15)
     os.makedirs(folder)
     with open(os.path.join(folder, "config.json"), "w", encoding="utf-8") as file:
         json.dump(config, file)
