@@ -335,9 +335,9 @@ std::string why_not_regrid(const Scheme& from, const Scheme& to) {
   if (is_block(*from.element) || is_block(*to.element)) return "codes of such blocks mean something only together";
   if (from.is_plain() || to.is_plain() || !to.scale || from.element->bits > 8 || to.element->bits > 8)
     return "it is no grid with scales";
+  // A table of whole numbers (ggml's iq4) has integers' values; no other has those of a table.
   if (ratio(*from.element, *to.element) == 0 ||
-      (from.element->kind == ElementKind::table) != (to.element->kind == ElementKind::table) ||
-      (from.element->kind == ElementKind::table && from.element != to.element))
+      (to.element->kind == ElementKind::table && from.element != to.element))
     return fmt::format("values of {} are no values of {}", from.element->name, to.element->name);
   return {};
 }
