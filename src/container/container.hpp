@@ -196,7 +196,10 @@ struct Container {
   /// stand in it. Empty: safetensors beside config.json, names as they are.
   std::string_view model_file{};
   /// In place of make_scheme, where it depends on what a tensor is for, and on its shape (K-quants of 256).
+  /// May be plain numbers; where it is there, `takes` is not asked.
   Scheme (*scheme_for)(const SchemeChoice& choice, const TensorRole& role, const Shape& shape) = nullptr;
+  /// Why a tensor of this shape gets another type than one that fits would; empty: it does not. Null: none does.
+  std::string (*note_for)(const SchemeChoice& choice, const TensorRole& role, const Shape& shape) = nullptr;
   bool embeddings = false;  ///< its owner looks tokens up in a quantized matrix too
   /// What `quantize` would be asked for to round weights of so many bits anew; null: integers of as many.
   std::string_view (*method_for_bits)(int bits) = nullptr;

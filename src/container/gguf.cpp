@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
 #include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
@@ -33,7 +34,15 @@ std::vector<StoredTensor> list(const CheckpointView& checkpoint) {
   return tensors;
 }
 
+/// Of plain numbers.
+std::optional<DType> float_of(const Scheme& scheme) {
+  const auto dtype = scheme.is_plain() ? dtype_of(*scheme.element) : std::nullopt;
+  const bool known = dtype == DType::f32 || dtype == DType::f16 || dtype == DType::bf16;
+  return known ? dtype : std::nullopt;
+}
+
 Fit fit(const Scheme& scheme, const Shape& shape) {
+  if (float_of(scheme)) return {Verdict::exact};
   const BlockCodec* const codec = find_block_codec(scheme);
   if (codec == nullptr) return {Verdict::impossible, "no type of GGUF holds it"};
   const BlockType& block = block_of(*codec);
@@ -44,6 +53,7 @@ Fit fit(const Scheme& scheme, const Shape& shape) {
 }
 
 std::vector<ArraySpec> layout(const StoredTensor& tensor) {
+  if (const auto dtype = float_of(tensor.scheme)) return {{tensor.name, *dtype, tensor.shape}};
   return {{tensor.name, DType::u8, tensor.shape, &block_of(*find_block_codec(tensor.scheme))}};
 }
 
@@ -57,6 +67,10 @@ void for_each_block(const BlockType& type, size_t blocks, const Visit& visit) {
 
 std::vector<NamedArray> pack(const StoredTensor& tensor, const QuantizedTensor& values) {
   NamedArray array = {.spec = layout(tensor).front(), .data = {}};
+  if (float_of(tensor.scheme)) {
+    array.data = values.codes;
+    return {std::move(array)};
+  }
   array.data.resize(array.spec.bytes());
   const BlockCodec& codec = *find_block_codec(tensor.scheme);
   const BlockType& type = block_of(codec);
@@ -88,10 +102,11 @@ constexpr auto kChoices = [] {
     std::string_view name;
     int bits;
   };
-  constexpr auto kRows = std::to_array<Row>(
-      {{"q8_0", 8},   {"q4_0", 4},   {"q4_1", 4},   {"q5_0", 5},   {"q5_1", 5},   {"nvfp4", 4},  {"mxfp4", 4},
-       {"tq1_0", 2},  {"tq2_0", 2},  {"q2_k", 2},   {"q2_k_s", 2}, {"q3_k_s", 3}, {"q3_k_m", 3}, {"q3_k_l", 3},
-       {"q4_k_s", 4}, {"q4_k_m", 4}, {"q5_k_s", 5}, {"q5_k_m", 5}, {"q6_k", 6},   {"iq4_nl", 4}, {"iq4_xs", 4}});
+  constexpr auto kRows =
+      std::to_array<Row>({{"q8_0", 8},   {"q4_0", 4},   {"q4_1", 4},   {"q5_0", 5},   {"q5_1", 5},   {"nvfp4", 4},
+                          {"mxfp4", 4},  {"tq1_0", 2},  {"tq2_0", 2},  {"q2_k", 2},   {"q2_k_s", 2}, {"q3_k_s", 3},
+                          {"q3_k_m", 3}, {"q3_k_l", 3}, {"q4_k_s", 4}, {"q4_k_m", 4}, {"q5_k_s", 5}, {"q5_k_m", 5},
+                          {"q6_k", 6},   {"iq4_nl", 4}, {"iq4_xs", 4}, {"f32", 32},   {"f16", 16},   {"bf16", 16}});
   std::array<SchemeChoice, kRows.size() + 5> all{};
   size_t n = 0;
   const auto add = [&](std::string_view name, int bits, bool symmetric) {
@@ -115,7 +130,34 @@ std::string_view file_type_of(const SchemeChoice& choice) {
 }
 
 Scheme scheme_for(const SchemeChoice& choice, const TensorRole& role, const Shape& shape) {
-  return find_block_codec(gguf_type_for(*find_gguf_file_type(file_type_of(choice)), role, shape))->scheme();
+  const std::string_view type = gguf_type_for(*find_gguf_file_type(file_type_of(choice)), role, shape);
+  if (const auto dtype = find_gguf_type(type)->dtype) return plain(*dtype);
+  return find_block_codec(type)->scheme();
+}
+
+std::string note_for(const SchemeChoice& choice, const TensorRole& role, const Shape& shape) {
+  const GgufFileType& file = *find_gguf_file_type(file_type_of(choice));
+  const std::string_view type = gguf_type_for(file, role, shape), wanted = gguf_type_wanted(file, role, shape);
+  if (type == wanted) return {};
+  return fmt::format("{} in place of {}: rows of {} are no multiple of {}", type, wanted, shape.back(),
+                     find_gguf_type(wanted)->block.elements);
+}
+
+QuantizedTensor round(const Scheme& scheme, const Shape& shape, WeightView weight) {
+  const auto dtype = float_of(scheme);
+  if (!dtype) return round_to_gguf(scheme, shape, weight);
+  QuantizedTensor t = {.scheme = scheme, .shape = shape};
+  t.codes.resize(static_cast<size_t>(element_count(shape)) * size_bytes(*dtype));
+  std::vector<float> values(static_cast<size_t>(element_count(shape)));
+  to_f32(weight.dtype, weight.bytes, values);
+  from_f32(*dtype, values, t.codes);
+  to_f32(*dtype, t.codes, values);
+  if (!std::ranges::all_of(values, [](float value) { return std::isfinite(value); }))
+    throw Error({.code = "out-of-range",
+                 .what = "cannot quantize",
+                 .why = fmt::format("a value is too large for {}", info(*dtype).name),
+                 .fix = "use --method bf16 or f32"});
+  return t;
 }
 
 /// The usual file type.
@@ -145,9 +187,10 @@ const Container gguf_container = {.name = "gguf",
                                   .write_metadata = write_metadata,
                                   .by_rows = true,
                                   .choices = kChoices,
-                                  .encode = round_to_gguf,
+                                  .encode = round,
                                   .model_file = "gguf",
                                   .scheme_for = scheme_for,
+                                  .note_for = note_for,
                                   .embeddings = true,
                                   .method_for_bits = method_for_bits};
 

@@ -96,11 +96,13 @@ bool is_output(const TensorRole& role) {
 
 /// Mixtral's eight experts share what attends.
 constexpr int64_t kMixtral = 8;
+constexpr int64_t kLayersOf70B = 80;
 constexpr auto kFewBits =
     std::to_array<std::string_view>({"q2_k", "q3_k_s", "q3_k_m", "iq4_nl", "q4_k_s", "q4_k_m", "iq4_xs"});
 
 std::string_view wanted(const GgufFileType& file, const TensorRole& role, const Shape& shape) {
-  if (role.name.empty()) return file.type;
+  if (role.name == "position_embd.weight") return "F32";
+  if (role.name.empty() || find_gguf_type(file.type)->dtype) return file.type;
   if (is_output(role)) {
     if (file.name == "mxfp4" || shape.back() % find_gguf_type(file.type)->block.elements != 0) return "Q8_0";
     return file.type == "Q8_0" ? file.type : "Q6_K";
@@ -114,7 +116,10 @@ std::string_view wanted(const GgufFileType& file, const TensorRole& role, const 
   const int64_t layer = layer_of(role.name);
   const auto rule = std::ranges::find_if(
       kRules, [&](const Rule& r) { return r.file == file.name && r.part == part && r.when(layer, role); });
-  return rule == kRules.end() ? file.type : rule->type;
+  const std::string_view type = rule == kRules.end() ? file.type : rule->type;
+  // In models of 70 B eight heads share a value: the matrix is small.
+  const bool small = part == Part::attn_v && role.layers == kLayersOf70B && role.queries_a_key > 1;
+  return small && (type == "Q3_K" || type == "Q4_K") ? "Q5_K" : type;
 }
 
 struct Instead {
@@ -141,6 +146,10 @@ std::span<const GgufFileType> all_gguf_file_types() { return kFileTypes; }
 const GgufFileType* find_gguf_file_type(std::string_view name) {
   const auto found = std::ranges::find(kFileTypes, name, &GgufFileType::name);
   return found == kFileTypes.end() ? nullptr : &*found;
+}
+
+std::string_view gguf_type_wanted(const GgufFileType& file, const TensorRole& role, const Shape& shape) {
+  return wanted(file, role, shape);
 }
 
 std::string_view gguf_type_for(const GgufFileType& file, const TensorRole& role, const Shape& shape) {

@@ -87,8 +87,13 @@ Placement place(const ArraySpec& whole, const ArraySpec& before, const ArraySpec
 }
 
 std::vector<RowRange> row_pieces(const Container& container, const StoredTensor& tensor) {
+  if (container.by_rows) return row_pieces(tensor);
+  return {{0, row_count(tensor.shape)}};
+}
+
+std::vector<RowRange> row_pieces(const StoredTensor& tensor) {
   const int64_t rows = row_count(tensor.shape);
-  const auto step = container.by_rows ? row_step(tensor.scheme, tensor.shape) : std::nullopt;
+  const auto step = row_step(tensor.scheme, tensor.shape);
   if (!step) return {{0, rows}};
   const int64_t wanted = kPieceElements / tensor.shape.back() / *step * *step;
   const int64_t piece = std::max(wanted, *step);

@@ -19,6 +19,7 @@ std::optional<int64_t> row_step(const Scheme& scheme, const Shape& shape);
 struct RowRange {
   int64_t begin, end;
 };
+std::vector<RowRange> row_pieces(const StoredTensor& tensor);  ///< one if it cannot be taken apart
 /// The pieces of a tensor that `container` will store or stores; one if it cannot be taken apart.
 std::vector<RowRange> row_pieces(const Container& container, const StoredTensor& tensor);
 

@@ -1,6 +1,7 @@
 // Gemma 3 (arXiv:2503.19786): Gemma 2 with norms on queries and keys instead of soft caps, five layers with a window to
 // one without, each kind with its own rotary positions. The text model alone, or the language model of one that sees
 // images too. Keys and defaults as in Hugging Face transformers, models/gemma3.
+#include <array>
 #include <nlohmann/json.hpp>
 
 #include "base/error.hpp"
@@ -44,6 +45,8 @@ ModelConfig configure_language_model(const Json& json, const std::string& where)
   return c;
 }
 
+constexpr auto kGgufKeys = std::to_array<GgufKey>({{"final_logit_softcapping", "final_logit_softcapping"}});
+
 void complete_gguf(const GgufFacts& facts, Json& config) {
   set_gguf_window(facts, config);
   set_gguf_rope(facts, config);
@@ -67,6 +70,7 @@ namespace bitwright {
 
 const GgufMapping kGgufGemma3 = {.architecture = "gemma3",
                                  .keys = kGgufLlamaKeys,
+                                 .own_keys = architectures::kGgufKeys,
                                  .tensors = kGgufGemmaTensors,
                                  .shared_tensors = kGgufLlamaTensors,
                                  .complete = architectures::complete_gguf,

@@ -12,9 +12,13 @@
 #include <utility>
 
 #include "base/error.hpp"
+#include "base/mapped_file.hpp"
 #include "base/utf8.hpp"
+#include "model/config_reader.hpp"
 #include "model/gguf_mapping.hpp"
 #include "model/model.hpp"
+#include "model/open_model.hpp"
+#include "model/rope.hpp"
 
 namespace bitwright {
 namespace {
@@ -51,7 +55,6 @@ class Exporter {
  public:
   explicit Exporter(const Checkpoint& model)
       : model_(model), json_(model.config().contains("text_config") ? model.config()["text_config"] : model.config()) {
-    if (model.facts() != nullptr) fail("it is a GGUF file: only directories are read for this yet");
     const Architecture* const row = find_architecture(model.config());
     if (row == nullptr || row->gguf == nullptr)
       fail(fmt::format("no mapping is known for the architecture {}",
@@ -118,9 +121,9 @@ class Exporter {
     int64_t windows = 0;
     for (const LayerKind& kind : c.kinds) windows += kind.window != 0 && kind.window < c.context ? 1 : 0;
     const bool gemma3 = out_.architecture == "gemma3";
-    for (size_t i = 0; gemma3 && i < c.kinds.size(); ++i)
-      if ((c.kinds[i].window != 0) != ((i + 1) % kGemma3Pattern != 0))
-        return out_.differences.emplace_back("every sixth layer sees all positions, the others a window"), void();
+    if (gemma3 && windows > 0) find_pattern();
+    if (out_.architecture == "gemma2" && (c.attention_cap == 0 || c.logit_cap == 0))
+      out_.differences.emplace_back("attention scores are capped at 50, logits at 30");
     if (!mapping_->windows && windows > 0)
       out_.differences.emplace_back("the sliding window is ignored: texts longer than it are computed otherwise");
     const auto head = static_cast<float>(1 / std::sqrt(static_cast<double>(c.head_size)));
@@ -128,6 +131,17 @@ class Exporter {
     const bool known = std::abs(c.attention_scale - head) < 1e-6f * head ||
                        std::abs(c.attention_scale - hidden) < 1e-6f * hidden || c.attention_scale == 0;
     if (!known) out_.differences.emplace_back("attention is scaled by the size of a head");
+  }
+
+  /// One layer in so many sees all positions.
+  void find_pattern() {
+    const std::vector<LayerKind>& kinds = config_.kinds;
+    const auto whole = std::ranges::find(kinds, 0, &LayerKind::window);
+    pattern_ = whole == kinds.end() ? kinds.size() + 1 : static_cast<size_t>(whole - kinds.begin()) + 1;
+    for (size_t i = 0; i < kinds.size(); ++i)
+      if ((kinds[i].window != 0) != ((i + 1) % pattern_ != 0))
+        return out_.differences.emplace_back("every sixth layer sees all positions, the others a window"),
+               pattern_ = kGemma3Pattern, void();
   }
 
   // ---- metadata
@@ -173,7 +187,9 @@ class Exporter {
     if (c.logit_cap > 0) add_number("final_logit_softcapping", c.logit_cap);
     int64_t window = 0;
     for (const LayerKind& kind : c.kinds) window = std::max(window, kind.window);
-    if (mapping_->windows) add_integer("attention.sliding_window", window);
+    if (mapping_->windows || mapping_->window_key) add_integer("attention.sliding_window", window);
+    if (pattern_ != 0 && pattern_ != kGemma3Pattern)
+      add_integer("attention.sliding_window_pattern", static_cast<int64_t>(pattern_));
   }
 
   /// Each frequency is base^(-i / n), but for the scaling, which leaves the ratio of the first two alone.
@@ -186,8 +202,11 @@ class Exporter {
   }
 
   double theta() const {
-    for (const char* key : {"rope_theta", "rotary_emb_base"})
-      if (json_.contains(key) && json_[key].is_number()) return json_[key];
+    const Json newer = json_.value("rope_parameters", Json::object());
+    const Json of_kind = newer.is_object() ? newer.value("full_attention", newer) : Json::object();
+    for (const Json& from : {json_, of_kind})
+      for (const char* key : {"rope_theta", "rotary_emb_base"})
+        if (from.contains(key) && from[key].is_number()) return from[key];
     return base_of(config_.ropes.front());
   }
 
@@ -201,19 +220,43 @@ class Exporter {
     Json scaling = json_.value("rope_scaling", Json());
     if (!scaling.is_object()) scaling = json_.value("rope_parameters", Json());
     if (!scaling.is_object()) return;
+    if (scaling.contains("full_attention")) scaling = scaling["full_attention"];
     const std::string type = scaling.value("rope_type", scaling.value("type", "default"));
     if (type == "default") return;
-    if (type == "llama3") return add_factors("rope_freqs.weight", factors(rope.frequencies, base));
-    if (type == "longrope" || type == "su") return add_long_rope(scaling);
-    if (type != "linear" && type != "yarn") fail(fmt::format("rope_scaling is '{}'", printable(type)));
+    if (type == "llama3" && mapping_->rope_factors)
+      return add_factors("rope_freqs.weight", factors(rope.frequencies, base));
+    if ((type == "longrope" || type == "su") && mapping_->window_key) return add_long_rope(scaling);
+    if (type == "yarn") return add_yarn(scaling, base);
+    if (type != "linear") fail(fmt::format("rope_scaling is '{}'", printable(type)));
     out_.metadata.add(fmt::format("{}.rope.scaling.type", out_.architecture), type);
     add_number("rope.scaling.factor", scaling.at("factor").get<double>());
-    if (type == "linear") return;
-    const Json original = scaling.value("original_max_position_embeddings", Json(config_.context));
+  }
+
+  /// llama.cpp takes the paper's beta_fast and beta_slow whatever a file says. Frequencies found with others are
+  /// written one by one, where it reads such.
+  void add_yarn(const Json& scaling, double base) {
+    const Rope& rope = config_.ropes.front();
+    const double factor = scaling.at("factor").get<double>();
+    const Json original = json_.value("original_max_position_embeddings",
+                                      scaling.value("original_max_position_embeddings", Json(config_.context)));
+    const Json usual = {
+        {"rope_theta", base},
+        {"rope_scaling", {{"rope_type", "yarn"}, {"factor", factor}, {"original_max_position_embeddings", original}}}};
+    const auto size = static_cast<int64_t>(2 * rope.frequencies.size());
+    const Rope theirs = read_rope(ConfigReader(usual, ""), size, config_.context, {});
+    bool same = true;
+    for (size_t i = 0; i < rope.frequencies.size(); ++i)
+      same = same && std::abs(rope.frequencies[i] - theirs.frequencies[i]) <= 1e-6 * rope.frequencies[i];
+    if (!same && mapping_->rope_factors) {
+      add_number("rope.scaling.attn_factor", rope.magnitude);
+      return add_factors("rope_freqs.weight", factors(rope.frequencies, base));
+    }
+    if (!same) out_.differences.emplace_back("YaRN scales by the beta_fast 32 and beta_slow 1 of the paper");
+    out_.metadata.add(fmt::format("{}.rope.scaling.type", out_.architecture), "yarn");
+    add_number("rope.scaling.factor", factor);
     add_integer("rope.scaling.original_context_length", original.get<int64_t>());
-    for (const auto& [key, name] :
-         {std::pair("rope.scaling.yarn_beta_fast", "beta_fast"), std::pair("rope.scaling.yarn_beta_slow", "beta_slow")})
-      if (scaling.contains(name)) add_number(key, scaling[name].get<double>());
+    const double magnitude = rope.magnitude / gguf_yarn_magnitude(factor);
+    if (std::abs(magnitude - 1) > 1e-7) add_number("rope.scaling.attn_factor", magnitude);
   }
 
   /// llama.cpp divides the frequencies by these.
@@ -373,15 +416,37 @@ class Exporter {
   const GgufMapping* mapping_ = nullptr;
   ModelConfig config_;
   std::string prefix_;
+  size_t pattern_ = 0;  ///< Gemma 3's, 0: no layer has a window
   std::map<std::string, ArrayView> stacks_;
   GgufModel out_;
 };
 
 }  // namespace
 
-GgufModel gguf_model(const Checkpoint& model) { return Exporter(model).run(); }
+namespace {
+
+/// A GGUF file: all as it is, but for what says how it is quantized.
+GgufModel as_it_is(const Checkpoint& model) {
+  GgufModel out;
+  const auto name = model.facts()->find("general.architecture");
+  if (name != model.facts()->end() && name->is_string()) out.architecture = name->get<std::string>();
+  const MappedFile file(model.path());
+  for (const GgufEntry& entry : parse_gguf(file.bytes(), model.path().string()).metadata)
+    if (entry.key != "general.file_type" && entry.key != "general.quantization_version" &&
+        !entry.key.starts_with("split."))
+      out.metadata.add(entry);
+  out.names = names_in_model(model.path());
+  return out;
+}
+
+}  // namespace
+
+GgufModel gguf_model(const Checkpoint& model) {
+  return model.facts() != nullptr ? as_it_is(model) : Exporter(model).run();
+}
 
 Checkpoint open_as_gguf(const Checkpoint& model, const GgufModel& as) {
+  if (model.facts() != nullptr) return Checkpoint(model.path());
   const auto translate = [&](const CheckpointView& stored) {
     return std::optional(Translation{.config = std::make_shared<const Json>(stored.config), .arrays = as.arrays});
   };

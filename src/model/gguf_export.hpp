@@ -20,7 +20,7 @@ struct GgufModel {
 
 /// From names, types and shapes alone. Matrices keep their type; lists, router matrices and positions become f32,
 /// which llama.cpp computes with. Throws Error{"no-gguf"} where llama.cpp has no such model or could not compute it as
-/// config.json says.
+/// config.json says. Of a GGUF file: everything as it is, `arrays` empty.
 GgufModel gguf_model(const Checkpoint& model);
 
 /// The same files under those names. `model` must be plain.

@@ -129,9 +129,14 @@ void set_gguf_rope(const GgufFacts& facts, Json& config) {
   for (const auto& [key, name] :
        {std::pair("rope.scaling.yarn_beta_fast", "beta_fast"), std::pair("rope.scaling.yarn_beta_slow", "beta_slow")})
     if (facts.own(key) != nullptr) scaling[name] = facts.number(key, 0);
-  for (const char* key : {"rope.scaling.attn_factor", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"})
-    if (facts.number(key, 1) != 1) facts.fail(fmt::format("key '{}' is not 1, which is not supported", key));
+  // llama.cpp multiplies YaRN's own magnitude by it, and heeds no such factor under other names.
+  const double magnitude = facts.number("rope.scaling.attn_factor", 1);
+  if (magnitude == 1) return;
+  if (type != "yarn") facts.fail("key 'rope.scaling.attn_factor' is not 1, which is not supported");
+  scaling["attention_factor"] = magnitude * gguf_yarn_magnitude(factor);
 }
+
+double gguf_yarn_magnitude(double factor) { return factor <= 1 ? 1 : 0.1 * std::log(factor) + 1; }
 
 namespace {
 
@@ -167,8 +172,10 @@ void set_gguf_rope_factors(const GgufFacts& facts, Json& config) {
                               {"original_max_position_embeddings", static_cast<int64_t>(kOriginal)}};
     return;
   }
-  config["rope_scaling"] = {
-      {"rope_type", "longrope"}, {"long_factor", factors}, {"short_factor", factors}, {"attention_factor", 1.0}};
+  config["rope_scaling"] = {{"rope_type", "longrope"},
+                            {"long_factor", factors},
+                            {"short_factor", factors},
+                            {"attention_factor", facts.number("rope.scaling.attn_factor", 1)}};
 }
 
 std::vector<int64_t> order_of_pairs(int64_t rows, int64_t heads) {

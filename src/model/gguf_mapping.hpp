@@ -71,6 +71,8 @@ struct GgufMapping {
   void (*complete)(const GgufFacts& facts, Json& config) = nullptr;
   // What llama.cpp computes, beside what the keys say.
   bool windows = false;                      ///< heeds attention.sliding_window
+  bool window_key = false;                   ///< has the key, which is not heeded
+  bool rope_factors = false;                 ///< divides frequencies by rope_freqs.weight
   bool biases = false;                       ///< matrices may have biases
   Activation activation = Activation::silu;  ///< of the feed-forward network
 };
@@ -87,6 +89,7 @@ extern const std::span<const GgufTensor> kGgufLlamaTensors;  ///< as Llama but f
 /// rope_scaling from rope.scaling.* (without a type it is linear, as in llama.cpp), partial_rotary_factor from
 /// rope.dimension_count; nothing where there is nothing to say.
 void set_gguf_rope(const GgufFacts& facts, Json& config);
+double gguf_yarn_magnitude(double factor);  ///< what llama.cpp multiplies sines and cosines by, unasked
 
 /// rope_scaling from the tensor rope_freqs.weight, by which each pair's frequency is divided (Llama 3.1).
 void set_gguf_rope_factors(const GgufFacts& facts, Json& config);

@@ -47,6 +47,7 @@ const GgufMapping kGgufLlama = {.architecture = "llama",
                                 .tensors = architectures::kGgufTensors,
                                 .shared_tensors = kGgufLlamaTensors,
                                 .complete = architectures::complete_gguf,
+                                .rope_factors = true,
                                 .biases = true};
 
 }  // namespace bitwright

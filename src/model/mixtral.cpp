@@ -60,6 +60,7 @@ const GgufMapping kGguf = {.architecture = "llama",
                            .tensors = kGgufTensors,
                            .shared_tensors = kGgufLlamaTensors,
                            .complete = complete_gguf,
+                           .rope_factors = true,
                            .biases = true};
 
 }  // namespace

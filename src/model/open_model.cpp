@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
 
 #include "base/error.hpp"
 #include "model/gguf_mapping.hpp"
@@ -83,11 +84,34 @@ class GgufTranslation {
     const auto embedding = facts_.stored().arrays.find("token_embd.weight");
     if (embedding != facts_.stored().arrays.end() && !embedding->second.shape.empty())
       config["vocab_size"] = embedding->second.shape[0];
-    for (const char* id : {"bos_token_id", "eos_token_id"})
-      if (const Json* value = facts_.find(fmt::format("tokenizer.ggml.{}", id)))
-        if (value->is_number_integer()) config[id] = *value;
+    if (const Json* bos = facts_.find("tokenizer.ggml.bos_token_id"))
+      if (bos->is_number_integer()) config["bos_token_id"] = *bos;
+    const std::vector<int64_t> ends = end_tokens();
+    if (ends.size() == 1) config["eos_token_id"] = ends.front();
+    if (ends.size() > 1) config["eos_token_id"] = ends;
     if (mapping_.complete != nullptr) mapping_.complete(facts_, config);
     return config;
+  }
+
+  /// Of the text and of a turn, eos first: those that have a key, and those that llama.cpp knows by their text.
+  std::vector<int64_t> end_tokens() const {
+    static const std::set<std::string_view> kTexts = {
+        "<|eot_id|>",         "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<end_of_turn>", "<|endoftext|>",
+        "<|eom_id|>",         "<EOT>",      "_<EOT>",  "[EOT]",      "[EOS]",    "</s>",          "<|end_of_text|>",
+        "<end_of_utterance>", "<eos>",      "<turn|>"};
+    std::vector<int64_t> ends;
+    const auto add = [&](int64_t id) {
+      if (std::ranges::find(ends, id) == ends.end()) ends.push_back(id);
+    };
+    for (const char* key : {"eos_token_id", "eot_token_id", "eom_token_id"})
+      if (const Json* value = facts_.find(fmt::format("tokenizer.ggml.{}", key)))
+        if (value->is_number_integer() && *value >= 0) add(value->get<int64_t>());
+    const Json* const tokens = facts_.find("tokenizer.ggml.tokens");
+    if (tokens == nullptr || !tokens->is_array()) return ends;
+    for (size_t id = 0; id < tokens->size(); ++id)
+      if ((*tokens)[id].is_string() && kTexts.contains((*tokens)[id].get_ref<const std::string&>()))
+        add(static_cast<int64_t>(id));
+    return ends;
   }
 
   /// One number or truth value; a list with one for each layer where all are the same.
@@ -210,6 +234,18 @@ std::optional<Translation> translate(const CheckpointView& stored) {
 Checkpoint open_model(const std::filesystem::path& path, Checkpoint::Foreign foreign,
                       Checkpoint::Unfinished unfinished) {
   return Checkpoint(path, translate, unfinished, foreign);
+}
+
+std::map<std::string, std::string> names_in_model(const std::filesystem::path& path) {
+  std::map<std::string, std::string> names;
+  Checkpoint(path, [&](const CheckpointView& stored) {
+    for (const auto& [name, spec] : stored.arrays) names[name] = name;
+    std::optional<Translation> out = translate(stored);
+    if (out)
+      for (auto view = out->arrays.rbegin(); view != out->arrays.rend(); ++view) names[view->source] = view->name;
+    return out;
+  });
+  return names;
 }
 
 }  // namespace bitwright

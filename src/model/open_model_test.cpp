@@ -260,6 +260,24 @@ TEST(OpenModel, RopeScalingWithoutAType) {
   EXPECT_THROW(rope_scaling({{"qwen2.rope.scaling.factor", four}, {"qwen2.rope.scaling.attn_factor", four}}), Error);
 }
 
+// By their keys, and by their text as llama.cpp knows them.
+TEST(OpenModel, EveryEndOfATurnIsKnown) {
+  const TemporaryDirectory dir;
+  const auto ends = [&](const GgufMetadata& more) {
+    GgufWriter(dir / "x.gguf", more, {}).finish();
+    return open_model(dir / "x.gguf").config().value("eos_token_id", Json());
+  };
+  GgufMetadata metadata;
+  metadata.add("general.architecture", "llama");
+  EXPECT_EQ(ends(metadata), Json());
+  metadata.add("tokenizer.ggml.eos_token_id", uint32_t{1});
+  EXPECT_EQ(ends(metadata), Json(1));
+  metadata.add("tokenizer.ggml.eot_token_id", uint32_t{3});
+  const std::vector<std::string> tokens = {"a", "</s>", "<|im_end|>", "b"};
+  metadata.add("tokenizer.ggml.tokens", std::span<const std::string>(tokens));
+  EXPECT_EQ(ends(metadata), Json({1, 3, 2}));
+}
+
 // The directory's own files are another model's, but the weights are found there.
 TEST(OpenModel, ADirectoryOfOneGgufFile) {
   const TemporaryDirectory dir;

@@ -45,7 +45,8 @@ const GgufMapping kGguf = {.architecture = "phi3",
                            .keys = kGgufLlamaKeys,
                            .tensors = kGgufTensors,
                            .shared_tensors = kGgufLlamaTensors,
-                           .complete = complete_gguf};
+                           .complete = complete_gguf,
+                           .window_key = true};
 
 }  // namespace
 

@@ -86,11 +86,8 @@ void Arranged::add(const ArrayView& view) {
     if (entry.quantized() && moved && !(t.parts.size() > 1 && is_indexed(entry.scheme)))
       t.scheme = scheme_of_rows(entry.scheme, entry.shape, is_one_matrix(t));
   }
-  facts_.push_back({.name = t.name,
-                    .shape = t.shape,
-                    .is_float = info(dtype).is_float,
-                    .bytes = size_bytes(dtype),
-                    .dtype = dtype});
+  facts_.push_back(
+      {.name = t.name, .shape = t.shape, .is_float = info(dtype).is_float, .bytes = size_bytes(dtype), .dtype = dtype});
   tensors_.push_back(std::move(t));
 }
 

@@ -137,9 +137,7 @@ class Planner {
   }
   bool is_same_container() const { return source_.source().container() == &container_; }
   /// What is done to activations goes along within a container.
-  QuantizedLinear linear_of(size_t i) const {
-    return is_same_container() ? part(i).linear : QuantizedLinear{};
-  }
+  QuantizedLinear linear_of(size_t i) const { return is_same_container() ? part(i).linear : QuantizedLinear{}; }
 
   /// Empty: the container holds this tensor by itself in this way.
   std::string why_not(size_t i, const StoredTensor& tensor) const {
@@ -250,9 +248,11 @@ class Planner {
 
   /// As floats, of the smallest type that holds them, or of that which the model has.
   TensorConversion in_floats(size_t i) const {
+    if (entry(i).as_f32 || facts_[i].dtype == DType::f32) return in_floats(i, {DType::f32});
+    return in_floats(i, {facts_[i].dtype, DType::f32});
+  }
+  TensorConversion in_floats(size_t i, const std::vector<DType>& types) const {
     TensorConversion result = {.turned = entry(i).transposed, .plan = {.name = entry(i).name}};
-    std::vector<DType> types = {DType::f32};
-    if (!entry(i).as_f32 && facts_[i].dtype != DType::f32) types.insert(types.begin(), facts_[i].dtype);
     for (const DType type : types) {
       double difference = 0;
       for (const RowRange rows : source_.pieces(i, result.turned)) {
@@ -406,7 +406,8 @@ class Planner {
   int most_common_bits() const {
     std::map<int, int64_t> elements;
     for (size_t i = 0; i < facts_.size(); ++i)
-      if (entry(i).quantized() && !is_for_floats(i)) elements[part(i).scheme.element->bits] += element_count(entry(i).shape);
+      if (entry(i).quantized() && !is_for_floats(i))
+        elements[part(i).scheme.element->bits] += element_count(entry(i).shape);
     const auto most = std::ranges::max_element(elements, {}, [](const auto& item) { return item.second; });
     return most == elements.end() ? 8 : most->first;
   }
@@ -431,6 +432,7 @@ class Planner {
       return impossible(error.report().why);
     }
     if (!result.plan.scheme) return impossible(result.plan.reason);
+    if (result.plan.scheme->is_plain()) return in_floats(i, {*dtype_of(*result.plan.scheme->element)});
     // One scale for all the layers that an engine fuses is found from plain weights alone (fused_magnitudes).
     const std::optional<Parameter>& scale = result.plan.scheme->scale;
     if (result.plan.options.fused != nullptr && scale && scale->scheme->scale)

@@ -40,7 +40,7 @@ struct TensorConversion {
   ConversionVerdict verdict = ConversionVerdict::exact;
   bool turned = false;  ///< the target stores the transpose of what the source stores
   TensorPlan plan;      ///< no scheme: it is plain and copied, or nothing can be done; an algorithm: requantized
-  std::optional<DType> floats{};  ///< it was quantized and its owner will have it in floats
+  std::optional<DType> floats{};               ///< it was quantized and its owner will have it in floats
   std::optional<double> max_abs_difference{};  ///< of its values from what they were; of requantized ones found later
   std::string reason{};                        ///< why it is impossible or requantized
 };

@@ -44,6 +44,11 @@ ConversionVerdict worst_of(const std::vector<TensorConversion>& tensors) {
   return std::ranges::max(tensors, {}, &TensorConversion::verdict).verdict;
 }
 
+Arranged arrange(const Checkpoint& source, const GgufOutput* gguf) {
+  if (gguf == nullptr) return Arranged(source);
+  return gguf->is_gguf() ? Arranged(gguf->arranged()) : Arranged(source, gguf->model().arrays);
+}
+
 /// A model to another container, piece by piece.
 class Converter {
  public:
@@ -51,7 +56,7 @@ class Converter {
   Converter(const Checkpoint& source, const GgufOutput* gguf, const ConvertOptions& options)
       : source_(source),
         gguf_(gguf),
-        arranged_(gguf == nullptr ? Arranged(source) : Arranged(source, gguf->model().arrays)),
+        arranged_(arrange(source, gguf)),
         options_(options),
         container_(*options.request.container),
         facts_(arranged_.facts()) {
@@ -154,7 +159,8 @@ class Converter {
     OrderedJson json = {{"name", t.plan.name}, {"verdict", name_of(t.verdict)}};
     json["max_abs_difference"] = t.max_abs_difference ? OrderedJson(*t.max_abs_difference) : OrderedJson();
     json["from"] = type_of(part(i));
-    if (t.plan.scheme || t.floats) json["scheme"] = t.floats ? std::string(info(*t.floats).name) : describe(*t.plan.scheme);
+    if (t.plan.scheme || t.floats)
+      json["scheme"] = t.floats ? std::string(info(*t.floats).name) : describe(*t.plan.scheme);
     if (t.plan.scheme && gguf_ != nullptr) json["type"] = container_.layout(stored(i)).front().block->name;
     if (t.verdict > ConversionVerdict::bounded) json["reason"] = t.reason;
     return json;
@@ -206,8 +212,7 @@ class Converter {
     for (const RowRange rows : pieces) {
       const auto elements = static_cast<uint64_t>((rows.end - rows.begin) * width);
       uint64_t memory = elements * kBytesAnElement;
-      if (t.plan.algorithm != nullptr)
-        memory += quantized_piece_memory(static_cast<int64_t>(elements), DType::f32);
+      if (t.plan.algorithm != nullptr) memory += quantized_piece_memory(static_cast<int64_t>(elements), DType::f32);
       job_.pieces.push_back({.tensor = i, .rows = rows, .bytes = elements, .memory = memory});
     }
   }
@@ -221,9 +226,10 @@ class Converter {
         return produced;
       }
       const uint64_t width = is_copied(i) ? 1 : static_cast<uint64_t>(facts_[i].shape.back());
-      produced.slices.push_back({.array = 0,
-                                 .offset = static_cast<uint64_t>(piece.rows.begin) * width * size_bytes(facts_[i].dtype),
-                                 .data = plain_bytes(i, piece.rows)});
+      produced.slices.push_back(
+          {.array = 0,
+           .offset = static_cast<uint64_t>(piece.rows.begin) * width * size_bytes(facts_[i].dtype),
+           .data = plain_bytes(i, piece.rows)});
     } catch (const Error& error) {
       throw error.at(fmt::format("tensor '{}'", printable(tensors_[i].plan.name)));
     }

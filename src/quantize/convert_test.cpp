@@ -46,23 +46,22 @@ const std::map<std::string, Shape> kMixtralTensors = {
 constexpr const char* kGpt2 = R"({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "n_embd": 64, "n_head": 2,
   "n_layer": 1, "n_positions": 64, "n_ctx": 64, "vocab_size": 64, "activation_function": "gelu_new",
   "layer_norm_epsilon": 1e-5, "tie_word_embeddings": true})";
-const std::map<std::string, Shape> kGpt2Tensors = {
-    {"transformer.wte.weight", {64, 64}},
-    {"transformer.wpe.weight", {64, 64}},
-    {"transformer.h.0.ln_1.weight", {64}},
-    {"transformer.h.0.ln_1.bias", {64}},
-    {"transformer.h.0.attn.c_attn.weight", {64, 192}},
-    {"transformer.h.0.attn.c_attn.bias", {192}},
-    {"transformer.h.0.attn.c_proj.weight", {64, 64}},
-    {"transformer.h.0.attn.c_proj.bias", {64}},
-    {"transformer.h.0.ln_2.weight", {64}},
-    {"transformer.h.0.ln_2.bias", {64}},
-    {"transformer.h.0.mlp.c_fc.weight", {64, 256}},
-    {"transformer.h.0.mlp.c_fc.bias", {256}},
-    {"transformer.h.0.mlp.c_proj.weight", {256, 64}},
-    {"transformer.h.0.mlp.c_proj.bias", {64}},
-    {"transformer.ln_f.weight", {64}},
-    {"transformer.ln_f.bias", {64}}};
+const std::map<std::string, Shape> kGpt2Tensors = {{"transformer.wte.weight", {64, 64}},
+                                                   {"transformer.wpe.weight", {64, 64}},
+                                                   {"transformer.h.0.ln_1.weight", {64}},
+                                                   {"transformer.h.0.ln_1.bias", {64}},
+                                                   {"transformer.h.0.attn.c_attn.weight", {64, 192}},
+                                                   {"transformer.h.0.attn.c_attn.bias", {192}},
+                                                   {"transformer.h.0.attn.c_proj.weight", {64, 64}},
+                                                   {"transformer.h.0.attn.c_proj.bias", {64}},
+                                                   {"transformer.h.0.ln_2.weight", {64}},
+                                                   {"transformer.h.0.ln_2.bias", {64}},
+                                                   {"transformer.h.0.mlp.c_fc.weight", {64, 256}},
+                                                   {"transformer.h.0.mlp.c_fc.bias", {256}},
+                                                   {"transformer.h.0.mlp.c_proj.weight", {256, 64}},
+                                                   {"transformer.h.0.mlp.c_proj.bias", {64}},
+                                                   {"transformer.ln_f.weight", {64}},
+                                                   {"transformer.ln_f.bias", {64}}};
 
 class Convert : public ::testing::Test {
  protected:

@@ -11,6 +11,7 @@
 #include "container/gguf_file_types.hpp"
 #include "container/gguf_types.hpp"
 #include "evaluate/evaluate.hpp"
+#include "model/end_tokens.hpp"
 #include "model/model.hpp"
 #include "quantize/model_files.hpp"
 #include "tokenizer/tokenizer.hpp"
@@ -20,6 +21,7 @@ namespace {
 
 constexpr const char* kNoVocabulary = "no_vocab";  // as llama.cpp calls it
 constexpr uint32_t kQuantizationVersion = 2;       // ggml's GGML_QNT_VERSION
+constexpr int64_t kMostCount = 1 << 20;            // of layers, heads and experts
 
 std::string chat_template_of(const std::filesystem::path& directory) {
   if (std::filesystem::exists(directory / "chat_template.jinja"))
@@ -39,7 +41,30 @@ void take_id(const Json& config, const char* key, size_t size, std::optional<int
   if (first.is_number_integer() && first >= 0 && first < size) id = first.get<int32_t>();
 }
 
+/// Ids that end a text beside the first: of a turn the last, of a message one between (Llama 3.1's three).
+void take_turn_ends(const std::vector<int32_t>& ends, size_t size, GgufVocabulary& out) {
+  std::vector<int32_t> others;
+  for (const int32_t id : ends)
+    if (static_cast<size_t>(id) < size && id != out.eos) others.push_back(id);
+  if (!others.empty()) out.eot = others.back();
+  if (others.size() > 1) out.eom = others.front();
+}
+
+/// From the keys of a GGUF file.
+TensorRole role_in_file(const Json& facts, const GgufModel& as) {
+  const auto number = [&](const char* key, int64_t missing) {
+    const Json value = facts.value(fmt::format("{}.{}", as.architecture, key), Json());
+    return value.is_number_integer() && value >= 0 && value < kMostCount ? value.get<int64_t>() : missing;
+  };
+  const int64_t heads = number("attention.head_count", 1);
+  return {.layers = number("block_count", 0),
+          .experts = number("expert_count", 0),
+          .queries_a_key = heads / std::max<int64_t>(number("attention.head_count_kv", heads), 1),
+          .has_output = as.names.contains("output.weight")};
+}
+
 TensorRole role_of(const Checkpoint& model, const GgufModel& as) {
+  if (model.facts() != nullptr) return role_in_file(*model.facts(), as);
   const ModelConfig c = find_architecture(model.config())->configure(model.config(), model.path().string());
   return {.layers = c.layers,
           .experts = c.experts,
@@ -62,9 +87,11 @@ const GgufFileType* type_of_most(std::span<const std::vector<ArraySpec>> arrays)
 
 GgufOutput::GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings)
     : model_(gguf_model(model)), role_(role_of(model, model_)) {
-  if (model.container() == nullptr) arranged_.emplace(open_as_gguf(model, model_));
+  is_gguf_ = model.facts() != nullptr;
+  if (model.container() == nullptr || is_gguf_) arranged_.emplace(open_as_gguf(model, model_));
   for (const std::string& difference : model_.differences)
     warnings.push_back({"COMPUTED_OTHERWISE", fmt::format("llama.cpp computes it otherwise: {}", difference)});
+  if (model.facts() != nullptr) return;  // its metadata has the vocabulary
   const std::filesystem::path directory = model_directory(model);
   name_ = std::filesystem::weakly_canonical(std::filesystem::absolute(directory)).filename().string();
   const auto embedding = std::ranges::find(model_.arrays, "token_embd.weight", &ArrayView::name);
@@ -79,6 +106,7 @@ GgufOutput::GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings)
   vocabulary_ = gguf_vocabulary_of(directory, rows);
   take_id(model.config(), "bos_token_id", rows, vocabulary_.bos);
   take_id(model.config(), "eos_token_id", rows, vocabulary_.eos);
+  take_turn_ends(end_tokens(model.config(), directory), rows, vocabulary_);
   const Tokenizer own(directory), theirs = Tokenizer::from_gguf(vocabulary_, directory.string());
   if (own.encode(bundled_text()) != theirs.encode(bundled_text()))
     warnings.push_back({"OTHER_TOKENS", "llama.cpp will cut some texts into other tokens than the model's tokenizer"});
@@ -87,11 +115,12 @@ GgufOutput::GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings)
 GgufMetadata GgufOutput::metadata(std::span<const std::vector<ArraySpec>> arrays, std::string_view file_type) const {
   GgufMetadata out = model_.metadata;
   if (!name_.empty()) out.add("general.name", name_);
-  out.add("general.type", "model");
+  if (!is_gguf_) out.add("general.type", "model");
   const GgufFileType* type = find_gguf_file_type(file_type);
   if (type == nullptr) type = type_of_most(arrays);
   if (type != nullptr) out.add("general.file_type", type->id);
   out.add("general.quantization_version", kQuantizationVersion);
+  if (is_gguf_) return out;
   add_vocabulary(vocabulary_, out);
   if (!chat_template_.empty()) out.add("tokenizer.chat_template", chat_template_);
   return out;

@@ -88,6 +88,10 @@ TEST(GgufFileTypes, FollowLlamaCpp) {
   EXPECT_EQ(type("q4_k_m", "blk.4.attn_q.weight", {512, 288}), "Q5_0");  // no whole blocks of 256
   EXPECT_EQ(type("q6_k", "blk.4.attn_q.weight", {512, 288}), "Q8_0");
   EXPECT_EQ(type("q6_k", "blk.4.attn_q.weight", {512, 300}), "F16");
+  EXPECT_EQ(type("f16", "output.weight"), "F16");
+  EXPECT_EQ(type("q8_0", "position_embd.weight"), "F32");
+  const TensorRole large = {.name = "blk.30.attn_v.weight", .layers = 80, .queries_a_key = 8};
+  EXPECT_EQ(gguf_type_for(*find_gguf_file_type("q4_k_s"), large, {512, 512}), "Q5_K");
 }
 
 TEST(GgufOutput, IsTheModelWithItsVocabulary) {
@@ -102,6 +106,75 @@ TEST(GgufOutput, IsTheModelWithItsVocabulary) {
   const Tokenizer theirs(dir / "out/model.gguf"), own(test::example_model());
   EXPECT_EQ(theirs.encode("Once upon a time, 1234 <|endoftext|>"), own.encode("Once upon a time, 1234 <|endoftext|>"));
   for (const TensorEntry& entry : original.tensors()) ASSERT_NE(written.find(entry.name), nullptr) << entry.name;
+}
+
+std::vector<float> logits_of(const Checkpoint& checkpoint) {
+  const Model model(checkpoint);
+  KvCache cache(model.config(), 40);
+  std::vector<int32_t> tokens;
+  for (int32_t i = 0; i < 40; ++i) tokens.push_back(7 * i % 250);
+  return model.forward(tokens, cache);
+}
+
+// YaRN with other turns than llama.cpp's goes through rope_freqs.weight.
+TEST(ModelReference, GgufKeepsYarn) {
+  if (!fs::is_directory(BITWRIGHT_REFERENCES)) GTEST_SKIP() << "tools/reference has written no cases (ctest runs it)";
+  for (const char* name : {"llama-yarn", "llama-yarn5", "phi3-long"}) {
+    const TemporaryDirectory dir;
+    const fs::path model = fs::path(BITWRIGHT_REFERENCES) / name / "model";
+    std::vector<Warning> warnings;
+    write(model, dir / "out", "none", warnings);
+    const std::vector<float> now = logits_of(open_model(dir / "out")), then = logits_of(Checkpoint(model));
+    ASSERT_EQ(now.size(), then.size());
+    float most = 0;
+    for (size_t i = 0; i < now.size(); ++i) most = std::max(most, std::abs(now[i] - then[i]));
+    EXPECT_LT(most, 1e-4f) << name;
+  }
+}
+
+DType dtype_in(const Checkpoint& checkpoint, const char* tensor) { return checkpoint.find(tensor)->dtype; }
+
+TEST(GgufOutput, FloatsOfTheTypeAskedFor) {
+  constexpr const char *kMatrix = "model.layers.0.self_attn.q_proj.weight", *kList = "model.norm.weight";
+  const Checkpoint original(test::example_model());
+  for (const DType dtype : {DType::f16, DType::bf16, DType::f32}) {
+    const TemporaryDirectory dir;
+    std::vector<Warning> warnings;
+    const std::string method = dtype == DType::f16 ? "f16" : dtype == DType::bf16 ? "bf16" : "f32";
+    const OrderedJson result =
+        quantize(original, read_request(parse_config_value("quantization: {method: " + method + "}", "test")),
+                 {.output = {.output = dir / "out"}, .container = find_container("gguf")}, warnings);
+    EXPECT_TRUE(result["verification"]["read_back"].get<bool>());
+    const Checkpoint written = open_model(dir / "out");
+    EXPECT_EQ(dtype_in(written, kMatrix), dtype);
+    EXPECT_EQ(dtype_in(written, kList), DType::f32);
+    const std::vector<float> now = written.read_f32(*written.find(kMatrix));
+    std::vector<float> then = original.read_f32(*original.find(kMatrix));
+    std::vector<std::byte> rounded(then.size() * size_bytes(dtype));
+    from_f32(dtype, then, rounded);
+    to_f32(dtype, rounded, then);
+    EXPECT_EQ(now, then) << method;
+  }
+}
+
+TEST(GgufOutput, AFloatFileIsASourceToo) {
+  const TemporaryDirectory dir;
+  std::vector<Warning> warnings;
+  write(test::example_model(), dir / "float", "none", warnings);
+  write(test::example_model(), dir / "direct", "q4_0", warnings);
+  const auto convert = [&](const fs::path& from, const fs::path& to) {
+    quantize(open_model(from), read_request(parse_config_value("quantization: {method: q4_0}", "test")),
+             {.output = {.output = to}, .verify = false, .container = find_container("gguf")}, warnings);
+  };
+  convert(dir / "float", dir / "again");
+  const Checkpoint direct = open_model(dir / "direct"), again = open_model(dir / "again");
+  ASSERT_EQ(direct.tensors().size(), again.tensors().size());
+  for (const TensorEntry& entry : direct.tensors())
+    EXPECT_EQ(direct.read(entry).codes, again.read(*again.find(entry.name)).codes) << entry.name;
+  EXPECT_EQ((*again.facts())["general.file_type"], 2);
+  for (const auto& [key, value] : direct.facts()->items())
+    if (key != "general.name") EXPECT_EQ(again.facts()->value(key, Json()), value) << key;
+  EXPECT_THROW(convert(dir / "direct", dir / "twice"), Error);
 }
 
 }  // namespace

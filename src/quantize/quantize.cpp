@@ -18,8 +18,8 @@
 #include "container/rows.hpp"
 #include "kernels/decode.hpp"
 #include "kernels/encode.hpp"
-#include "quantize/fused.hpp"
 #include "model/open_model.hpp"
+#include "quantize/fused.hpp"
 #include "quantize/gguf_output.hpp"
 #include "quantize/model_card.hpp"
 #include "quantize/model_files.hpp"
@@ -77,6 +77,7 @@ class Pipeline {
   OrderedJson run(std::vector<Warning>& warnings) {
     const auto start = std::chrono::steady_clock::now();
     warnings.insert(warnings.end(), recipe_.warnings.begin(), recipe_.warnings.end());
+    warn_of_notes(warnings);
     OrderedJson record;
     const auto finish = [&](const std::filesystem::path& staging, std::span<const SquaredError> errors) {
       staging_ = staging;
@@ -167,6 +168,7 @@ class Pipeline {
   void add_layer(size_t i, double error) {
     const TensorPlan& plan = recipe_.tensors[i];
     uint64_t bytes = 0;
+    notes_[plan.name] = plan.note;
     for (const ArraySpec& array : job_.arrays[i]) bytes += array.bytes();
     layers_.push_back({.name = plan.name,
                        .scheme = *plan.scheme,
@@ -251,11 +253,22 @@ class Pipeline {
 
   OrderedJson layer_json(const LayerResult& layer) const {
     const auto elements = static_cast<double>(element_count(source_.find(layer.name)->shape));
-    return {{"name", layer.name},
-            {"scheme", describe(layer.scheme)},
-            {"algorithm", layer.algorithm},
-            {"relative_error", layer.relative_error},
-            {"bits_per_weight", 8.0 * static_cast<double>(layer.bytes) / elements}};
+    OrderedJson json = {{"name", layer.name},
+                        {"scheme", describe(layer.scheme)},
+                        {"algorithm", layer.algorithm},
+                        {"relative_error", layer.relative_error},
+                        {"bits_per_weight", 8.0 * static_cast<double>(layer.bytes) / elements}};
+    if (const std::string& note = notes_.at(layer.name); !note.empty()) json["note"] = note;
+    return json;
+  }
+
+  void warn_of_notes(std::vector<Warning>& warnings) const {
+    const auto noted = [](const TensorPlan& plan) { return !plan.note.empty(); };
+    const auto first = std::ranges::find_if(recipe_.tensors, noted);
+    if (first == recipe_.tensors.end()) return;
+    const auto count = std::ranges::count_if(recipe_.tensors, noted);
+    warnings.push_back({"OTHER_TYPE", fmt::format("{} of {} tensors get another type, first '{}': {}", count,
+                                                  recipe_.tensors.size(), printable(first->name), first->note)});
   }
 
   /// The value most layers share; others are in `layers`.
@@ -349,6 +362,7 @@ class Pipeline {
   std::vector<std::optional<float>> largest_;  ///< see fused_magnitudes
   std::string not_judged_;                     ///< why, if it is known beforehand
   std::vector<LayerResult> layers_;
+  std::map<std::string, std::string> notes_;  ///< of them, by name
   OrderedJson engines_;
 };
 

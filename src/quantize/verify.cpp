@@ -53,19 +53,24 @@ Shape shape_in_model(const TensorEntry& entry) {
   return shape;
 }
 
+/// Quantized, or floats turned into others: read back by values, not by bytes.
+bool is_encoded(const TensorEntry& original, const TensorEntry& found) {
+  return found.quantized() || found.dtype != original.dtype;
+}
+
 /// Every piece of a written model against the original's.
 class ReadBack {
  public:
-  ReadBack(const Checkpoint& source, const Checkpoint& written) : source_(source), written_(written) {
+  ReadBack(const Checkpoint& source, const Checkpoint& written, const std::vector<LayerResult>& layers)
+      : source_(source), written_(written) {
     if (source.tensors().size() != written.tensors().size())
       fail(written.path().string(),
            fmt::format("{} tensors, the original has {}", written.tensors().size(), source.tensors().size()));
     for (const TensorEntry& entry : source.tensors()) {
       const TensorEntry* found = written.find(entry.name);
       if (found == nullptr || shape_in_model(*found) != entry.shape) fail(entry.name, "missing, or of another shape");
-      if (!found->quantized() && (found->dtype != entry.dtype || found->stored_bytes != entry.stored_bytes))
-        fail(entry.name, "kept, but of another type");
-      for (const RowRange rows : found->quantized() ? written.row_pieces(*found) : element_pieces(entry.shape))
+      if (!found->quantized() && !has_dtype(*found, entry, layers)) fail(entry.name, "kept, but of another type");
+      for (const RowRange rows : pieces_of(entry, *found))
         pieces_.push_back({.entry = &entry, .found = found, .rows = rows});
     }
   }
@@ -97,10 +102,34 @@ class ReadBack {
     SquaredError error{};
   };
 
+  /// Its own, or what the layer was turned into.
+  static bool has_dtype(const TensorEntry& found, const TensorEntry& original, const std::vector<LayerResult>& layers) {
+    if (found.dtype == original.dtype) return found.stored_bytes == original.stored_bytes;
+    const auto layer = std::ranges::find(layers, original.name, &LayerResult::name);
+    return layer != layers.end() && layer->scheme == plain(found.dtype);
+  }
+
+  std::vector<RowRange> pieces_of(const TensorEntry& original, const TensorEntry& found) const {
+    if (found.quantized()) return written_.row_pieces(found);
+    if (!is_encoded(original, found)) return element_pieces(original.shape);
+    return row_pieces(StoredTensor{.name = found.name, .shape = found.shape, .scheme = plain(found.dtype)});
+  }
+
+  QuantizedTensor read(const Piece& piece) const {
+    if (piece.found->quantized()) return written_.read_rows(*piece.found, piece.rows.begin, piece.rows.end);
+    const auto columns = static_cast<int64_t>(width(piece));
+    QuantizedTensor t = {.scheme = plain(piece.found->dtype), .shape = {piece.rows.end - piece.rows.begin, columns}};
+    const uint64_t row = width(piece) * size_bytes(piece.found->dtype);
+    t.codes.resize(static_cast<size_t>(piece.rows.end - piece.rows.begin) * row);
+    written_.read_bytes(*piece.found, static_cast<uint64_t>(piece.rows.begin) * row, t.codes);
+    return t;
+  }
+
   /// Elements of a row; a kept tensor's pieces are ranges of elements.
   static uint64_t width(const Piece& piece) {
-    return piece.found->quantized() && !piece.found->shape.empty() ? static_cast<uint64_t>(piece.found->shape.back())
-                                                                   : 1;
+    return is_encoded(*piece.entry, *piece.found) && !piece.found->shape.empty()
+               ? static_cast<uint64_t>(piece.found->shape.back())
+               : 1;
   }
   static uint64_t bytes_of(const Piece& piece) {
     const auto rows = static_cast<uint64_t>(piece.rows.end - piece.rows.begin);
@@ -113,14 +142,14 @@ class ReadBack {
     const auto buffer = std::make_unique_for_overwrite<std::byte[]>(size);
     const std::span original(buffer.get(), size);
     source_.read_bytes(*piece.entry, offset, original);
-    if (!piece.found->quantized()) {
+    if (!is_encoded(*piece.entry, *piece.found)) {
       const auto kept = std::make_unique_for_overwrite<std::byte[]>(size);
       written_.read_bytes(*piece.found, offset, std::span(kept.get(), size));
       if (size > 0 && std::memcmp(original.data(), kept.get(), size) != 0)
         fail(piece.entry->name, "its bytes differ from the original's");
       return;
     }
-    const QuantizedTensor written = written_.read_rows(*piece.found, piece.rows.begin, piece.rows.end);
+    const QuantizedTensor written = read(piece);
     const Shape& shape = piece.entry->shape;
     if (!piece.found->transposed)
       piece.error = squared_error({piece.entry->dtype, original}, written);
@@ -133,7 +162,7 @@ class ReadBack {
     auto layer = layers.begin();
     for (auto piece = pieces_.begin(); piece != pieces_.end();) {
       const TensorEntry& entry = *piece->entry;
-      const bool quantized = piece->found->quantized();
+      const bool quantized = is_encoded(entry, *piece->found);
       SquaredError sums;
       for (; piece != pieces_.end() && piece->entry == &entry; ++piece) sums += piece->error;
       if (!quantized) continue;
@@ -173,7 +202,7 @@ uint64_t quantized_piece_memory(int64_t elements, DType dtype) {
 
 void verify_tensors(const Checkpoint& source, const Checkpoint& written, const std::vector<LayerResult>& layers,
                     uint64_t piece_memory) {
-  ReadBack(source, written).run(layers, piece_memory);
+  ReadBack(source, written, layers).run(layers, piece_memory);
 }
 
 std::string why_not_judged(const Checkpoint& source) {

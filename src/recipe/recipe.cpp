@@ -351,7 +351,7 @@ class Resolver {
       plan.reason = "embedding";
     if (plan.reason.empty() && rule == nullptr && is_router(t)) plan.reason = "router of experts";
     if (plan.reason.empty() && container_ != nullptr && container_->takes != nullptr &&
-        !container_->takes(t.name, t.shape))
+        container_->scheme_for == nullptr && !container_->takes(t.name, t.shape))
       plan.reason = fmt::format("{} leaves it in floats", container_->name);
     if (plan.reason.empty() && !asks_for_something(settings, container_)) plan.reason = "method none";
     if (!plan.reason.empty()) return plan;
@@ -359,6 +359,13 @@ class Resolver {
     plan.scheme = container_ != nullptr && container_->scheme_for != nullptr
                       ? container_->scheme_for(choice_of(r), t.role, t.shape)
                       : scheme_of(r, container_, t.dtype);
+    if (*plan.scheme == plain(t.dtype)) {  // it is what was asked for
+      plan.scheme.reset();
+      plan.reason = fmt::format("{} already", info(t.dtype).name);
+      return plan;
+    }
+    if (container_ != nullptr && container_->note_for != nullptr)
+      plan.note = container_->note_for(choice_of(r), t.role, t.shape);
     if (!r.weight_only) plan.linear = container_->make_linear(choice_of(r));
     plan.algorithm = algorithm_of(settings);
     plan.options.range = r.range == "mse" ? RangeRule::mse : RangeRule::minmax;

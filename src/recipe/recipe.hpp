@@ -62,6 +62,7 @@ struct TensorPlan {
   const Algorithm* algorithm = nullptr;
   AlgorithmOptions options{};
   std::string reason{};  ///< why it is kept
+  std::string note{};    ///< why it is not quantized as others are (Container::note_for)
 };
 
 struct Recipe {

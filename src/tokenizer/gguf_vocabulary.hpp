@@ -21,7 +21,7 @@ struct GgufVocabulary {
   std::vector<int32_t> types{};     ///< empty, or one for each token, as PieceType
   std::vector<std::string> merges{};
   std::string precompiled_charsmap{};
-  std::optional<int32_t> bos{}, eos{}, unknown{}, cls{};
+  std::optional<int32_t> bos{}, eos{}, eot{}, eom{}, unknown{}, cls{};  ///< eot, eom: of a turn, of a message
   std::optional<bool> add_bos{}, add_space_prefix{}, remove_extra_whitespaces{};
 };
 

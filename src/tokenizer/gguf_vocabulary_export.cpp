@@ -134,6 +134,7 @@ GgufVocabulary byte_level(const JsonPart& root, const JsonPart& model, const Ste
 
 // ---- SentencePiece's BPE
 
+/// Without byte tokens too: llama.cpp loads it, and cannot cut texts with characters it has no token for.
 /// A piece's score is how early the first merge that makes it comes.
 GgufVocabulary ranked(const JsonPart& root, const JsonPart& model, size_t size) {
   GgufVocabulary out = {.model = "llama", .tokens = {}};
@@ -185,15 +186,13 @@ GgufVocabulary from_tokenizer_json(const std::filesystem::path& path, size_t siz
   Steps steps;
   if (const auto part = root.maybe("pre_tokenizer")) read_step(*part, steps);
   if (steps.byte_level) return byte_level(root, model, steps, size);
-  if (!model.flag("byte_fallback", false)) model.unsupported("BPE without byte tokens as GGUF");
   GgufVocabulary out = ranked(root, model, size);
   out.add_space_prefix = adds_space(json);
   return out;
 }
 
 GgufVocabulary from_pieces(const ScoredVocabulary& vocabulary, const std::filesystem::path& path, size_t size) {
-  if (vocabulary.unigram) unsupported_tokenizer(path.string(), "a unigram vocabulary as GGUF");
-  GgufVocabulary out = {.model = "llama", .tokens = {}};
+  GgufVocabulary out = {.model = vocabulary.unigram ? "t5" : "llama", .tokens = {}};
   Tokens tokens(size);
   for (size_t id = 0; id < vocabulary.pieces.size(); ++id) {
     const ScoredPiece& piece = vocabulary.pieces[id];
@@ -207,6 +206,9 @@ GgufVocabulary from_pieces(const ScoredVocabulary& vocabulary, const std::filesy
   }
   tokens.move_to(out, true);
   out.add_space_prefix = vocabulary.normalization.add_dummy_prefix;
+  if (!vocabulary.unigram) return out;
+  out.remove_extra_whitespaces = vocabulary.normalization.remove_extra_whitespaces;
+  out.precompiled_charsmap = vocabulary.normalization.charsmap_bytes;
   return out;
 }
 
@@ -219,12 +221,18 @@ GgufVocabulary read(const std::filesystem::path& file, size_t size) {
   unsupported_tokenizer(file.string(), "this kind of file as GGUF");
 }
 
+bool has_merges(const std::filesystem::path& path) {
+  const Json json = parse_json(MappedFile(path).text(), path.string());
+  const Json model = json.is_object() ? json.value("model", Json()) : Json();
+  return model.is_object() && model.contains("merges");
+}
+
 }  // namespace
 
 GgufVocabulary gguf_vocabulary_of(const std::filesystem::path& path, size_t size) {
   for (const char* name : {"tokenizer.json", "tokenizer.model", "tokenizer.bin"}) {
     const auto file = file_in(path, name);
-    if (!file) continue;
+    if (!file || (file->extension() == ".json" && file_in(path, "tokenizer.model") && !has_merges(*file))) continue;
     GgufVocabulary out = read(*file, size);
     const Tokenizer tokenizer(path);
     out.bos = tokenizer.bos_id();
@@ -246,11 +254,19 @@ void add_vocabulary(const GgufVocabulary& v, GgufMetadata& out) {
   if (!v.types.empty()) out.add("tokenizer.ggml.token_type", std::span<const int32_t>(v.types));
   if (!v.merges.empty()) out.add("tokenizer.ggml.merges", std::span<const std::string>(v.merges));
   for (const auto& [key, id] :
-       {std::pair("bos_token_id", v.bos), std::pair("eos_token_id", v.eos), std::pair("unknown_token_id", v.unknown)})
+       {std::pair("bos_token_id", v.bos), std::pair("eos_token_id", v.eos), std::pair("eot_token_id", v.eot),
+        std::pair("eom_token_id", v.eom), std::pair("unknown_token_id", v.unknown)})
     if (id && *id >= 0) out.add(fmt::format("tokenizer.ggml.{}", key), static_cast<uint32_t>(*id));
   for (const auto& [key, flag] :
-       {std::pair("add_bos_token", v.add_bos), std::pair("add_space_prefix", v.add_space_prefix)})
+       {std::pair("add_bos_token", v.add_bos), std::pair("add_space_prefix", v.add_space_prefix),
+        std::pair("remove_extra_whitespaces", v.remove_extra_whitespaces)})
     if (flag) out.add(fmt::format("tokenizer.ggml.{}", key), *flag);
+  if (!v.precompiled_charsmap.empty())
+    out.add(GgufEntry{.key = "tokenizer.ggml.precompiled_charsmap",
+                      .type = GgufValueType::u8,
+                      .is_array = true,
+                      .count = v.precompiled_charsmap.size(),
+                      .raw = std::as_bytes(std::span(v.precompiled_charsmap))});
 }
 
 }  // namespace bitwright

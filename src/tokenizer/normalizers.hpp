@@ -32,6 +32,7 @@ TextNormalizer precompiled(Charsmap map);
 
 struct SentencePieceNormalization {
   std::optional<Charsmap> charsmap;  ///< the longest prefix known is replaced
+  std::string charsmap_bytes{};      ///< as SentencePiece stores it
   bool add_dummy_prefix = true, remove_extra_whitespaces = true, escape_whitespaces = true;
   bool treat_whitespace_as_suffix = false;
   std::vector<std::string> user_defined;  ///< left as they are

@@ -98,6 +98,7 @@ void read_normalizer(std::string_view bytes, const std::string& file, SentencePi
   while (field.next()) {
     if (field.number == 2 && !field.bytes.empty()) {
       out.charsmap = Charsmap::read(field.bytes);
+      out.charsmap_bytes = field.bytes;
       if (!out.charsmap) bad_tokenizer(file, "precompiled_charsmap is damaged");
     }
     if (field.number == 3) out.add_dummy_prefix = field.value != 0;

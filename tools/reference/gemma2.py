@@ -78,4 +78,5 @@ def main():
     write_case("gemma2-uncapped", plain, weights(plain, 2, "F32"), forward, 40, [{"attn_logit_softcapping": 2.0}])
 
 
-main()
+if __name__ == "__main__":
+    main()

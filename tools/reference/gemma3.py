@@ -99,4 +99,5 @@ def main():
         write_case(case, images, w, forward, 40, [])
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -78,4 +78,5 @@ def main():
     assert np.abs(gelu(np.linspace(-4, 4, 99)) - gelu_new(np.linspace(-4, 4, 99))).max() < 1e-3  # one approximates the other
 
 
-main()
+if __name__ == "__main__":
+    main()

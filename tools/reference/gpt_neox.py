@@ -91,4 +91,5 @@ def main():
                [{"use_parallel_residual": True}])
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -163,4 +163,5 @@ def main():
         write_case("llama-" + name, config, weights(config, seed, **how), forward, 45, without)
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -73,4 +73,5 @@ def main():
     write_case("mistral-full", full, weights(full, 2, "F32", ""), forward, 40, [{"sliding_window": 20}])
 
 
-main()
+if __name__ == "__main__":
+    main()

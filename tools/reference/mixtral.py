@@ -83,4 +83,5 @@ def main():
     write_case("mixtral-window", window, weights(window, 2, "F32"), forward, 40, [{"sliding_window": None}])
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -85,4 +85,5 @@ def main():
                [{"sliding_window": None}, {"partial_rotary_factor": 1.0}])
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -85,4 +85,5 @@ def main():
     write_case("qwen2-layer_types", types, weights(types, 3), forward, 40, [{"layer_types": None}])
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -79,4 +79,5 @@ def main():
     write_case("qwen3-biases", biased, weights(biased, 2, "F32"), forward, 40, [{"attention_bias": False}])
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -111,4 +111,5 @@ def main():
                [{"norm_topk_prob": True}])
 
 
-main()
+if __name__ == "__main__":
+    main()
