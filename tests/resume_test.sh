@@ -115,3 +115,28 @@ status=0 && wait "$pid" || status=$?
 [ "$status" = 1 ] && [ "$(wc -l <cut.log)" = 1 ] && grep -q 'changed' cut.log || fail "cut: $status $(cat cut.log)"
 [ ! -e out ] && [ ! -e .out.partial ] || fail "cut: something is left"
 echo "faults: interruption, other recipe, other model, lost shard, lost terminal, full disk, cut input"
+
+# convert goes the same way: into one file, and by pieces that another container has.
+for format in gguf gptq; do
+  rm -rf out .out.partial converted
+  start=$(now)
+  "$program" convert whole -o converted --format $format -q >/dev/null
+  took=$(($(now) - start))
+  expected=$(digest converted)
+  resumed=0
+  for ((i = 1; i <= kills; ++i)); do
+    rm -rf out .out.partial
+    "$program" convert whole -o out --format $format -q >/dev/null 2>&1 &
+    pid=$!
+    sleep "$(awk -v max="$took" -v r="$RANDOM" 'BEGIN { printf "%.4f", max / 1e9 * (0.3 + 0.7 * r / 32768) }')"
+    kill -9 "$pid" 2>/dev/null || true
+    wait "$pid" 2>/dev/null || true
+    if [ -e .out.partial ]; then
+      [ ! -e out ] || fail "convert to $format: the output's name holds something unfinished"
+      resumed=$((resumed + 1))
+      "$program" convert whole -o out --format $format -q --resume >/dev/null || fail "convert to $format: --resume failed"
+    fi
+    [ ! -e out ] || [ "$(digest out)" = "$expected" ] || fail "convert to $format: other bytes than without interruption"
+  done
+  echo "convert to $format: $kills kills, $resumed resumed"
+done

@@ -62,8 +62,13 @@ void Arranged::add(const ArrayView& view) {
                       .as_f32 = view.as_f32 || view.added != 0 || view.source.empty(),
                       .added = view.added,
                       .made = view.made};
-  if (!view.source.empty()) t.parts.push_back(source_.find(view.source));
-  for (const std::string& name : view.stacked) t.parts.push_back(source_.find(name));
+  const auto add_part = [&](const std::string& name) {
+    const TensorEntry* const part = source_.find(name);
+    BW_ASSERT(part != nullptr);  // views are of this model's tensors
+    t.parts.push_back(part);
+  };
+  if (!view.source.empty()) add_part(view.source);
+  std::ranges::for_each(view.stacked, add_part);
   for (const TensorEntry* part : t.parts)
     if (const TensorEntry& first = *t.parts.front();
         part->shape != first.shape || part->scheme != first.scheme || part->dtype != first.dtype)
@@ -81,11 +86,8 @@ void Arranged::add(const ArrayView& view) {
     if (entry.quantized() && moved && !(t.parts.size() > 1 && is_indexed(entry.scheme)))
       t.scheme = scheme_of_rows(entry.scheme, entry.shape, is_one_matrix(t));
   }
-  facts_.push_back({.name = t.name,
-                    .shape = t.shape,
-                    .is_float = info(dtype).is_float,
-                    .bytes = size_bytes(dtype),
-                    .dtype = dtype});
+  facts_.push_back(
+      {.name = t.name, .shape = t.shape, .is_float = info(dtype).is_float, .bytes = size_bytes(dtype), .dtype = dtype});
   tensors_.push_back(std::move(t));
 }
 

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <map>
 #include <set>
 #include <utility>
 
@@ -117,6 +118,10 @@ class Planner {
     if (request_.requantize) {
       requantize_all(first, [](const TensorConversion& t) { return t.verdict == ConversionVerdict::impossible; });
       if (!is_whole(first)) requantize_all(first, [](const TensorConversion&) { return true; });
+      if (!is_whole(first)) {
+        common_bits_ = most_common_bits();
+        requantize_all(first, [](const TensorConversion&) { return true; });
+      }
     }
     refuse_together(first);
     return first;
@@ -243,9 +248,11 @@ class Planner {
 
   /// As floats, of the smallest type that holds them, or of that which the model has.
   TensorConversion in_floats(size_t i) const {
+    if (entry(i).as_f32 || facts_[i].dtype == DType::f32) return in_floats(i, {DType::f32});
+    return in_floats(i, {facts_[i].dtype, DType::f32});
+  }
+  TensorConversion in_floats(size_t i, const std::vector<DType>& types) const {
     TensorConversion result = {.turned = entry(i).transposed, .plan = {.name = entry(i).name}};
-    std::vector<DType> types = {DType::f32};
-    if (!entry(i).as_f32 && facts_[i].dtype != DType::f32) types.insert(types.begin(), facts_[i].dtype);
     for (const DType type : types) {
       double difference = 0;
       for (const RowRange rows : source_.pieces(i, result.turned)) {
@@ -278,7 +285,10 @@ class Planner {
       if (possible && !request_.exact && scheme.element->bits > best.plan.scheme->element->bits) break;
       if (!filter(scheme)) continue;
       TensorConversion found = trial(i, scheme);
-      if (found.verdict < best.verdict) best = std::move(found);
+      const bool moves_less = possible && found.verdict == best.verdict &&
+                              found.max_abs_difference < best.max_abs_difference &&
+                              bytes(i, scheme) == bytes(i, *best.plan.scheme);
+      if (found.verdict < best.verdict || moves_less) best = std::move(found);
       // Of what is impossible the smallest that has as many bits says why.
       if (!says_why && !best.plan.scheme && !found.reason.empty()) {
         says_why = scheme.element->bits >= entry(i).scheme->element->bits;
@@ -366,6 +376,7 @@ class Planner {
   /// As `quantize` would for this container, with as many bits as it has now or more.
   QuantizationRequest request_for(const Scheme& from) const {
     QuantizationRequest request;
+    const int bits = common_bits_.value_or(from.element->bits);
     request.skip_embeddings = false;
     if (request_.scale_dtype) request.settings.scale_dtype = std::string(info(*request_.scale_dtype).name);
     if (!request_.gguf_type.empty()) request.settings.gguf_type = request_.gguf_type;
@@ -378,16 +389,25 @@ class Planner {
     int best = 0;
     for (const SchemeChoice& choice : container_.choices) {
       if (choice.quant_type != "int") continue;
-      const bool enough = choice.bits >= from.element->bits;
-      if (best == 0 || (enough ? best < from.element->bits || choice.bits < best : choice.bits > best))
-        best = choice.bits;
+      const bool enough = choice.bits >= bits;
+      if (best == 0 || (enough ? best < bits || choice.bits < best : choice.bits > best)) best = choice.bits;
     }
-    if (container_.choices.empty()) best = std::min(from.element->bits, 8);
+    if (container_.choices.empty()) best = std::min(bits, 8);
     if (best != 0) {
       request.settings.quant_type = "int";
       request.settings.bits = best;
     }
     return request;
+  }
+
+  /// Of the weights that are numbers on a grid.
+  int most_common_bits() const {
+    std::map<int, int64_t> elements;
+    for (size_t i = 0; i < facts_.size(); ++i)
+      if (entry(i).quantized() && !is_for_floats(i))
+        elements[part(i).scheme.element->bits] += element_count(entry(i).shape);
+    const auto most = std::ranges::max_element(elements, {}, [](const auto& item) { return item.second; });
+    return most == elements.end() ? 8 : most->first;
   }
 
   template <class Which>
@@ -410,6 +430,7 @@ class Planner {
       return impossible(error.report().why);
     }
     if (!result.plan.scheme) return impossible(result.plan.reason);
+    if (result.plan.scheme->is_plain()) return in_floats(i, {*dtype_of(*result.plan.scheme->element)});
     // One scale for all the layers that an engine fuses is found from plain weights alone (fused_magnitudes).
     const std::optional<Parameter>& scale = result.plan.scheme->scale;
     if (result.plan.options.fused != nullptr && scale && scale->scheme->scale)
@@ -424,6 +445,7 @@ class Planner {
   const Container& container_;
   const std::vector<TensorFacts>& facts_;
   const std::vector<TensorFacts> known_;  ///< by the names that the model has
+  std::optional<int> common_bits_{};      ///< that all are requantized with, where they must be alike
   uint64_t memory_;
 };
 

@@ -44,6 +44,11 @@ ConversionVerdict worst_of(const std::vector<TensorConversion>& tensors) {
   return std::ranges::max(tensors, {}, &TensorConversion::verdict).verdict;
 }
 
+Arranged arrange(const Checkpoint& source, const GgufOutput* gguf) {
+  if (gguf == nullptr) return Arranged(source);
+  return gguf->is_gguf() ? Arranged(gguf->arranged()) : Arranged(source, gguf->model().arrays);
+}
+
 /// A model to another container, piece by piece.
 class Converter {
  public:
@@ -51,7 +56,7 @@ class Converter {
   Converter(const Checkpoint& source, const GgufOutput* gguf, const ConvertOptions& options)
       : source_(source),
         gguf_(gguf),
-        arranged_(gguf == nullptr ? Arranged(source) : Arranged(source, gguf->model().arrays)),
+        arranged_(arrange(source, gguf)),
         options_(options),
         container_(*options.request.container),
         facts_(arranged_.facts()) {

@@ -90,7 +90,8 @@ const GgufFileType* type_of_most(std::span<const std::vector<ArraySpec>> arrays)
 
 GgufOutput::GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings)
     : model_(gguf_model(model)), role_(role_of(model, model_)) {
-  if (model.container() == nullptr) arranged_.emplace(open_as_gguf(model, model_));
+  is_gguf_ = model.facts() != nullptr;
+  if (model.container() == nullptr || is_gguf_) arranged_.emplace(open_as_gguf(model, model_));
   for (const std::string& difference : model_.differences)
     warnings.push_back({"COMPUTED_OTHERWISE", fmt::format("llama.cpp computes it otherwise: {}", difference)});
   if (model.facts() != nullptr) return;  // its metadata has the vocabulary
@@ -127,14 +128,13 @@ GgufOutput::GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings)
 GgufMetadata GgufOutput::metadata(std::span<const std::vector<ArraySpec>> arrays, std::string_view file_type,
                                   const Importance* importance) const {
   GgufMetadata out = model_.metadata;
-  const bool from_gguf = arranged_ && arranged_->facts() != nullptr;
   if (!name_.empty()) out.add("general.name", name_);
-  if (!from_gguf) out.add("general.type", "model");
+  if (!is_gguf_) out.add("general.type", "model");
   const GgufFileType* type = find_gguf_file_type(file_type);
   if (type == nullptr) type = type_of_most(arrays);
   if (type != nullptr) out.add("general.file_type", type->id);
   out.add("general.quantization_version", kQuantizationVersion);
-  if (!from_gguf) add_vocabulary(vocabulary_, out);
+  if (!is_gguf_) add_vocabulary(vocabulary_, out);
   if (!chat_template_.empty()) out.add("tokenizer.chat_template", chat_template_);
   if (importance != nullptr) importance->add_to(out);
   return out;

@@ -18,7 +18,8 @@ class GgufOutput {
  public:
   /// Adds a warning where llama.cpp would cut text into other tokens. Throws what gguf_model and gguf_vocabulary_of do.
   GgufOutput(const Checkpoint& model, std::vector<Warning>& warnings);
-  const Checkpoint& arranged() const { return *arranged_; }  ///< of a plain model
+  const Checkpoint& arranged() const { return *arranged_; }  ///< of a plain model, and of a GGUF file
+  bool is_gguf() const { return is_gguf_; }  ///< the model is a GGUF file already: `model` has no arrays
   const GgufModel& model() const { return model_; }
   ForeignNames names() const { return {.names = model_.names, .role = role_}; }
   /// arrays: what the file will hold. file_type: as --gguf-type names it; another name: that of most of the numbers.
@@ -29,6 +30,7 @@ class GgufOutput {
  private:
   GgufModel model_;
   std::optional<Checkpoint> arranged_;
+  bool is_gguf_ = false;
   TensorRole role_;
   GgufVocabulary vocabulary_;
   std::string name_, chat_template_;

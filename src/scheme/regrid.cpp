@@ -255,14 +255,21 @@ class Regrid {
   }
 
   void move_run(const Run& run, const CodeMaps::Map& map) {
-    for (int64_t i = run.begin; i < run.begin + run.count; ++i) {
-      const auto at = static_cast<size_t>(i);
-      const auto code = std::to_integer<uint8_t>(from_.codes[at]);
-      if (map.at(code) == CodeMaps::kNone)
-        no_place(fmt::format("the code of {:.4g} has no place in {}", value_of(*from_.scheme.element, code),
-                             to_.element->name));
-      out_.codes[at] = static_cast<std::byte>(map.at(code));
+    const auto begin = static_cast<size_t>(run.begin), count = static_cast<size_t>(run.count);
+    const std::byte* const from = from_.codes.data() + begin;
+    std::byte* const to = out_.codes.data() + begin;
+    const int16_t* const codes = map.data();  // one for each of 256
+    int16_t all = 0;
+    for (size_t i = 0; i < count; ++i) {
+      const int16_t code = codes[std::to_integer<uint8_t>(from[i])];
+      all = static_cast<int16_t>(all | code);
+      to[i] = static_cast<std::byte>(code);
     }
+    if (all >= 0) return;
+    const auto lost = std::find_if(from, from + count,
+                                   [&](std::byte c) { return codes[std::to_integer<uint8_t>(c)] == CodeMaps::kNone; });
+    no_place(fmt::format("the code of {:.4g} has no place in {}",
+                         value_of(*from_.scheme.element, std::to_integer<uint8_t>(*lost)), to_.element->name));
   }
 
   /// scale: where the source's own stands, codes of it can stay what they are.
@@ -335,9 +342,8 @@ std::string why_not_regrid(const Scheme& from, const Scheme& to) {
   if (is_block(*from.element) || is_block(*to.element)) return "codes of such blocks mean something only together";
   if (from.is_plain() || to.is_plain() || !to.scale || from.element->bits > 8 || to.element->bits > 8)
     return "it is no grid with scales";
-  if (ratio(*from.element, *to.element) == 0 ||
-      (from.element->kind == ElementKind::table) != (to.element->kind == ElementKind::table) ||
-      (from.element->kind == ElementKind::table && from.element != to.element))
+  // A table of whole numbers (ggml's iq4) has integers' values; no other has those of a table.
+  if (ratio(*from.element, *to.element) == 0 || (to.element->kind == ElementKind::table && from.element != to.element))
     return fmt::format("values of {} are no values of {}", from.element->name, to.element->name);
   return {};
 }

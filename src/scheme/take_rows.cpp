@@ -155,6 +155,7 @@ std::optional<Scheme> scheme_of_rows(const Scheme& scheme, const Shape& shape, b
 }
 
 QuantizedTensor stacked(std::span<const QuantizedTensor> parts) {
+  if (parts.size() == 1) return parts.front();
   QuantizedTensor out = {.scheme = parts.front().scheme,
                          .shape = {0, parts.front().shape.back()},
                          .group_index = parts.front().group_index};

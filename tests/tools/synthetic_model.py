@@ -30,6 +30,26 @@ def tensors(hidden, ffn, layers, kv_rows, vocabulary):
     yield "lm_head.weight", (vocabulary, hidden)
 
 
+def config(hidden, ffn, layers, kv_rows, vocabulary):
+    head = 128 if hidden >= 4096 else 64
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": hidden // head,
+        "num_key_value_heads": kv_rows // head,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "hidden_act": "silu",
+        "tie_word_embeddings": False,
+    }
+
+
 def size(shape):
     count = 2
     for dim in shape:
@@ -75,7 +95,7 @@ def main():
     block = random_block() if options.random else None
     os.makedirs(options.directory)
     with open(os.path.join(options.directory, "config.json"), "w") as file:
-        json.dump({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "bfloat16"}, file)
+        json.dump(config(*shape), file)
     total, shards = sum(size(s) for _, s in listed), [[]]
     for tensor in listed:
         if len(shards) < options.shards and sum(size(s) for _, s in shards[-1]) >= total / options.shards:
