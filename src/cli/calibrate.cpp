@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <map>
+#include <tuple>
 
 #include "base/mapped_file.hpp"
 #include "base/output.hpp"
@@ -21,7 +22,7 @@ using Names = std::multimap<MatrixName, GgufMatrix>;
 struct Expert {
   std::string stack;
   int64_t number;
-  auto operator<=>(const Expert&) const = default;
+  bool operator<(const Expert& other) const { return std::tie(stack, number) < std::tie(other.stack, other.number); }
 };
 
 /// "model.layers.0.mlp.experts.3.up_proj.weight", or matrix 3 of "model.layers.0.mlp.experts.gate_up_proj".

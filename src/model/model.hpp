@@ -1,6 +1,5 @@
 #pragma once
 
-#include <compare>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -8,6 +7,7 @@
 #include <span>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <vector>
 
 #include "checkpoint/checkpoint.hpp"
@@ -55,7 +55,10 @@ class KvCache {
 struct MatrixName {
   std::string tensor{};  ///< "model.layers.0.self_attn.q_proj.weight"
   int64_t index = -1;    ///< of a stack of matrices [count, rows, columns]; -1: the tensor is none
-  auto operator<=>(const MatrixName&) const = default;
+  bool operator==(const MatrixName&) const = default;
+  bool operator<(const MatrixName& other) const {
+    return std::tie(tensor, index) < std::tie(other.tensor, other.index);
+  }
 };
 /// Told what matrices of the layers are about to be multiplied with: `x`, [tokens, columns], in the text's order, the
 /// same for all of `matrices`. Experts are told of the tokens that are sent to them.
