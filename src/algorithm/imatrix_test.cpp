@@ -67,8 +67,9 @@ TEST(ImatrixAlgorithm, WhatWasNotReachedIsKeptAllTheSame) {
     for (const char* type : {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"}) {
       const QuantizedTensor plain = quantized(type, "rtn", values, {}),
                             weighted = quantized(type, "imatrix", values, importance);
-      EXPECT_NEAR(error(weighted, values, 0, 256) / error(plain, values, 0, 256), 1, 0.02) << type << ' ' << others;
-      EXPECT_NEAR(error(weighted, values, 256, 256) / error(plain, values, 256, 256), 1, 0.02) << type << ' ' << others;
+      // With importance more is tried, which may be better.
+      EXPECT_LT(error(weighted, values, 0, 256), 1.02 * error(plain, values, 0, 256)) << type << ' ' << others;
+      EXPECT_LT(error(weighted, values, 256, 256), 1.02 * error(plain, values, 256, 256)) << type << ' ' << others;
     }
   }
 }

@@ -1,15 +1,23 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 
+#include <algorithm>
+
 #include "base/progress.hpp"
 #include "base/size.hpp"
 #include "cli/command.hpp"
 #include "cli/output_options.hpp"
 #include "model/open_model.hpp"
 #include "quantize/quantize.hpp"
+#include "recipe/config.hpp"
 
 namespace bitwright {
 namespace {
+
+std::vector<std::string> method_names() {
+  const auto keys = config_keys();
+  return std::ranges::find(keys, "quantization.method", &ConfigKey::path)->values;
+}
 
 OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
   ConvertOptions options = {.output = output_options(arguments)};
@@ -75,7 +83,8 @@ const Command convert_command = {
                                     {.name = "--method",
                                      .type = Option::Type::text,
                                      .value_name = "M",
-                                     .help = "for --requantize, as of quantize (default: as many bits as now)"},
+                                     .help = "for --requantize, as of quantize (default: as many bits as now)",
+                                     .values = method_names()},
                                     {.name = "--gguf-type",
                                      .type = Option::Type::text,
                                      .value_name = "T",

@@ -147,8 +147,11 @@ Scheme scheme_for(const SchemeChoice& choice, const TensorRole& role, const Shap
     throw Error({.code = "does-not-fit",
                  .what = "cannot quantize",
                  .where = "quantization",
-                 .why = fmt::format("no type of GGUF is {} of {} bits{} by {} of {}", choice.quant_type, choice.bits,
-                                    choice.symmetric ? "" : " with zero points", choice.granularity, choice.group_size),
+                 .why = fmt::format("no type of GGUF is {}{} {}{} by {}", choice.quant_type, choice.bits,
+                                    choice.symmetric ? "symmetric" : "asymmetric",
+                                    choice.nested_scales ? " with nested scales" : "",
+                                    choice.granularity == "group" ? fmt::format("groups of {}", choice.group_size)
+                                                                  : std::string(choice.granularity)),
                  .fix = "give --gguf-type, or less",
                  .status = ExitStatus::usage});
   const std::string_view type = gguf_type_for(*find_gguf_file_type(row->name), role, shape);

@@ -85,6 +85,7 @@ Answer ask(const Container& container, std::string_view options, const Weight& w
   try {
     const TensorFacts facts = {.name = std::string(weight.name), .shape = weight.shape, .dtype = kDType};
     const TensorPlan plan = resolve(request_of(options), std::span(&facts, 1), &container).tensors.front();
+    if (!plan.scheme) return {.refusal = plan.reason};
     StoredTensor tensor = {.name = facts.name,
                            .shape = weight.shape,
                            .scheme = *plan.scheme,

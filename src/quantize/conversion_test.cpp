@@ -24,6 +24,7 @@ std::vector<std::pair<const Container*, Scheme>> all_schemes(const Shape& shape,
     if (container->write_metadata == nullptr) continue;
     for (SchemeChoice choice : container->choices)
       for (const int64_t size : std::set<int64_t>{choice.group_size, 32, 64}) {
+        if (!choice.name.empty() && size != choice.group_size) continue;  // a file type is as it is
         if (choice.group_size != 0) choice.group_size = size;
         const Scheme scheme = container->scheme_for != nullptr ? container->scheme_for(choice, {}, shape)
                                                                : scheme_of(choice, *container, dtype);
