@@ -136,12 +136,13 @@ bool is_sized(std::string_view granularity) {
 }
 
 /// Case does not matter, as in llama.cpp.
-const SchemeChoice* named_choice(std::string name, const Container& container) {
+const SchemeChoice* named_choice(const std::string& given, const Container& container) {
+  std::string name = given;
   std::ranges::transform(name, name.begin(), [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
   const auto found = std::ranges::find(container.choices, name, &SchemeChoice::name);
   // llama.cpp's short names
   const auto medium = std::ranges::find(container.choices, name + "_m", &SchemeChoice::name);
-  if (found == container.choices.end() && medium == container.choices.end()) unknown_type(name, container.choices);
+  if (found == container.choices.end() && medium == container.choices.end()) unknown_type(given, container.choices);
   return found != container.choices.end() ? &*found : &*medium;
 }
 
