@@ -130,7 +130,7 @@ std::string joined(std::string_view a, std::string_view b) {
 /// The fewest options that give what naming everything gives.
 std::string fewest_options(const Container& container, const SchemeChoice& c, const Weight& weight, Answer& answer) {
   if (!c.name.empty()) {
-    const std::string options = fmt::format("--gguf-type {}", c.name);
+    std::string options = fmt::format("--gguf-type {}", c.name);
     answer = ask(container, options, weight);
     return options;
   }

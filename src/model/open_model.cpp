@@ -238,7 +238,7 @@ Checkpoint open_model(const std::filesystem::path& path, Checkpoint::Foreign for
 
 std::map<std::string, std::string> names_in_model(const std::filesystem::path& path) {
   std::map<std::string, std::string> names;
-  Checkpoint(path, [&](const CheckpointView& stored) {
+  const Checkpoint opened(path, [&](const CheckpointView& stored) {
     for (const auto& [name, spec] : stored.arrays) names[name] = name;
     std::optional<Translation> out = translate(stored);
     if (out)

@@ -288,9 +288,10 @@ class Planner {
       const bool moves_less = possible && found.verdict == best.verdict &&
                               found.max_abs_difference < best.max_abs_difference &&
                               bytes(i, scheme) == bytes(i, *best.plan.scheme);
-      if (found.verdict < best.verdict || moves_less) best = std::move(found);
-      // Of what is impossible the smallest that has as many bits says why.
-      if (!says_why && !best.plan.scheme && !found.reason.empty()) {
+      if (found.verdict < best.verdict || moves_less) {
+        best = std::move(found);
+      } else if (!says_why && !best.plan.scheme && !found.reason.empty()) {
+        // Of what is impossible the smallest that has as many bits says why.
         says_why = scheme.element->bits >= entry(i).scheme->element->bits;
         best.reason = std::move(found.reason);
       }
