@@ -7,6 +7,7 @@
 
 #include "base/size.hpp"
 #include "cli/command.hpp"
+#include "cli/output_options.hpp"
 #include "cli/page.hpp"
 #include "cli/plan_diff.hpp"
 #include "cli/plan_page.hpp"
@@ -329,14 +330,11 @@ ExitStatus status(const OrderedJson& result) {
 }
 
 std::vector<Option> options() {
-  std::vector<std::string> formats;
-  for (const Container* container : all_containers())
-    if (container->write_metadata != nullptr) formats.emplace_back(container->name);
   return {{.name = "--format",
            .type = Option::Type::text,
            .value_name = "F",
            .help = "container to quantize into (default: one that the engine loads)",
-           .values = std::move(formats)},
+           .values = writable_formats()},
           {.name = "--context",
            .type = Option::Type::integer,
            .value_name = "N",

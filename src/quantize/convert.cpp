@@ -31,14 +31,6 @@ namespace {
 constexpr double kSecondsAByte = 1 / 0.3e9;  ///< of elements, on one thread of a common machine
 constexpr uint64_t kBytesAnElement = 8;      ///< codes, packed and not, on both sides, and their parameters
 
-[[noreturn]] void fail(const std::string& where, const std::string& why) {
-  throw Error({.code = "verification-failed",
-               .what = "the written model is not what was meant",
-               .where = where,
-               .why = why,
-               .fix = "nothing was kept; check the disk and memory, and report this"});
-}
-
 /// The most that any of them costs.
 ConversionVerdict worst_of(const std::vector<TensorConversion>& tensors) {
   return std::ranges::max(tensors, {}, &TensorConversion::verdict).verdict;
@@ -257,7 +249,7 @@ class Converter {
                                       {DType::f32, std::as_bytes(std::span(values))}, plan.options);
     }
     Regridded to = regrid(arranged_.read(i, turned, rows), *plan.scheme);
-    if (!to.tensor) fail(plan.name, fmt::format("it was found to fit, and now: {}", to.reason));
+    if (!to.tensor) verification_failed(plan.name, fmt::format("it was found to fit, and now: {}", to.reason));
     return std::move(*to.tensor);
   }
 
@@ -294,7 +286,7 @@ class Converter {
       TensorConversion& t = tensors_[i];
       if (t.verdict == ConversionVerdict::requantized && std::isfinite(most[i])) t.max_abs_difference = most[i];
       if (!(most[i] == t.max_abs_difference.value_or(0)))
-        fail(t.plan.name, fmt::format("it reads back with a difference of {}", most[i]));
+        verification_failed(t.plan.name, fmt::format("it reads back with a difference of {}", most[i]));
     }
   }
 
@@ -303,7 +295,7 @@ class Converter {
     const TensorConversion& t = tensors_[i];
     const TensorEntry* const found = written.find(t.plan.name);
     if (found == nullptr || found->quantized() != t.plan.scheme.has_value())
-      fail(t.plan.name, "missing, or of another kind");
+      verification_failed(t.plan.name, "missing, or of another kind");
     if (t.plan.scheme) {
       const bool whole = piece.rows.begin == 0 && piece.rows.end == row_count(found->shape);
       return max_abs_difference(
@@ -311,13 +303,13 @@ class Converter {
           whole ? written.read(*found) : written.read_rows(*found, piece.rows.begin, piece.rows.end));
     }
     if (found->dtype != facts_[i].dtype || found->shape != facts_[i].shape)
-      fail(t.plan.name, "plain, but of another type or shape");
+      verification_failed(t.plan.name, "plain, but of another type or shape");
     const uint64_t width = is_copied(i) ? 1 : static_cast<uint64_t>(facts_[i].shape.back());
     const uint64_t offset = static_cast<uint64_t>(piece.rows.begin) * width * size_bytes(found->dtype);
     const std::vector<std::byte> before = plain_bytes(i, piece.rows);
     std::vector<std::byte> after(before.size());
     written.read_bytes(*found, offset, after);
-    if (before != after) fail(t.plan.name, "its bytes differ from the original's");
+    if (before != after) verification_failed(t.plan.name, "its bytes differ from the original's");
     return t.max_abs_difference.value_or(0);
   }
 

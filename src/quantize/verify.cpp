@@ -24,14 +24,6 @@ constexpr int64_t kContext = 256;
 constexpr int64_t kMostWindows = 32;
 constexpr double kMostOperations = 4e12;  // a minute or so on a small machine
 
-[[noreturn]] void fail(const std::string& where, const std::string& why) {
-  throw Error({.code = "verification-failed",
-               .what = "the written model is not what was meant",
-               .where = where,
-               .why = why,
-               .fix = "nothing was kept; check the disk and memory, and report this"});
-}
-
 /// Errors after which a model is merely not judged: it is of a kind the runtime or the tokenizer does not know.
 bool means_not_runnable(const Error& error) {
   constexpr std::array<std::string_view, 4> kCodes = {"unknown-architecture", "unsupported-config",
@@ -64,12 +56,14 @@ class ReadBack {
   ReadBack(const Checkpoint& source, const Checkpoint& written, const std::vector<LayerResult>& layers)
       : source_(source), written_(written) {
     if (source.tensors().size() != written.tensors().size())
-      fail(written.path().string(),
-           fmt::format("{} tensors, the original has {}", written.tensors().size(), source.tensors().size()));
+      verification_failed(written.path().string(), fmt::format("{} tensors, the original has {}",
+                                                               written.tensors().size(), source.tensors().size()));
     for (const TensorEntry& entry : source.tensors()) {
       const TensorEntry* found = written.find(entry.name);
-      if (found == nullptr || shape_in_model(*found) != entry.shape) fail(entry.name, "missing, or of another shape");
-      if (!found->quantized() && !has_dtype(*found, entry, layers)) fail(entry.name, "kept, but of another type");
+      if (found == nullptr || shape_in_model(*found) != entry.shape)
+        verification_failed(entry.name, "missing, or of another shape");
+      if (!found->quantized() && !has_dtype(*found, entry, layers))
+        verification_failed(entry.name, "kept, but of another type");
       for (const RowRange rows : pieces_of(entry, *found))
         pieces_.push_back({.entry = &entry, .found = found, .rows = rows});
     }
@@ -146,7 +140,7 @@ class ReadBack {
       const auto kept = std::make_unique_for_overwrite<std::byte[]>(size);
       written_.read_bytes(*piece.found, offset, std::span(kept.get(), size));
       if (size > 0 && std::memcmp(original.data(), kept.get(), size) != 0)
-        fail(piece.entry->name, "its bytes differ from the original's");
+        verification_failed(piece.entry->name, "its bytes differ from the original's");
       return;
     }
     const QuantizedTensor written = read(piece);
@@ -168,10 +162,10 @@ class ReadBack {
       if (!quantized) continue;
       const double error = sums.relative();
       if (layer == layers.end() || layer->name != entry.name || layer->relative_error != error || !std::isfinite(error))
-        fail(entry.name, fmt::format("reads back with a relative error of {}", error));
+        verification_failed(entry.name, fmt::format("reads back with a relative error of {}", error));
       ++layer;
     }
-    if (layer != layers.end()) fail(layer->name, "it was quantized and reads back as kept");
+    if (layer != layers.end()) verification_failed(layer->name, "it was quantized and reads back as kept");
   }
 
   const Checkpoint &source_, &written_;
@@ -193,6 +187,14 @@ uint64_t judging_memory(const Checkpoint& source, const Checkpoint& written) {
 }
 
 }  // namespace
+
+void verification_failed(const std::string& where, const std::string& why) {
+  throw Error({.code = "verification-failed",
+               .what = "the written model is not what was meant",
+               .where = where,
+               .why = why,
+               .fix = "nothing was kept; check the disk and memory, and report this"});
+}
 
 uint64_t quantized_piece_memory(int64_t elements, DType dtype) {
   // Stored, widened and decoded values; codes, packed codes, and parameters with what the allocator holds back.

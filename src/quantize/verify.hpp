@@ -21,6 +21,9 @@ struct LayerResult {
   uint64_t bytes;
 };
 
+/// What was written is not what was meant: Error{"verification-failed"}.
+[[noreturn]] void verification_failed(const std::string& where, const std::string& why);
+
 /// Reads every tensor of `written` back, by the pieces it was written in: kept ones must equal `source` byte for byte,
 /// quantized ones must decode to values with the errors in `layers`. Pieces in work take up to `piece_memory` bytes.
 /// Throws Error{"verification-failed"} on any difference or non-finite value.
