@@ -21,17 +21,12 @@ namespace {
 constexpr size_t kMostGroup = 32;
 constexpr size_t kElementsATask = size_t{1} << 15;
 
-/// How far the range of codes is stretched over the extremes of a group, in levels: the grid that is tried.
-struct Steps {
-  float first, step;
-  int count;
-};
-
 /// What the search tries.
 struct Effort {
-  Steps steps;
-  int solves;  ///< how often the best units follow from the codes
-  int units;   ///< further units it starts from
+  RangeGrid ranges;
+  int solves;      ///< how often the best units follow from the codes
+  int units;       ///< further units it starts from
+  int rounds = 2;  ///< minimums tried with each scale
 };
 
 /// What the search needs to know of a scheme.
@@ -53,9 +48,9 @@ Effort effort_of(const ElementType& element, bool affine, bool weighted) {
   if (element.kind == ElementKind::table) return {{-8, 4, 8}, 1, 0};
   if (!affine && element.bits == 3) return {{-0.9f, 0.3f, 8}, 1, weighted ? 6 : 0};
   if (!affine) return {{-1.0f, 0.4f, 8}, 1, 0};
-  if (element.bits == 2) return weighted ? Effort{{-0.9f, 0.05f, 36}, 1, 6} : Effort{{-0.4f, 0.15f, 8}, 1, 0};
-  if (element.bits == 4) return weighted ? Effort{{-0.9f, 0.05f, 44}, 1, 6} : Effort{{-0.9f, 0.2f, 12}, 2, 0};
-  return weighted ? Effort{{-0.9f, 0.1f, 24}, 1, 6} : Effort{{-0.6f, 0.3f, 8}, 2, 0};
+  if (weighted) return {{-0.9f, 0.15f, 16, 2}, 1, 6, 4};
+  if (element.bits == 2) return {{-0.4f, 0.15f, 8}, 1, 0};
+  return {{-0.9f, 0.2f, 12, 2}, element.bits == 4 ? 2 : 1, element.bits == 4 ? 0 : 2, 4};
 }
 
 void set_table(const ElementType& element, Plan& plan) {
@@ -158,8 +153,7 @@ class PanelSearch {
 
   void search_affine() {
     LaneValues scales{}, minimums{};
-    loops_.fit_affine(panel(), plan_.grid.high, plan_.effort.steps.first, plan_.effort.steps.step,
-                      plan_.effort.steps.count, scales.data(), minimums.data());
+    loops_.fit_affine(panel(), plan_.grid.high, plan_.effort.ranges, scales.data(), minimums.data());
     choose_units(scales, plan_.highest_scale, found_.scale_unit);
     choose_units(minimums, plan_.highest_scale, found_.minimum_unit);
     to_codes(scales, found_.scale_unit, plan_.lowest_scale, plan_.highest_scale, found_.scale);
@@ -169,8 +163,8 @@ class PanelSearch {
 
   void search_symmetric() {
     LaneValues scales{};
-    loops_.fit_scale(panel(), plan_.grid, plan_.effort.steps.first, plan_.effort.steps.step, plan_.effort.steps.count,
-                     scales.data());
+    const RangeGrid& ranges = plan_.effort.ranges;
+    loops_.fit_scale(panel(), plan_.grid, ranges.first, ranges.step, ranges.steps, scales.data());
     if (plan_.groups == 1) {
       std::ranges::transform(scales, scale_.begin(), to_half);
       return;
@@ -203,8 +197,8 @@ class PanelSearch {
 
   /// Codes of scales and minimums beside those found.
   void try_around() {
-    constexpr int kRounds = 2;
-    loops_.improve(panel(), plan_.grid, plan_.lowest_scale, plan_.highest_scale, plan_.affine ? kRounds : 0, found_);
+    const int rounds = plan_.affine ? plan_.effort.rounds : 0;
+    loops_.improve(panel(), plan_.grid, plan_.lowest_scale, plan_.highest_scale, rounds, found_);
     set_values();
   }
 

@@ -132,5 +132,24 @@ TEST(BlockSearch, NoNumberIsNoNumber) {
     EXPECT_THROW(search_blocks(find_block_codec(type)->scheme(), {1, 256}, weight), Error) << type;
 }
 
+// A group of one value above zero has one code, so nothing says what is scale and what is minimum.
+TEST(BlockSearch, ConstantGroupsAreKept) {
+  for (const char* type : {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"})
+    for (const float value : {0.37f, -1.25f, 2.0f})
+      for (const float noise : {0.0f, 0.005f})
+        for (const bool weighted : {false, true}) {
+          std::mt19937 engine(1);
+          std::normal_distribution<float> normal(value, noise * std::fabs(value) + 1e-12f);
+          std::vector<float> values(512), weights;
+          std::ranges::generate(values, [&] { return noise == 0 ? value : normal(engine); });
+          if (weighted) weights.resize(256, 3.0f);
+          const QuantizedTensor t = search_blocks(find_block_codec(type)->scheme(), {2, 256},
+                                                  {DType::f32, std::as_bytes(std::span<const float>(values))}, weights);
+          const std::vector<float> decoded = decode(t);
+          for (size_t i = 0; i < values.size(); ++i)
+            ASSERT_NEAR(decoded[i], values[i], 0.05f * std::fabs(value)) << type << ' ' << value << ' ' << noise;
+        }
+}
+
 }  // namespace
 }  // namespace bitwright

@@ -58,7 +58,8 @@ std::vector<int64_t> counts_of(const StoredArray& array, const std::string& wher
   constexpr float kMost = 9e15f;
   std::vector<int64_t> counts;
   for (const float n : floats_of(array, where)) {
-    if (!(std::fabs(n) <= kMost)) bad(where, fmt::format("tensor '{}' holds {}", printable(array.name), n));
+    if (!(std::fabs(n) <= kMost) || (n > 0 && n < 1))
+      bad(where, fmt::format("tensor '{}' holds {}", printable(array.name), n));
     counts.push_back(std::llround(n));
   }
   return counts;

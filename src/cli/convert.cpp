@@ -10,6 +10,7 @@
 #include "model/open_model.hpp"
 #include "quantize/quantize.hpp"
 #include "recipe/config.hpp"
+#include "recipe/recipe.hpp"
 
 namespace bitwright {
 namespace {
@@ -33,6 +34,15 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
                    .why = "--method and --gguf-type say how weights are quantized anew",
                    .fix = "give --requantize too",
                    .status = ExitStatus::usage});
+  if (const std::string& type = options.request.gguf_type; !type.empty()) {
+    if (options.request.container->model_file.empty())
+      throw Error({.code = "bad-value",
+                   .what = "bad command line",
+                   .why = fmt::format("--gguf-type {} and --format {} exclude each other", printable(type),
+                                      options.request.container->name),
+                   .status = ExitStatus::usage});
+    named_choice(type, *options.request.container);  // it must be there
+  }
   if (const auto scales = arguments.text("--scale-dtype")) options.request.scale_dtype = dtype_from_name(*scales);
   options.verify = !arguments.flag("--no-verify");
   options.dry_run = arguments.flag("--dry-run");

@@ -322,6 +322,17 @@ const Rounding& rounding_of(const Scheme& scheme) {
   return *found;
 }
 
+/// A scale or minimum beyond float16, which ggml would store as infinite.
+void check_halves(const QuantizedTensor* parameter) {
+  if (parameter == nullptr || !parameter->scheme.is_plain() || parameter->scheme.element->bits != 16) return;
+  for (size_t i = 0; i + 1 < parameter->codes.size(); i += 2)
+    if ((static_cast<unsigned>(parameter->codes[i + 1]) & 0x7c) == 0x7c)
+      throw Error({.code = "scale-overflow",
+                   .what = "cannot quantize",
+                   .why = "a scale is too large for float16",
+                   .fix = "keep the layer in full precision (--skip-modules)"});
+}
+
 /// Weights of a row's errors: importance * sqrt(mean of squares + square).
 void weigh(std::span<const float> x, std::span<const float> importance, std::span<float> out) {
   float squares = 0;
@@ -362,6 +373,8 @@ QuantizedTensor round_to_gguf(const Scheme& scheme, const Shape& shape, WeightVi
         rounding.weighted(&x[at], &weights[at], parts.of((first + at) / elements));
     }
   });
+  check_halves(t.scale.get());
+  check_halves(t.offset.get());
   return t;
 }
 

@@ -102,4 +102,13 @@ std::vector<RowRange> row_pieces(const StoredTensor& tensor) {
   return pieces;
 }
 
+std::vector<RowRange> within_matrices(std::span<const RowRange> pieces, const Shape& shape) {
+  const int64_t rows = shape[shape.size() - 2];
+  std::vector<RowRange> cut;
+  for (RowRange piece : pieces)
+    for (; piece.begin < piece.end; piece.begin = cut.back().end)
+      cut.push_back({piece.begin, std::min(piece.end, (piece.begin / rows + 1) * rows)});
+  return cut;
+}
+
 }  // namespace bitwright

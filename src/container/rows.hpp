@@ -22,6 +22,8 @@ struct RowRange {
 std::vector<RowRange> row_pieces(const StoredTensor& tensor);  ///< one if it cannot be taken apart
 /// The pieces of a tensor that `container` will store or stores; one if it cannot be taken apart.
 std::vector<RowRange> row_pieces(const Container& container, const StoredTensor& tensor);
+/// Such pieces cut where a matrix of a stack ends, as weights are quantized by the importance of each matrix.
+std::vector<RowRange> within_matrices(std::span<const RowRange> pieces, const Shape& shape);
 
 /// Where the bytes of a piece's array belong in the array of the whole: `runs` times `run` bytes, `stride` apart.
 struct Placement {

@@ -4,7 +4,8 @@ template <class L>
 struct GroupLoops {
   using V = typename L::V;
   static constexpr size_t kStep = L::kCount;
-  static constexpr int kAtOnce = 4;       ///< candidates: enough that the adders are never idle
+  static constexpr int kAtOnce = 4;  ///< candidates: enough that the adders are never idle
+  static constexpr float kSame = 1e-6f;
   static constexpr float kFlat = 1e-30f;  ///< what is smaller is 0 to an f16, and its inverse nearly infinite
 
   static V infinity() { return L::set(std::numeric_limits<float>::infinity()); }
@@ -63,16 +64,14 @@ struct GroupLoops {
     }
   }
 
-  static void fit_affine(const GroupPanel& p, float levels, float first, float step, int steps, float* scale,
-                         float* minimum) {
+  static void fit_affine(const GroupPanel& p, float levels, const RangeGrid& grid, float* scale, float* minimum) {
     const auto fit = p.weights == nullptr ? fit_affine_lanes<false> : fit_affine_lanes<true>;
     for (size_t lane = 0; lane < kPanel; lane += kStep)
-      fit(from_lane(p, lane), levels, first, step, steps, scale + lane, minimum + lane);
+      fit(from_lane(p, lane), levels, grid, scale + lane, minimum + lane);
   }
 
   template <bool kWeighted>
-  static void fit_affine_lanes(const GroupPanel& p, float levels, float first, float step, int steps, float* scale,
-                               float* minimum) {
+  static void fit_affine_lanes(const GroupPanel& p, float levels, const RangeGrid& grid, float* scale, float* minimum) {
     using W = Weighing<kWeighted>;
     V low = L::set(0), high = infinity(), sw = low, sx = low, sxx = low;
     high = L::sub(low, high);
@@ -87,16 +86,20 @@ struct GroupLoops {
     const V span = L::sub(high, low), zero = L::set(0), top = L::set(levels), magic = rounder();
     const auto flat = L::less_equal(span, L::set(kFlat));
     V best = infinity(), best_scale = zero, best_minimum = L::sub(zero, low);
-    for (int k = 0; k < steps; k += kAtOnce) {
+    for (int k = 0; k < grid.bases * grid.steps; k += kAtOnce) {
+      const float half_levels = static_cast<float>(k / grid.steps) / 2;
+      const V base = L::add(low, L::mul(span, L::set(half_levels / levels))), above_base = L::sub(high, base);
       V inv[kAtOnce], se[kAtOnce], see[kAtOnce], sxe[kAtOnce];
       for (int c = 0; c < kAtOnce; ++c) {
-        inv[c] = L::select(flat, zero, L::div(L::set(levels + first + static_cast<float>(k + c) * step), span));
+        const float stretch = grid.first + static_cast<float>(k % grid.steps + c) * grid.step;
+        inv[c] = L::select(flat, zero, L::div(L::set(levels + stretch), above_base));
         se[c] = see[c] = sxe[c] = zero;
       }
       for (size_t i = 0; i < p.size; ++i) {
-        const V x = L::load(p.values + i * kPanel), w = W::load(p, i), above = L::sub(x, low);  // never below 0
+        const V x = L::load(p.values + i * kPanel), w = W::load(p, i), above = L::sub(x, base);
         for (int c = 0; c < kAtOnce; ++c) {
-          const V e = L::min(L::sub(L::mul_add(above, inv[c], magic), magic), top), we = W::times(w, e);
+          const V e = L::min(L::max(L::sub(L::mul_add(above, inv[c], magic), magic), zero), top);
+          const V we = W::times(w, e);
           se[c] = L::add(se[c], we);
           see[c] = L::mul_add(we, e, see[c]);
           sxe[c] = L::mul_add(we, x, sxe[c]);
@@ -106,6 +109,8 @@ struct GroupLoops {
         const V d = L::sub(L::mul(sw, see[c]), L::mul(se[c], se[c])), id = inverse(d);
         V a = L::mul(L::sub(L::mul(sw, sxe[c]), L::mul(sx, se[c])), id);
         V m = L::mul(L::sub(L::mul(se[c], sxe[c]), L::mul(see[c], sx)), id);
+        // Where all codes are the same, d is noise: no minimum then.
+        m = L::select(L::less(L::mul(L::set(kSame), L::mul(sw, see[c])), d), m, L::set(-1));
         const auto above = L::less(m, zero);
         a = L::select(above, L::mul(sxe[c], inverse(see[c])), a);
         m = L::select(above, zero, m);
@@ -113,7 +118,7 @@ struct GroupLoops {
         const V squares = L::mul_add(L::mul(a, a), see[c], L::mul_add(L::mul(m, m), sw, sxx));
         const V products = L::sub(L::mul(m, sx), L::mul_add(a, sxe[c], L::mul(L::mul(a, m), se[c])));
         const V error = L::mul_add(L::set(2), products, squares);
-        const auto better = L::both(L::less(error, best), L::less(zero, d));
+        const auto better = L::both(L::less(error, best), L::less(zero, see[c]));
         best = L::select(better, error, best);
         best_scale = L::select(better, a, best_scale);
         best_minimum = L::select(better, m, best_minimum);
@@ -224,7 +229,7 @@ struct GroupLoops {
     const V minimum_unit = L::load(codes.minimum_unit + lane), minimum_inverse = inverse(minimum_unit);
     const V start = L::load(codes.scale + lane), lowest = L::set(low), highest = L::set(high);
     V best = infinity(), best_scale = start, best_minimum = L::load(codes.minimum + lane);
-    V s[kTried], n[kTried], a[kTried], inv[kTried], sw = zero, sx = zero;
+    V s[kTried], n[kTried], ideal[kTried], a[kTried], inv[kTried], sw = zero, sx = zero;
     for (int c = 0; c < kTried; ++c) {
       s[c] = L::min(L::max(L::add(start, L::set(static_cast<float>(c - 1))), lowest), highest);
       n[c] = best_minimum;
@@ -257,8 +262,13 @@ struct GroupLoops {
         best_scale = L::select(better, s[c], best_scale);
         best_minimum = L::select(better, n[c], best_minimum);
         if (!kMinimum) continue;
-        const V ideal = L::mul(L::mul(L::sub(L::mul(a[c], se[c]), sx), per_weight), minimum_inverse);
-        n[c] = L::min(L::max(L::round(ideal), zero), highest);
+        if (r == 0) {
+          const V least = L::mul(L::mul(L::sub(L::mul(a[c], se[c]), sx), per_weight), minimum_inverse);
+          ideal[c] = L::round(least);
+        }
+        // The best for these codes, then one more and one less, for which the codes are others.
+        const float away = r == 0 ? 0.0f : r == 1 ? 1.0f : -1.0f;
+        n[c] = L::min(L::max(L::add(ideal[c], L::set(away)), zero), highest);
       }
     }
     L::store(best, codes.error + lane);

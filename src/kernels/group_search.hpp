@@ -21,6 +21,13 @@ struct GroupPanel {
   size_t size;
 };
 
+/// Ranges that are tried for a group: its codes reach from a base to its highest value stretched by first + i * step
+/// levels, i below `steps` (a multiple of 4). The base is its lowest value and, where there are two, half a level more.
+struct RangeGrid {
+  float first, step;
+  int steps, bases = 1;
+};
+
 /// Of each lane: sums over its group of w, w x, w e, w e^2 and w x e.
 struct GroupSums {
   float w[kPanel], x[kPanel], e[kPanel], ee[kPanel], xe[kPanel];
@@ -38,15 +45,14 @@ struct GroupSearch {
   std::string_view name;
   /// panel = kPanel groups of `size` values that lie one after the other.
   void (*gather)(const float* groups, size_t size, float* panel);
-  /// The scale and the minimum (not below 0) of least error, the codes [0, levels] chosen by `steps` finer and finer
-  /// grids: (levels + first + i * step) of them between a group's extremes.
-  void (*fit_affine)(const GroupPanel& panel, float levels, float first, float step, int steps, float* scale,
-                     float* minimum);
+  /// The scale and the minimum (not below 0) of least error, the codes [0, levels] chosen by the ranges of `grid`.
+  void (*fit_affine)(const GroupPanel& panel, float levels, const RangeGrid& grid, float* scale, float* minimum);
   /// The scale of least error without a minimum; negative ones are tried too. The grid's lowest or highest level meets
   /// the extreme, stretched by first + i * step levels.
   void (*fit_scale)(const GroupPanel& panel, const CodeGrid& grid, float first, float step, int steps, float* scale);
   /// Looks for better codes of scales, in [low, high], up to one away; with each the minimum, in [0, high], that is
-  /// best for the codes it gives, `rounds` times (0: all minimums are 0). Replaces those of `codes` and their errors.
+  /// best for the codes it gives and those beside it: `rounds` 2 to 4 of them (0: all minimums are 0). Replaces those
+  /// of `codes` and their errors.
   void (*improve)(const GroupPanel& panel, const CodeGrid& grid, float low, float high, int rounds, ScaleCodes& codes);
   /// What the codes of the values sum up to.
   void (*sum_up)(const GroupPanel& panel, const CodeGrid& grid, const float* scale, const float* minimum,

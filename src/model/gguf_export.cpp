@@ -241,7 +241,12 @@ class Exporter {
     if (!scaling.is_object()) scaling = json_.value("rope_parameters", Json());
     if (!scaling.is_object()) return;
     if (scaling.contains("full_attention")) scaling = scaling["full_attention"];
-    const std::string type = scaling.value("rope_type", scaling.value("type", "default"));
+    std::string type = "default";
+    for (const char* key : {"rope_type", "type"})
+      if (const auto found = scaling.find(key); found != scaling.end() && found->is_string()) {
+        type = found->get<std::string>();
+        break;
+      }
     if (type == "default") return;
     if (type == "llama3" && mapping_->rope_factors)
       return add_factors("rope_freqs.weight", factors(rope.frequencies, base));
@@ -334,6 +339,31 @@ class Exporter {
     return std::ranges::any_of(places.leftovers, ends) || std::ranges::any_of(places.other_modules, holds);
   }
 
+  /// A head that is stored beside the embedding, and the same: llama.cpp shares the one. Another is used, here and
+  /// there.
+  bool is_embedding_again(const TensorEntry& head) const {
+    constexpr uint64_t kPiece = uint64_t{1} << 20;
+    const auto is_embedding = [&](const TensorEntry& entry) {
+      const std::optional<Rule> found = rule_for(entry.name);
+      return found && found->rule->gguf == "token_embd";
+    };
+    const auto embedding = std::ranges::find_if(model_.tensors(), is_embedding);
+    if (embedding == model_.tensors().end() || embedding->shape != head.shape) return false;
+    if (head.quantized() || embedding->quantized())
+      return head.quantized() && embedding->quantized() && model_.read(head) == model_.read(*embedding);
+    if (embedding->dtype != head.dtype) return false;
+    const uint64_t bytes = static_cast<uint64_t>(element_count(head.shape)) * size_bytes(head.dtype);
+    std::vector<std::byte> a(std::min(bytes, kPiece)), b(a.size());
+    for (uint64_t at = 0; at < bytes; at += a.size()) {
+      a.resize(std::min<uint64_t>(a.size(), bytes - at));
+      b.resize(a.size());
+      model_.read_bytes(head, at, a);
+      model_.read_bytes(*embedding, at, b);
+      if (a != b) return false;
+    }
+    return true;
+  }
+
   void add(const TensorEntry& entry) {
     if (without_consequence(entry.name)) return;
     const std::optional<Rule> found = rule_for(entry.name);
@@ -342,7 +372,7 @@ class Exporter {
       return;
     }
     const auto& [rule, numbers, end] = *found;
-    if (config_.tied_head && rule->gguf == "output") return;
+    if (config_.tied_head && rule->gguf == "output" && is_embedding_again(entry)) return;
     const std::string name = fmt::format(fmt::runtime(rule->gguf), numbers[0]) + std::string(end);
     if (rule->rows == GgufRows::experts) return add_expert(name, numbers[1], entry);
     ArrayView view = {.name = name, .source = entry.name, .shape = entry.shape};
@@ -453,7 +483,7 @@ GgufModel as_it_is(const Checkpoint& model) {
   const MappedFile file(model.path());
   for (const GgufEntry& entry : parse_gguf(file.bytes(), model.path().string()).metadata)
     if (entry.key != "general.file_type" && entry.key != "general.quantization_version" &&
-        !entry.key.starts_with("split."))
+        !entry.key.starts_with("split.") && !entry.key.starts_with("quantize.imatrix."))
       out.metadata.add(entry);
   out.names = names_in_model(model.path());
   return out;

@@ -231,9 +231,25 @@ class Planner {
     return all;
   }
 
-  /// A plain one: it moves where the owner adds to it (Gemma's norms).
+  /// The most that doubles lose as f32.
+  double loss_as_f32(const TensorEntry& tensor) const {
+    std::vector<double> values(static_cast<size_t>(element_count(tensor.shape)));
+    source_.source().read_bytes(tensor, 0, std::as_writable_bytes(std::span(values)));
+    double most = 0;
+    for (const double v : values)
+      if (std::isfinite(v)) most = std::max(most, std::fabs(double{static_cast<float>(v)} - v));
+    return most;
+  }
+
+  /// A plain one: it moves where the owner adds to it (Gemma's norms), or rounds it.
   TensorConversion kept(size_t i) const {
     TensorConversion result = {.plan = {.name = entry(i).name, .reason = "not quantized"}};
+    if (entry(i).as_f32 && part(i).dtype == DType::f64) {
+      const double most = loss_as_f32(part(i));
+      if (most > 0) result.verdict = ConversionVerdict::bounded;
+      result.max_abs_difference = most;
+      return result;
+    }
     if (entry(i).added == 0) return result;
     const std::vector<float> before = source_.source().read_f32(part(i));
     std::vector<float> after(before.size());

@@ -45,6 +45,9 @@ void Importance::check(const Recipe& recipe, std::span<const TensorFacts> tensor
       continue;
     }
     ++known;
+    const auto matrices = static_cast<size_t>(matrices_of(shape)), counts = found->second.counts.size();
+    if (counts != 1 && counts != matrices)
+      fail(fmt::format("tensor '{}' has {} matrices, the file has counts for {}", printable(name), matrices, counts));
     const auto length = static_cast<int64_t>(found->second.sums.size()), wanted = matrices_of(shape) * shape.back();
     if (length != wanted && name != kEmbedding)
       fail(fmt::format("tensor '{}' has {} columns, the file has numbers for {}", printable(name), wanted, length));
@@ -78,18 +81,15 @@ uint64_t Importance::memory_bytes() const {
 }
 
 OrderedJson Importance::to_json() const {
-  OrderedJson json = {{"file", path_},
-                      {"sha256", digest_},
-                      {"entries", imatrix_.entries.size()},
-                      {"chunks", imatrix_.chunks},
-                      {"chunk_size", imatrix_.chunk_size},
-                      {"datasets", OrderedJson::array()}};
+  OrderedJson json = {{"file", printable(path_)},           {"sha256", digest_},
+                      {"entries", imatrix_.entries.size()}, {"chunks", imatrix_.chunks},
+                      {"chunk_size", imatrix_.chunk_size},  {"datasets", OrderedJson::array()}};
   for (const std::string& dataset : imatrix_.datasets) json["datasets"].push_back(printable(dataset));
   return json;
 }
 
 void Importance::add_to(GgufMetadata& metadata) const {
-  metadata.add("quantize.imatrix.file", path_);
+  metadata.add("quantize.imatrix.file", printable(path_));
   if (!imatrix_.datasets.empty()) metadata.add("quantize.imatrix.dataset", imatrix_.datasets.front());
   metadata.add("quantize.imatrix.entries_count", static_cast<uint32_t>(imatrix_.entries.size()));
   if (imatrix_.chunks > 0) metadata.add("quantize.imatrix.chunks_count", imatrix_.chunks);

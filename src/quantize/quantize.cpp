@@ -64,7 +64,7 @@ class Pipeline {
     shards_ = gguf == nullptr ? std::move(layout.shards)
                               : plan_gguf(job_.arrays,
                                           gguf->metadata(job_.arrays, recipe_.settings.value("gguf_type", ""),
-                                                         importance_ ? &*importance_ : nullptr),
+                                                         any_weighted() ? &*importance_ : nullptr),
                                           options.output.max_shard_bytes);
     check_apart(model, options.output.output);
     plan();
@@ -171,17 +171,13 @@ class Pipeline {
     }
   }
 
+  bool any_weighted() const {
+    for (size_t i = 0; i < recipe_.tensors.size(); ++i)
+      if (is_weighted(i)) return true;
+    return false;
+  }
   bool is_weighted(size_t i) const {
     return importance_ && recipe_.tensors[i].scheme && recipe_.tensors[i].algorithm->weighted;
-  }
-  /// Cut where a matrix of a stack ends: each has its own importance.
-  static std::vector<RowRange> within_matrices(std::span<const RowRange> parts, const Shape& shape) {
-    const int64_t rows = shape[shape.size() - 2];
-    std::vector<RowRange> cut;
-    for (RowRange part : parts)
-      for (; part.begin < part.end; part.begin = cut.back().end)
-        cut.push_back({part.begin, std::min(part.end, (part.begin / rows + 1) * rows)});
-    return cut;
   }
 
   /// Elements of a row; a kept tensor's pieces are ranges of elements.

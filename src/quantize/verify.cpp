@@ -64,7 +64,7 @@ class ReadBack {
         verification_failed(entry.name, "missing, or of another shape");
       if (!found->quantized() && !has_dtype(*found, entry, layers))
         verification_failed(entry.name, "kept, but of another type");
-      for (const RowRange rows : pieces_of(entry, *found))
+      for (const RowRange rows : pieces_of(entry, *found, layers))
         pieces_.push_back({.entry = &entry, .found = found, .rows = rows});
     }
   }
@@ -103,8 +103,15 @@ class ReadBack {
     return layer != layers.end() && layer->scheme.is_plain() && dtype_of(*layer->scheme.element) == found.dtype;
   }
 
-  std::vector<RowRange> pieces_of(const TensorEntry& original, const TensorEntry& found) const {
-    if (found.quantized()) return written_.row_pieces(found);
+  /// As it was written by: an error is a sum of the pieces' sums.
+  std::vector<RowRange> pieces_of(const TensorEntry& original, const TensorEntry& found,
+                                  const std::vector<LayerResult>& layers) const {
+    if (found.quantized()) {
+      const auto layer = std::ranges::find(layers, original.name, &LayerResult::name);
+      const Algorithm* const algorithm = layer == layers.end() ? nullptr : find_algorithm(layer->algorithm);
+      std::vector<RowRange> pieces = written_.row_pieces(found);
+      return algorithm != nullptr && algorithm->weighted ? within_matrices(pieces, original.shape) : pieces;
+    }
     if (!is_encoded(original, found)) return element_pieces(original.shape);
     return row_pieces(StoredTensor{.name = found.name, .shape = found.shape, .scheme = plain(found.dtype)});
   }

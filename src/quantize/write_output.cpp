@@ -19,6 +19,9 @@ void write_output(const Checkpoint& source, Job& job, const ShardPlan& shards, c
   job.identity["tool"] = BITWRIGHT_VERSION;
   job.identity["max_shard_size"] = std::to_string(options.max_shard_bytes.value_or(0));
   job.identity["model"] = files;
+  std::string headers;  // what a file says of itself depends on configuration and tokenizer too
+  for (const ShardPlan::File& file : shards.files) headers += file.header;
+  job.identity["headers"] = sha256(headers);
   Journal journal(output.journal(), job.identity);
   check_resumable(journal, job, shards, staging);
   if (steps.side_files) copy_side_files(source, staging);

@@ -135,17 +135,6 @@ bool is_sized(std::string_view granularity) {
                .status = ExitStatus::usage});
 }
 
-/// Case does not matter, as in llama.cpp.
-const SchemeChoice* named_choice(const std::string& given, const Container& container) {
-  std::string name = given;
-  std::ranges::transform(name, name.begin(), [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
-  const auto found = std::ranges::find(container.choices, name, &SchemeChoice::name);
-  // llama.cpp's short names
-  const auto medium = std::ranges::find(container.choices, name + "_m", &SchemeChoice::name);
-  if (found == container.choices.end() && medium == container.choices.end()) unknown_type(given, container.choices);
-  return found != container.choices.end() ? &*found : &*medium;
-}
-
 /// The container's choice that a request begins from: the first that has all it says, else the first of its kind and
 /// bits, else of its kind (what it says is then laid over it, and `fit` speaks). A request that leaves kind and bits
 /// open is for what the first choice of all is. Null: the container leaves the choice open, or has no such kind.
@@ -456,6 +445,16 @@ OrderedJson settings_json(const QuantizationRequest& request, const Container* c
 }
 
 }  // namespace
+
+const SchemeChoice* named_choice(const std::string& given, const Container& container) {
+  std::string name = given;
+  std::ranges::transform(name, name.begin(), [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  const auto found = std::ranges::find(container.choices, name, &SchemeChoice::name);
+  // llama.cpp's short names
+  const auto medium = std::ranges::find(container.choices, name + "_m", &SchemeChoice::name);
+  if (found == container.choices.end() && medium == container.choices.end()) unknown_type(given, container.choices);
+  return found != container.choices.end() ? &*found : &*medium;
+}
 
 Scheme scheme_of(const SchemeChoice& choice, const Container& container, DType weight) {
   const Resolved all = {.name = std::string(choice.name),

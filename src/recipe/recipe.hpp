@@ -81,6 +81,9 @@ Recipe resolve(const QuantizationRequest& request, std::span<const TensorFacts> 
 /// What a row of the container's table of choices makes of a weight of this type; the container may refuse it.
 Scheme scheme_of(const SchemeChoice& choice, const Container& container, DType weight);
 
+/// The row that --gguf-type names, in any case; "q4_k" is llama.cpp's Q4_K_M. Throws Error for what it has not.
+const SchemeChoice* named_choice(const std::string& given, const Container& container);
+
 /// Is it a table that is looked up (of tokens, positions …), by the names that models give them?
 bool is_embedding(std::string_view tensor);
 /// The matrix that gives the logits.

@@ -35,7 +35,9 @@ EXAMPLE = os.path.join(ROOT, "examples", "tinystories-4m")
 # By the number that llama.cpp has for them; None: its quantizer does not write them.
 TYPES = {"none": None, "f32": 0, "f16": 1, "bf16": 32, "q8_0": 7, "q4_0": 2, "q4_1": 3, "q5_0": 8, "q5_1": 9, "q2_k": 10,
          "q2_k_s": None, "q3_k_s": 11, "q3_k_m": 12, "q3_k_l": 13, "q4_k_s": 14, "q4_k_m": 15, "q5_k_s": 16,
-         "q5_k_m": 17, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30, "tq1_0": 36, "tq2_0": 37, "mxfp4": 38, "nvfp4": None}
+         "q5_k_m": 17, "q6_k": 18, "iq4_nl": 25, "iq4_xs": 30, "tq1_0": 36, "tq2_0": 37, "mxfp4": 38, "nvfp4": None,
+         "iq2_xxs": None, "iq2_xs": None, "iq2_s": None, "iq2_m": None, "iq3_xxs": None, "iq3_xs": None, "iq3_s": 26,
+         "iq3_m": 27}
 
 LLAMA = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 2}
 NARROW = {"hidden_size": 160, "intermediate_size": 288, "num_attention_heads": 5, "num_key_value_heads": 1}
