@@ -50,7 +50,7 @@ Effort effort_of(const ElementType& element, bool affine, bool weighted) {
   if (!affine) return {{-1.0f, 0.4f, 8}, 1, 0};
   if (weighted) return {{-0.9f, 0.15f, 16, 2}, 1, 6, 4};
   if (element.bits == 2) return {{-0.4f, 0.15f, 8}, 1, 0};
-  return {{-0.9f, 0.2f, 12, 2}, element.bits == 4 ? 2 : 1, element.bits == 4 ? 0 : 2, 4};
+  return element.bits == 4 ? Effort{{-0.8f, 0.3f, 8, 2}, 2, 0} : Effort{{-0.9f, 0.2f, 12, 2}, 1, 2, 4};
 }
 
 void set_table(const ElementType& element, Plan& plan) {
