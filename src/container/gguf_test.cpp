@@ -8,6 +8,8 @@
 #include <numeric>
 #include <set>
 
+#include "base/error.hpp"
+#include "container/gguf_blocks.hpp"
 #include "container/gguf_rounding.hpp"
 #include "container/gguf_types.hpp"
 #include "tests/golden_cases.hpp"
@@ -141,6 +143,21 @@ TEST(GgufContainer, WhatDoesNotFitIsSaid) {
   Scheme other = q8_0;
   other.scale = parameter(Grouping::along(64), plain(DType::f16));
   EXPECT_EQ(gguf.fit(other, {2, 64}).verdict, Verdict::impossible);
+}
+
+TEST(GgufRounding, AScaleBeyondFloat16IsRefused) {
+  std::vector<float> values(32, 1.0f), importance(32, 1.0f);
+  values[3] = 1e6f;
+  const WeightView weight = {DType::f32, std::as_bytes(std::span<const float>(values))};
+  for (const char* type : {"Q4_0", "Q4_1", "Q5_0"})
+    for (const bool weighted : {false, true}) try {
+        const Scheme scheme = find_block_codec(type)->scheme();
+        const QuantizedTensor t =
+            weighted ? round_to_gguf(scheme, {1, 32}, weight, importance) : round_to_gguf(scheme, {1, 32}, weight);
+        ADD_FAILURE() << type;
+      } catch (const Error& error) {
+        EXPECT_EQ(error.code(), "scale-overflow");
+      }
 }
 
 }  // namespace

@@ -134,5 +134,13 @@ TEST(Rows, WhatReachesAcrossRowsIsWhole) {
   EXPECT_EQ(pieces.back().end, 4096);
 }
 
+// So are they written by importance, and read back: sums of errors are the same to the bit.
+TEST(Rows, PiecesEndWhereMatricesDo) {
+  const std::vector<RowRange> pieces = {{0, 1024}, {1024, 2048}, {2048, 3072}};
+  std::vector<int64_t> ends;
+  for (const RowRange piece : within_matrices(pieces, {4, 768, 256})) ends.push_back(piece.end);
+  EXPECT_EQ(ends, (std::vector<int64_t>{768, 1024, 1536, 2048, 2304, 3072}));
+}
+
 }  // namespace
 }  // namespace bitwright

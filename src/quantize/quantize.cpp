@@ -177,7 +177,8 @@ class Pipeline {
     return false;
   }
   bool is_weighted(size_t i) const {
-    return importance_ && recipe_.tensors[i].scheme && recipe_.tensors[i].algorithm->weighted;
+    const TensorPlan& plan = recipe_.tensors[i];
+    return importance_ && plan.scheme && !plan.scheme->is_plain() && plan.algorithm->weighted;
   }
 
   /// Elements of a row; a kept tensor's pieces are ranges of elements.
