@@ -87,7 +87,8 @@ struct GroupLoops {
     const auto flat = L::less_equal(span, L::set(kFlat));
     V best = infinity(), best_scale = zero, best_minimum = L::sub(zero, low);
     for (int k = 0; k < grid.bases * grid.steps; k += kAtOnce) {
-      const float half_levels = static_cast<float>(k / grid.steps) / 2;
+      const int base_number = k / grid.steps;
+      const float half_levels = 0.5f * static_cast<float>(base_number);
       const V base = L::add(low, L::mul(span, L::set(half_levels / levels))), above_base = L::sub(high, base);
       V inv[kAtOnce], se[kAtOnce], see[kAtOnce], sxe[kAtOnce];
       for (int c = 0; c < kAtOnce; ++c) {
