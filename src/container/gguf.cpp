@@ -93,7 +93,7 @@ QuantizedTensor unpack(const StoredTensor& tensor, const CheckpointView& checkpo
   return t;
 }
 
-/// Rows of 32 have a type whatever is asked for; others are kept.
+/// Rows of 32 have a quantized type whatever is asked for. scheme_for knows more; a conversion asks this.
 bool takes(std::string_view /*name*/, const Shape& shape) { return shape.back() % 32 == 0; }
 
 /// The types of files. Of integers the first of its bits is what a method means.

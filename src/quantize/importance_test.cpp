@@ -23,7 +23,7 @@ OrderedJson quantize_to(const fs::path& model, const fs::path& out, const std::s
                         std::vector<Warning>& warnings, const char* format = "gguf") {
   return quantize(Checkpoint(model), read_request(parse_config_value("quantization: {" + settings + "}", "test")),
                   {.output = {.output = out, .existing = Existing::replace},
-                   .verify = false,
+
                    .container = find_container(format),
                    .stats = stats},
                   warnings);
@@ -173,6 +173,9 @@ TEST_F(StatsOfExample, WithoutUseWarn) {
   EXPECT_EQ(run("gguf_type: Q4_0, algorithm: rtn")["algorithm"], "rtn");
   ASSERT_EQ(warnings.size(), 1u);
   EXPECT_EQ(warnings[0].code, "STATS_UNUSED");
+  EXPECT_FALSE(Checkpoint(dir / "out").facts()->contains("quantize.imatrix.file"));
+  run("gguf_type: F16");
+  EXPECT_FALSE(Checkpoint(dir / "out").facts()->contains("quantize.imatrix.file"));
   warnings.clear();
   run("method: int4", "mlx");
   ASSERT_EQ(warnings.size(), 1u);
