@@ -147,6 +147,15 @@ TEST(Threads, EachIndexOnceAndErrorsArrive) {
   EXPECT_EQ(sum, 100u);
 }
 
+TEST(Threads, DigestsLeaveNothingBehind) {  // at exit: the leak detector's business
+  std::atomic<size_t> inside = 0;
+  parallel_for(thread_count(), [&](size_t) {
+    ++inside;
+    while (inside < thread_count()) std::this_thread::yield();  // so that each thread has its share
+    EXPECT_EQ(sha256("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+  });
+}
+
 TEST(Threads, ManyShortCallsLoseNothing) {
   std::vector<size_t> values(64);
   for (size_t round = 0; round < 2000; ++round) parallel_for(values.size(), [&](size_t i) { values[i] += i; });

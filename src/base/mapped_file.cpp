@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <openssl/crypto.h>
 #include <openssl/evp.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -31,6 +32,9 @@ namespace {
 }
 
 using Digest = std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)>;
+
+/// OpenSSL's own cleanup at exit would run before our threads end, and what it keeps for each would be lost.
+void start_openssl() { OPENSSL_init_crypto(OPENSSL_INIT_NO_ATEXIT, nullptr); }
 
 std::string hexadecimal(std::span<const unsigned char> digest) {
   std::string hex;
@@ -118,6 +122,7 @@ FileIdentity MappedFile::identity() const {
 std::string MappedFile::digest() const {
   constexpr size_t kPiece = size_t{1} << 18;  // stays in the second-level cache between the copy and the digest
   std::vector<std::byte> piece(std::min(size_, kPiece));
+  start_openssl();
   const Digest state(EVP_MD_CTX_new(), &EVP_MD_CTX_free);
   BW_ASSERT(state && EVP_DigestInit_ex(state.get(), EVP_sha256(), nullptr) == 1);
   for (size_t at = 0; at < size_; at += piece.size()) {
@@ -141,6 +146,7 @@ void install_bus_error_handler() {
 std::string read_text_file(const std::filesystem::path& path) { return std::string(MappedFile(path).text()); }
 
 std::string sha256(std::span<const std::byte> bytes) {
+  start_openssl();
   std::array<unsigned char, EVP_MAX_MD_SIZE> digest;
   unsigned int size = 0;
   BW_ASSERT(EVP_Digest(bytes.data(), bytes.size(), digest.data(), &size, EVP_sha256(), nullptr) == 1);
