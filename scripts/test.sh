@@ -12,7 +12,8 @@ stage() {
 sources() { find include src tests benchmarks -name '*.cpp' "$@"; }
 check_format() { sources -o -name '*.hpp' | xargs clang-format --dry-run --Werror; }
 # Tests are compiled with the same warnings; reading them by clang-tidy too would take as long again.
-check_tidy() { find src benchmarks -name '*.cpp' ! -name '*_test.cpp' | sort | xargs -P "$(nproc)" -n 1 clang-tidy -p build/release --quiet 2>/dev/null; }
+# clang 14 cannot read libtorch's headers as C++20, so what includes them is left to the compiler's own warnings.
+check_tidy() { find src benchmarks -name '*.cpp' ! -name '*_test.cpp' ! -path 'src/train/*' | sort | xargs -P "$(nproc)" -n 1 clang-tidy -p build/release --quiet 2>/dev/null; }
 
 stage packages scripts/setup.sh --packages-only
 stage layers tests/layers_test.sh

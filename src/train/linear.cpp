@@ -73,7 +73,8 @@ struct Registry : torch::nn::Module {
 
 }  // namespace
 
-void attach(torch::nn::LinearImpl& linear, std::shared_ptr<LinearBehaviour> behaviour, const torch::Tensor& parameter) {
+void attach(torch::nn::LinearImpl& linear, const std::shared_ptr<LinearBehaviour>& behaviour,
+            const torch::Tensor& parameter) {
   Registry::of(linear)["weight"] = parameter;
   linear.weight = stand_in(behaviour, linear.weight.sizes(), linear.weight.dtype());
 }

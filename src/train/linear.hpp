@@ -29,7 +29,8 @@ class LinearBehaviour {
 /// see and files hold: the floats that learn, or packed codes. The member linear.weight, which forward() reads, becomes
 /// a stand-in with the sizes and type of what it was and no numbers: all it can do is be multiplied with, by
 /// linear(), or matmul() and addmm() of its t().
-void attach(torch::nn::LinearImpl& linear, std::shared_ptr<LinearBehaviour> behaviour, const torch::Tensor& parameter);
+void attach(torch::nn::LinearImpl& linear, const std::shared_ptr<LinearBehaviour>& behaviour,
+            const torch::Tensor& parameter);
 /// libtorch computes the layer again, with `weight` as its parameter and its member.
 void detach(torch::nn::LinearImpl& linear, const torch::Tensor& weight);
 /// Null: libtorch computes it. A copy of a module (clone()) has no behaviours.
