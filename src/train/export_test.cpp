@@ -106,10 +106,12 @@ QuantizedTensor encoded(const Container& container, const Scheme& scheme, const 
   return encode(scheme, shape, floats);
 }
 
-/// The first that asks for nothing but weights.
-const SchemeChoice& usual_choice(const Container& container) {
+/// What the container's owner does with a weight of this shape, if nothing more is asked for than weights.
+Scheme usual_scheme(const Container& container, const Shape& shape) {
+  if (container.scheme_for != nullptr) return container.scheme_for(*named_choice("q8_0", container), {}, shape);
+  if (container.choices.empty()) return integers(4, true, 32);
   const auto found = std::ranges::find_if(container.choices, &SchemeChoice::weight_only);
-  return found == container.choices.end() ? container.choices.front() : *found;
+  return scheme_of(found == container.choices.end() ? container.choices.front() : *found, container, DType::f32);
 }
 
 TEST(Export, EveryContainerThatHoldsTheSchemeGivesTheSameLogits) {
@@ -119,8 +121,7 @@ TEST(Export, EveryContainerThatHoldsTheSchemeGivesTheSameLogits) {
     SCOPED_TRACE(container->name);
     const Shape shape = {256, 256};
     const bool gguf = container->scheme_for != nullptr;
-    const Scheme scheme = gguf ? container->scheme_for(*named_choice("q8_0", *container), {}, shape)
-                               : scheme_of(usual_choice(*container), *container, DType::f32);
+    const Scheme scheme = usual_scheme(*container, shape);
     const char* const name = "model.layers.0.mlp.up_proj.weight";
     const bool taken = container->takes == nullptr || gguf || container->takes(name, shape);
     const bool fits = taken && container->fit(scheme, shape).verdict != Verdict::impossible;
