@@ -81,9 +81,15 @@ Tensor part_of(const Tensor& output, const MatrixPlace& place, int64_t rows) {
 /// A part of the network that is run again in backward().
 struct Recomputed : torch::CustomClassHolder {
   std::function<Tensor(const Tensor&)> run;
+  LayerHooks hooks;
+  size_t layer = 0;
   Tensor random_state;
   bool input_learns = false, autocast = false;
 };
+
+void call(const std::function<void(size_t)>& hook, size_t layer) {
+  if (hook) hook(layer);
+}
 
 Tensor random_state() {
   at::Generator generator = at::detail::getDefaultCPUGenerator();
@@ -132,7 +138,10 @@ class Recompute : public torch::autograd::Function<Recompute> {
     what->autocast = at::autocast::is_cpu_enabled();
     context->save_for_backward({x});
     context->saved_data["what"] = c10::IValue::make_capsule(what);
-    return what->run(x);
+    call(what->hooks.before, what->layer);
+    const Tensor y = what->run(x);
+    call(what->hooks.after, what->layer);
+    return y;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
@@ -140,6 +149,7 @@ class Recompute : public torch::autograd::Function<Recompute> {
     const auto capsule = context->saved_data["what"].toCapsule();
     auto& what = static_cast<Recomputed&>(*capsule);
     const Tensor x = context->get_saved_variables()[0].detach().requires_grad_(what.input_learns);
+    call(what.hooks.before, what.layer);
     Tensor y;
     {
       const at::AutoGradMode recorded(true);
@@ -148,6 +158,8 @@ class Recompute : public torch::autograd::Function<Recompute> {
       y = what.run(x);
     }
     if (y.requires_grad()) torch::autograd::backward({y}, {gradients[0]});
+    y.reset();
+    call(what.hooks.after_backward, what.layer);
     return {x.grad(), Tensor(), Tensor()};
   }
 };
@@ -197,10 +209,12 @@ struct CausalLm::Impl {
   std::map<std::string, torch::nn::Linear> linears{};  ///< by path, the head too where it has its own matrix
   std::set<std::string> transposed{};                  ///< paths of those that files have [inputs, outputs]
   Tensor embedding{}, positions{};
+  TableRows embedding_rows{};              ///< where the embedding is not kept in floats
   std::map<std::string, Tensor> tables{};  ///< both, by the names of their modules
   std::map<std::string, Tensor> vectors{};
   Norm final_norm{};
   std::vector<Layer> layers{};
+  std::vector<std::string> layer_paths{};
   torch::nn::Linear head{nullptr};
   std::set<std::string> outputs{};  ///< paths of the linear layers that write to the residual stream
 
@@ -245,7 +259,8 @@ void CausalLm::Impl::build(const std::string& prefix, const std::string& head_pa
   embedding = table(prefix + places.embedding, config.vocabulary);
   if (!places.positions.empty()) positions = table(prefix + places.positions, config.most_positions);
   for (int64_t i = 0; i < config.layers; ++i) {
-    const std::string base = fmt::format("{}{}.{}.", prefix, places.layers, i);
+    layer_paths.push_back(fmt::format("{}{}.{}", prefix, places.layers, i));
+    const std::string base = layer_paths.back() + ".";
     Layer layer;
     layer.kind = config.kinds[static_cast<size_t>(i)];
     layer.attention_norm = norm(base, places.attention_norm, config.hidden);
@@ -308,7 +323,15 @@ void CausalLm::Impl::load(const Checkpoint& checkpoint, WeightReader& reader) {
   const auto fill = [&](Tensor& to, const std::string& name) {
     to.copy_(from_floats(checkpoint.read_f32(reader.require(name, to.sizes().vec())), to.sizes()));
   };
-  for (auto& [path, weight] : tables) fill(weight, path + ".weight");
+  for (auto& [path, weight] : tables) {
+    const bool may_stay = weight.is_same(embedding) && !head->weight.is_same(embedding);
+    if (options.load_embedding && may_stay)
+      embedding_rows = options.load_embedding(checkpoint, reader.require(path + ".weight", weight.sizes().vec()));
+    if (weight.is_same(embedding) && embedding_rows)
+      weight.set_data(torch::empty({0}, weight.options()));
+    else
+      fill(weight, path + ".weight");
+  }
   for (auto& [name, vector] : vectors) fill(vector, name);
   for (auto& [path, linear] : linears) load_linear(checkpoint, reader, path, *linear);
   reader.refuse_unread();
@@ -329,7 +352,7 @@ void CausalLm::Impl::prepare_rotations(int64_t length) {
 }
 
 Tensor CausalLm::Impl::embed(const Tensor& tokens) const {
-  Tensor x = torch::embedding(embedding, tokens).to(torch::kFloat32);
+  Tensor x = embedding_rows ? embedding_rows(tokens) : torch::embedding(embedding, tokens).to(torch::kFloat32);
   if (config.embedding_scale != 1) x = x * config.embedding_scale;
   if (positions.defined()) x = x + positions.narrow(0, 0, tokens.size(1)).to(torch::kFloat32);
   return x;
@@ -417,14 +440,20 @@ Tensor CausalLm::hidden(const Tensor& tokens) {
   impl_->prepare_rotations(length);
   const Autocast autocast(impl_->bf16());
   Tensor x = impl_->embed(tokens);
-  const bool recompute = impl_->options.recompute_layers && at::GradMode::is_enabled();
+  const LayerHooks& hooks = impl_->options.hooks;
+  const bool recompute = (impl_->options.recompute_layers || hooks.before) && at::GradMode::is_enabled();
   const Tensor learns = recompute ? torch::empty({0}).requires_grad_() : Tensor();
-  for (Layer& layer : impl_->layers) {
+  for (size_t i = 0; i < impl_->layers.size(); ++i) {
+    Layer& layer = impl_->layers[i];
     if (!recompute) {
+      call(hooks.before, i);
       x = impl_->run(layer, x);
+      call(hooks.after, i);
       continue;
     }
     const auto what = c10::make_intrusive<Recomputed>();
+    what->hooks = hooks;
+    what->layer = i;
     what->input_learns = x.requires_grad();
     what->run = [this, &layer](const Tensor& in) { return impl_->run(layer, in); };
     x = Recompute::apply(x, learns, what);
@@ -456,6 +485,7 @@ const ModelConfig& CausalLm::config() const { return impl_->config; }
 const Json& CausalLm::config_json() const { return impl_->json; }
 torch::nn::LinearImpl& CausalLm::head() { return *impl_->head; }
 bool CausalLm::tied_head() const { return impl_->head->weight.is_same(impl_->embedding); }
+std::vector<std::string> CausalLm::layer_paths() const { return impl_->layer_paths; }
 CausalLmOptions& CausalLm::options() { return impl_->options; }
 bool CausalLm::stored_transposed(const std::string& parameter) const {
   return parameter.ends_with(".weight") && impl_->transposed.contains(parameter.substr(0, parameter.size() - 7));

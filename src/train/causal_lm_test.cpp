@@ -375,5 +375,47 @@ TEST(CausalLm, LinearLayersCanBeLoadedInAnotherWay) {
   EXPECT_TRUE(torch::allclose(module->forward(tokens), plain_module->forward(tokens), 1e-4, 1e-4));
 }
 
+TEST(CausalLm, HooksSeeEachUseOfALayer) {
+  const auto module = std::make_shared<CausalLm>(tiny());
+  EXPECT_EQ(module->layer_paths(), (std::vector<std::string>{"model.layers.0", "model.layers.1", "model.layers.2"}));
+  std::string calls;
+  LayerHooks& hooks = module->options().hooks;
+  hooks.before = [&](size_t i) { calls += fmt::format("b{} ", i); };
+  hooks.after = [&](size_t i) { calls += fmt::format("a{} ", i); };
+  hooks.after_backward = [&](size_t i) {
+    calls += fmt::format("g{} ", i);
+    for (const auto& item : module->named_parameters())
+      EXPECT_TRUE(!item.key().starts_with(module->layer_paths()[i] + ".") || item.value().grad().defined());
+  };
+  const Tensor tokens = random_tokens(1, 8, 96);
+  {
+    const torch::NoGradGuard no_gradients;
+    module->forward(tokens);
+  }
+  EXPECT_EQ(std::exchange(calls, ""), "b0 a0 b1 a1 b2 a2 ");
+  module->loss(tokens, tokens).backward();
+  EXPECT_EQ(calls, "b0 a0 b1 a1 b2 a2 b2 g2 b1 g1 b0 g0 ");
+}
+
+TEST(CausalLm, TheEmbeddingCanBeLoadedInAnotherWay) {
+  const test::TemporaryDirectory directory;
+  const auto made = std::make_shared<CausalLm>(tiny());
+  test::Tensors tensors;
+  for (const auto& item : made->named_parameters()) {
+    const Tensor values = item.value().detach().contiguous();
+    const std::span floats(values.data_ptr<float>(), static_cast<size_t>(values.numel()));
+    tensors[item.key()] = encode(plain(DType::f32), values.sizes().vec(), floats);
+  }
+  test::write_checkpoint(directory.path(), tiny(), tensors);
+  const TableLoader load = [](const Checkpoint& checkpoint, const TensorEntry& entry) -> TableRows {
+    const Tensor table = torch::tensor(checkpoint.read_f32(entry)).view(entry.shape);
+    return [table](const Tensor& tokens) { return torch::embedding(table, tokens); };
+  };
+  const auto module = std::make_shared<CausalLm>(Checkpoint(directory.path()), CausalLmOptions{.load_embedding = load});
+  EXPECT_EQ(module->named_parameters()["model.embed_tokens.weight"].numel(), 0);
+  const Tensor tokens = random_tokens(2, 8, 96);
+  EXPECT_TRUE(torch::equal(module->forward(tokens), made->forward(tokens)));
+}
+
 }  // namespace
 }  // namespace bitwright::train

@@ -103,7 +103,8 @@ class Source {
     facts.dtype = floats;
     facts.inputs_first = tensor_.transposed;
     if (tensor_.transposed) std::swap(facts.shape[0], facts.shape[1]);
-    if (container == nullptr) return;
+    // What is frozen in floats of its own type is stored as all floats are.
+    if (container == nullptr || tensor_.quantized.weight->scheme.is_plain()) return;
     quantized = tensor_.quantized.weight;
     if (tensor_.transposed && !is_stored_transposed(facts, *container)) {
       const auto turns = [](const std::optional<Parameter>& p) {
@@ -315,6 +316,9 @@ std::vector<ExportedTensor> exported_tensors(const torch::nn::Module& module) {
   const auto add = [&](const auto& named) {
     for (const auto& item : named)
       if (!is_of_linear(item.key())) out.push_back({.name = item.key(), .floats = item.value()});
+    for (const ExportedTensor& tensor : out)
+      if (tensor.floats.defined() && tensor.floats.numel() == 0)
+        not_exportable(tensor.name, "it is not kept in floats", "load the model without load_embedding");
   };
   add(module.named_parameters());
   add(module.named_buffers());

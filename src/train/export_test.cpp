@@ -119,13 +119,13 @@ TEST(Export, EveryContainerThatHoldsTheSchemeGivesTheSameLogits) {
   for (const Container* container : all_containers()) {
     if (container->write_metadata == nullptr) continue;
     SCOPED_TRACE(container->name);
-    const Shape shape = {256, 256};
+    const Shape shape = {128, 128};
     const bool gguf = container->scheme_for != nullptr;
     const Scheme scheme = usual_scheme(*container, shape);
     const char* const name = "model.layers.0.mlp.up_proj.weight";
     const bool taken = container->takes == nullptr || gguf || container->takes(name, shape);
     const bool fits = taken && container->fit(scheme, shape).verdict != Verdict::impossible;
-    const auto module = std::make_shared<CausalLm>(llama(256));
+    const auto module = std::make_shared<CausalLm>(llama(128));
     if (fits || !taken)
       for_each_linear(*module, [&](const std::string& path, torch::nn::LinearImpl& linear) {
         if (path == "lm_head") return;
