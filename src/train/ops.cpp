@@ -19,6 +19,10 @@ using torch::Tensor;
 using torch::autograd::AutogradContext;
 using Tensors = torch::autograd::variable_list;
 
+/// An undefined tensor is no argument of a torch::autograd::Function.
+using MaybeTensor = c10::optional<Tensor>;
+MaybeTensor maybe(const Tensor& x) { return x.defined() ? MaybeTensor(x) : MaybeTensor(); }
+
 /// Float32 numbers, one after the other.
 Tensor floats(const Tensor& x) {
   TORCH_CHECK(x.scalar_type() == torch::kFloat, "these operations are for float32, not ", x.scalar_type());
@@ -211,8 +215,8 @@ struct Attention : torch::autograd::Function<Attention> {
 // --- gates
 
 struct Gated : torch::autograd::Function<Gated> {
-  static Tensor forward(AutogradContext* context, const Tensor& gate, const Tensor& up, int64_t activation) {
-    const Tensor g = floats(gate), u = up.defined() ? floats(up) : up;
+  static Tensor forward(AutogradContext* context, const Tensor& gate, const MaybeTensor& up, int64_t activation) {
+    const Tensor g = floats(gate), u = up ? floats(*up) : Tensor();
     TORCH_CHECK(!u.defined() || u.sizes() == g.sizes(), "a gate has the shape of what it is multiplied with");
     context->save_for_backward({g, u});
     context->saved_data["activation"] = activation;
@@ -267,8 +271,9 @@ Matrix matrix(const Tensor& x) {
 }
 
 struct Linear16 : torch::autograd::Function<Linear16> {
-  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const Tensor& bias) {
-    const Tensor x16 = rounded(x), weight16 = rounded(weight), added = bias.defined() ? floats(bias) : bias;
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
+    const Tensor x16 = rounded(x), weight16 = rounded(weight), added = bias ? floats(*bias) : Tensor();
+    context->saved_data["bias"] = added.defined();
     context->save_for_backward({x16, weight16});
     std::vector<int64_t> sizes = x.sizes().vec();
     sizes.back() = weight.size(0);
@@ -289,7 +294,7 @@ struct Linear16 : torch::autograd::Function<Linear16> {
       dweight = like(weight);
       multiply(matrix(dy16).transposed(), matrix(x), data(dweight), last(x));
     }
-    if (context->needs_input_grad(2)) dbias = dy.reshape({-1, last(dy)}).sum(0);
+    if (context->saved_data["bias"].toBool() && context->needs_input_grad(2)) dbias = dy.reshape({-1, last(dy)}).sum(0);
     return {dx, dweight, dbias};
   }
 };
@@ -362,7 +367,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Attent
 
 Tensor gated(Activation activation, const Tensor& gate, const Tensor& up) {
   const NoAutocast guard;
-  return Gated::apply(gate, up, static_cast<int64_t>(activation));
+  return Gated::apply(gate, maybe(up), static_cast<int64_t>(activation));
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias, Compute compute) {
@@ -370,7 +375,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias, Compute
   const NoAutocast guard;
   if (compute == Compute::f32) return torch::linear(x, weight, bias);
   TORCH_CHECK(weight.dim() == 2 && weight.size(1) == last(x), "x: [..., in]; weight: [out, in]");
-  return Linear16::apply(x, weight, bias);
+  return Linear16::apply(x, weight, maybe(bias));
 }
 
 Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& head, const Tensor& targets, double cap,
