@@ -110,6 +110,10 @@ void add(std::span<float> x, const float* y) {
   for (size_t i = 0; i < x.size(); ++i) x[i] += y[i];
 }
 
+void multiply(std::span<float> x, const float* y) {
+  for (size_t i = 0; i < x.size(); ++i) x[i] *= y[i];
+}
+
 void scale(std::span<float> x, float factor) {
   for (float& v : x) v *= factor;
 }

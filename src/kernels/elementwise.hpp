@@ -41,6 +41,9 @@ void rotate_halves(float* x, std::span<const float> cosine, const float* sine);
 /// x[i] += y[i].
 void add(std::span<float> x, const float* y);
 
+/// x[i] *= y[i].
+void multiply(std::span<float> x, const float* y);
+
 /// x[i] *= factor.
 void scale(std::span<float> x, float factor);
 

@@ -221,6 +221,12 @@ TEST(KernelsElementwise, SameBitsOnEveryLevel) {
   }
 }
 
+TEST(KernelsElementwise, Products) {
+  std::vector<float> x = {1, -2, 3};
+  multiply(x, std::vector<float>{2, 3, 0.5f}.data());
+  EXPECT_EQ(x, (std::vector<float>{2, -6, 1.5f}));
+}
+
 TEST(KernelsElementwise, RotateHalves) {
   std::vector<float> x = {1, 2, 3, 4};
   const std::vector<float> cosine = {0, 0.6f}, sine = {1, 0.8f};

@@ -234,14 +234,12 @@ struct Gated : torch::autograd::Function<Gated> {
     const auto activation = static_cast<Activation>(context->saved_data["activation"].toInt());
     Tensor dg = like(g), du = u.defined() ? like(u) : u;
     in_pieces(g.numel(), [&](int64_t at, size_t count) {
-      const auto multiply_by = [&](const Tensor& to, const float* factor) {
-        for (size_t i = 0; i < count; ++i) data(to)[at + static_cast<int64_t>(i)] *= factor[i];
-      };
-      std::copy_n(data(g) + at, count, data(dg) + at);
-      active_kernel_level().activation_slope(activation, data(dg) + at, count);
-      multiply_by(dg, data(dy) + at);
+      const std::span slope(data(dg) + at, count);
+      std::copy_n(data(g) + at, count, slope.data());
+      active_kernel_level().activation_slope(activation, slope.data(), count);
+      bitwright::multiply(slope, data(dy) + at);
       if (!u.defined()) return;
-      multiply_by(dg, data(u) + at);
+      bitwright::multiply(slope, data(u) + at);
       std::copy_n(data(g) + at, count, data(du) + at);
       active_kernel_level().activate(activation, data(du) + at, data(dy) + at, count);
     });

@@ -103,7 +103,7 @@ TEST_F(TrainOps, Norms) {
     const int64_t n = shape.back();
     const Tensor x = torch::randn(shape) * 3 + 1, weight = torch::randn({n}), bias = torch::randn({n});
     for (const double offset : {0.0, 1.0})
-      expect_close([&](const Tensors& in) { return rms_norm(in[0], in[1], 1e-5, offset); },
+      expect_close([&](const Tensors& in) { return train::rms_norm(in[0], in[1], 1e-5, offset); },
                    [&](const Tensors& in) { return plain_rms_norm(in[0], in[1], 1e-5, offset); }, {x, weight},
                    sums_of(130 * n));
     expect_close([](const Tensors& in) { return layer_norm(in[0], in[1], in[2], 1e-5); },
@@ -111,7 +111,7 @@ TEST_F(TrainOps, Norms) {
                  {x, weight, bias}, sums_of(130 * n));
   }
   const Tensor zeros = torch::zeros({2, 5}).requires_grad_();
-  rms_norm(zeros, torch::ones(5), 1e-6).sum().backward();
+  train::rms_norm(zeros, torch::ones(5), 1e-6).sum().backward();
   EXPECT_LE(error_of(zeros.grad(), torch::full({2, 5}, 1e3, torch::kDouble)), 1e-5);
 }
 
@@ -265,7 +265,7 @@ TEST_F(TrainOps, SlopesAreDifferences) {
   const auto network = [&](const Tensor& x) {  // each operation once
     const Tensor cosine = torch::full({20, 3}, 0.6f), sine = torch::full({20, 3}, 0.8f);
     const Tensor a = attention(rotary(x, cosine, sine), k, k, {.scale = 0.4f}).reshape({1, 20, 12});
-    const Tensor n = layer_norm(rms_norm(a, weight, 1e-5, 1), weight, weight, 1e-5);
+    const Tensor n = layer_norm(train::rms_norm(a, weight, 1e-5, 1), weight, weight, 1e-5);
     return linear_cross_entropy(gated(Activation::silu, n, a), weight.outer(weight), torch::zeros({20}, torch::kLong));
   };
   const Tensor leaf = q.clone().requires_grad_();
@@ -277,12 +277,55 @@ TEST_F(TrainOps, SlopesAreDifferences) {
   EXPECT_NEAR(difference, leaf.grad().norm().item<double>(), 0.02 * difference);
 }
 
+/// One layer of a Llama with its head: in float32 the loss and every gradient are those of libtorch's operations.
+TEST_F(TrainOps, AStepInFloatIsThePlainOne) {
+  constexpr int64_t kBatch = 2, kTokens = 50, kHeads = 4, kKvHeads = 2, kSize = 12, kWidth = kHeads * kSize,
+                    kWords = 90;
+  const Tensor angle = torch::arange(kTokens).unsqueeze(1) * torch::tensor({1.0f, 0.3f, 0.1f, 0.03f, 0.01f, 0.003f});
+  const Tensor targets = torch::randint(kWords, {kBatch, kTokens}, torch::kLong);
+  const AttentionRule rule = {.scale = 0.29f};
+  const auto heads = [&](const Tensor& x, int64_t count) { return x.reshape({kBatch, kTokens, count, kSize}); };
+  const auto step = [&](const Tensors& w, auto norm, auto rope, auto attend, auto product, auto gate, auto loss) {
+    const Tensor cosine = angle.cos().to(w[0].scalar_type()), sine = angle.sin().to(w[0].scalar_type());
+    const Tensor x = w[0], y = norm(x, w[1]);
+    const Tensor q = rope(heads(product(y, w[2]), kHeads), cosine, sine);
+    const Tensor k = rope(heads(product(y, w[3]), kKvHeads), cosine, sine);
+    const Tensor mixed = attend(q, k, heads(product(y, w[4]), kKvHeads)).reshape({kBatch, kTokens, kWidth});
+    const Tensor after = x + product(mixed, w[5]), z = norm(after, w[1]);
+    return loss(after + product(gate(product(z, w[6]), product(z, w[7])), w[8]), w[9]);
+  };
+  const Operation ours = [&](const Tensors& w) {
+    return step(
+        w, [](const Tensor& x, const Tensor& weight) { return train::rms_norm(x, weight, 1e-5); },
+        [](const Tensor& x, const Tensor& c, const Tensor& s) { return rotary(x, c, s); },
+        [&](const Tensor& q, const Tensor& k, const Tensor& v) { return attention(q, k, v, rule); },
+        [](const Tensor& x, const Tensor& weight) { return train::linear(x, weight); },
+        [](const Tensor& gate, const Tensor& up) { return gated(Activation::silu, gate, up); },
+        [&](const Tensor& hidden, const Tensor& head) { return linear_cross_entropy(hidden, head, targets); });
+  };
+  const Operation plain = [&](const Tensors& w) {
+    return step(
+        w, [](const Tensor& x, const Tensor& weight) { return plain_rms_norm(x, weight, 1e-5, 0); }, plain_rotary,
+        [&](const Tensor& q, const Tensor& k, const Tensor& v) { return plain_attention(q, k, v, rule); },
+        [](const Tensor& x, const Tensor& weight) { return torch::linear(x, weight); },
+        [](const Tensor& gate, const Tensor& up) { return plain_gated(Activation::silu, gate, up); },
+        [&](const Tensor& hidden, const Tensor& head) { return plain_loss(hidden, head, targets, 0); });
+  };
+  const auto random = [](int64_t out, int64_t in) { return torch::randn({out, in}) * 0.2; };
+  expect_close(ours, plain,
+               {torch::randn({kBatch, kTokens, kWidth}), torch::rand({kWidth}) + 0.5, random(kWidth, kWidth),
+                random(kWidth / 2, kWidth), random(kWidth / 2, kWidth), random(kWidth, kWidth), random(128, kWidth),
+                random(128, kWidth), random(kWidth, 128), random(kWords, kWidth)},
+               1e-5);
+}
+
 TEST_F(TrainOps, SameBitsOnEveryNumberOfThreads) {
   const Tensor q = torch::randn({2, 60, 4, 12}), weight = torch::randn({48}),
                targets = torch::randint(90, {120}, torch::kLong);
   const Operation network = [&](const Tensors& in) {
     const Tensor a = attention(in[0], in[0], in[0], {.scale = 0.3f}).reshape({120, 48});
-    return linear_cross_entropy(gated(Activation::gelu, rms_norm(a, in[1], 1e-5), a), in[2], targets, 0, Compute::bf16);
+    return linear_cross_entropy(gated(Activation::gelu, train::rms_norm(a, in[1], 1e-5), a), in[2], targets, 0,
+                                Compute::bf16);
   };
   const int threads = at::get_num_threads();
   Tensors first;
