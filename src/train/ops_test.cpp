@@ -162,7 +162,8 @@ TEST_F(TrainOps, Gates) {
 TEST_F(TrainOps, Linear) {
   for (const auto& [rows, in_size, out_size] : std::vector<std::array<int64_t, 3>>{{1, 4, 5}, {5, 7, 3}, {33, 70, 129}})
     for (const Compute compute : {Compute::f32, Compute::bf16}) {
-      const double tolerance = compute == Compute::f32 ? sums_of(129) : 2 * kBf16;  // the bias may cancel
+      const double tolerance =
+          compute == Compute::f32 ? sums_of(129) : 4 * kBf16;  // a sum of few, and the bias, may cancel
       const Tensor x = torch::randn({rows, in_size}), w = torch::randn({out_size, in_size}),
                    b = torch::randn({out_size});
       expect_close([&](const Tensors& in) { return train::linear(in[0], in[1], in[2], compute); },
