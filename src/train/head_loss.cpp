@@ -8,6 +8,7 @@
 #include <span>
 #include <vector>
 
+#include "base/dtype.hpp"
 #include "kernels/elementwise.hpp"
 #include "kernels/exponential.hpp"
 #include "kernels/row_gradients.hpp"
@@ -98,11 +99,19 @@ class Rows {
     at::parallel_for(0, hidden.rows, 16, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const std::span d(terms_.get() + at + row * some, static_cast<size_t>(some));
-        scale(d, piece(row, chunk).sum);
+        uint16_t* const rounded = rounded_.get() + (hidden.bf16 ? row * some : 0);
+        const float factor = piece(row, chunk).sum;
         const int64_t target = targets[row] - word;
-        if (target >= 0 && target < some) d[static_cast<size_t>(target)] -= weight;
+        const bool here = target >= 0 && target < some;
+        if (hidden.bf16 && loss_.cap == 0) {  // in one pass
+          round_to_bf16(d.data(), d.size(), rounded, factor);
+          if (here) rounded[target] = f32_to_bf16(d[static_cast<size_t>(target)] * factor - weight);
+          continue;
+        }
+        scale(d, factor);
+        if (here) d[static_cast<size_t>(target)] -= weight;
         if (loss_.cap > 0) soft_cap_gradient(capped_.get() + at + row * some, d.size(), loss_.cap, d.data());
-        if (hidden.bf16) round_to_bf16(d.data(), d.size(), rounded_.get() + row * some);
+        if (hidden.bf16) round_to_bf16(d.data(), d.size(), rounded);
       }
     });
     const Matrix slope = {.data = hidden.bf16 ? static_cast<const void*>(rounded_.get()) : terms_.get() + at,
