@@ -100,6 +100,38 @@ void activate(Activation activation, float* x, const float* factor, size_t count
   }
 }
 
+HWY_INLINE V bounded_lanes(V x) {
+  const V far = hn::Set(kF32, Gelu::kFar);
+  return hn::IfThenElse(hn::Lt(hn::Abs(x), far), x, hn::CopySign(far, x));
+}
+
+void activation_slope(Activation activation, float* x, size_t count) {
+  const V one = hn::Set(kF32, 1.0f), half = hn::Set(kF32, 0.5f);
+  switch (activation) {
+    case Activation::silu:
+      return apply_lanes(x, nullptr, count, [&](V v) HWY_ATTR {
+        const V s = hn::Div(one, hn::Add(one, exponential_lanes(hn::Neg(v))));
+        return hn::Mul(s, hn::Add(one, hn::Mul(v, hn::Sub(one, s))));
+      });
+    case Activation::gelu:
+      return apply_lanes(x, nullptr, count, [&](V v) HWY_ATTR {
+        const V below = hn::Mul(half, hn::Add(one, erf_lanes(hn::Mul(v, hn::Set(kF32, Gelu::kSqrtHalf)))));
+        const V bounded = bounded_lanes(v);
+        const V e = exponential_lanes(hn::Mul(hn::Mul(bounded, bounded), hn::Set(kF32, -0.5f)));
+        return hn::Add(below, hn::Mul(hn::Mul(bounded, e), hn::Set(kF32, Gelu::kSqrtHalfOverPi)));
+      });
+    case Activation::gelu_tanh:
+      return apply_lanes(x, nullptr, count, [&](V v) HWY_ATTR {
+        const V bounded = bounded_lanes(v), root = hn::Set(kF32, Gelu::kSqrt2OverPi);
+        const V square = hn::Mul(hn::Mul(bounded, bounded), hn::Set(kF32, Gelu::kCubic));
+        const V t = tanh_lanes(hn::Mul(hn::Mul(bounded, root), hn::Add(one, square)));
+        const V inner = hn::Mul(root, hn::Add(one, hn::Mul(square, hn::Set(kF32, 3.0f))));
+        const V steep = hn::Mul(hn::Mul(hn::Mul(half, bounded), hn::Sub(one, hn::Mul(t, t))), inner);
+        return hn::Add(hn::Mul(half, hn::Add(one, t)), steep);
+      });
+  }
+}
+
 void soft_cap(float* x, size_t count, float scale, float cap) {
   const float inner = scale / cap;
   apply_lanes(x, nullptr, count,

@@ -43,6 +43,30 @@ void activate(Activation activation, float* x, const float* factor, size_t count
   }
 }
 
+void activation_slope(Activation activation, float* x, size_t count) {
+  switch (activation) {
+    case Activation::silu:  // s (1 + x (1 - s)), s = 1 / (1 + e^-x)
+      return apply(x, nullptr, count, [](float v) {
+        const float s = 1 / (1 + exponential(-v));
+        return s * (1 + v * (1 - s));
+      });
+    case Activation::gelu:  // the normal distribution's function, and x times its density
+      return apply(x, nullptr, count, [](float v) {
+        const float below = 0.5f * (1 + error_function(v * Gelu::kSqrtHalf));
+        const float bounded = std::abs(v) < Gelu::kFar ? v : std::copysign(Gelu::kFar, v);
+        return below + bounded * exponential(bounded * bounded * -0.5f) * Gelu::kSqrtHalfOverPi;
+      });
+    case Activation::gelu_tanh:
+      return apply(x, nullptr, count, [](float v) {
+        const float bounded = std::abs(v) < Gelu::kFar ? v : std::copysign(Gelu::kFar, v);
+        const float square = bounded * bounded * Gelu::kCubic;
+        const float t = hyperbolic_tangent(bounded * Gelu::kSqrt2OverPi * (1 + square));
+        const float inner = Gelu::kSqrt2OverPi * (1 + square * 3);
+        return 0.5f * (1 + t) + 0.5f * bounded * (1 - t * t) * inner;
+      });
+  }
+}
+
 void soft_cap(float* x, size_t count, float scale, float cap) {
   const float inner = scale / cap;
   for (size_t i = 0; i < count; ++i) x[i] = hyperbolic_tangent(x[i] * inner) * cap;
@@ -84,6 +108,10 @@ void rotate_halves(float* x, std::span<const float> cosine, const float* sine) {
 
 void add(std::span<float> x, const float* y) {
   for (size_t i = 0; i < x.size(); ++i) x[i] += y[i];
+}
+
+void multiply(std::span<float> x, const float* y) {
+  for (size_t i = 0; i < x.size(); ++i) x[i] *= y[i];
 }
 
 void scale(std::span<float> x, float factor) {

@@ -7,7 +7,7 @@
 namespace bitwright {
 
 // No fused multiply-add and a fixed order of sums: the bits do not depend on how a compiler vectorises.
-// The first three are the definitions of what KernelLevel has under the same names.
+// The first four are the definitions of what KernelLevel has under the same names.
 
 enum class Activation : uint8_t {
   silu,       ///< x / (1 + e^-x)
@@ -17,6 +17,9 @@ enum class Activation : uint8_t {
 
 /// x[i] = activation(x[i]) * factor[i]; a null `factor` stands for ones.
 void activate(Activation activation, float* x, const float* factor, size_t count);
+
+/// x[i] = the derivative of the activation at x[i].
+void activation_slope(Activation activation, float* x, size_t count);
 
 /// x[i] = cap * tanh(scale * x[i] / cap).
 void soft_cap(float* x, size_t count, float scale, float cap);
@@ -37,6 +40,9 @@ void rotate_halves(float* x, std::span<const float> cosine, const float* sine);
 
 /// x[i] += y[i].
 void add(std::span<float> x, const float* y);
+
+/// x[i] *= y[i].
+void multiply(std::span<float> x, const float* y);
 
 /// x[i] *= factor.
 void scale(std::span<float> x, float factor);

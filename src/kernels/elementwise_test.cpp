@@ -130,6 +130,39 @@ TEST(KernelsElementwise, Activations) {
     });
 }
 
+double exact_slope(Activation activation, double x) {
+  const double root = std::sqrt(2 / std::acos(-1.0));
+  switch (activation) {
+    case Activation::silu: {
+      const double s = 1 / (1 + std::exp(-x));
+      return s + x * s * (1 - s);
+    }
+    case Activation::gelu:
+      return 0.5 * (1 + std::erf(x / std::sqrt(2.0))) + x * root / 2 * std::exp(-x * x / 2);
+    case Activation::gelu_tanh: {
+      const double t = std::tanh(root * (x + 0.044715 * x * x * x));
+      return 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * root * (1 + 3 * 0.044715 * x * x);
+    }
+  }
+  return 0;
+}
+
+TEST(KernelsElementwise, ActivationSlopes) {
+  for (const Activation activation : kActivations) {
+    for_magnitudes(80, [&](float x) {
+      float slope = x;
+      activation_slope(activation, &slope, 1);
+      ASSERT_NEAR(double{slope}, exact_slope(activation, double{x}), 2e-6) << x;
+    });
+    for (const float x : {1e4f, std::numeric_limits<float>::max()}) {
+      float ends[] = {x, -x};
+      activation_slope(activation, ends, 2);
+      EXPECT_EQ(ends[0], 1);
+      EXPECT_EQ(ends[1], 0);
+    }
+  }
+}
+
 TEST(KernelsElementwise, SoftCap) {
   std::vector<float> x = {-1000, -3, 0, 0.1f, 7, 1e9f};
   const std::vector<float> before = x;
@@ -169,6 +202,12 @@ TEST(KernelsElementwise, SameBitsOnEveryLevel) {
           level.activate(activation, y.data(), factor, count);
           EXPECT_EQ(std::memcmp(y.data(), expected.data(), count * sizeof(float)), 0) << level.name << ", " << count;
         }
+      for (const Activation activation : kActivations) {
+        std::vector<float> expected = some, y = some;
+        activation_slope(activation, expected.data(), count);
+        level.activation_slope(activation, y.data(), count);
+        EXPECT_EQ(std::memcmp(y.data(), expected.data(), count * sizeof(float)), 0) << level.name << ", " << count;
+      }
       std::vector<float> expected = some, y = some;
       soft_cap(expected.data(), count, 0.3f, 30);
       level.soft_cap(y.data(), count, 0.3f, 30);
@@ -180,6 +219,12 @@ TEST(KernelsElementwise, SameBitsOnEveryLevel) {
       EXPECT_EQ(y, expected) << level.name << ", " << count;  // what stands behind has not changed
     }
   }
+}
+
+TEST(KernelsElementwise, Products) {
+  std::vector<float> x = {1, -2, 3};
+  multiply(x, std::vector<float>{2, 3, 0.5f}.data());
+  EXPECT_EQ(x, (std::vector<float>{2, -6, 1.5f}));
 }
 
 TEST(KernelsElementwise, RotateHalves) {

@@ -43,6 +43,7 @@ struct KernelLevel {
   void (*multiply_vector)(const PackedMatrix& w, size_t panel_begin, size_t panel_end, const float* x, float* y);
   // As elementwise.hpp defines them.
   void (*activate)(Activation activation, float* x, const float* factor, size_t count);
+  void (*activation_slope)(Activation activation, float* x, size_t count);
   void (*soft_cap)(float* x, size_t count, float scale, float cap);
   float (*softmax_terms)(float* scores, size_t count, float scale);
 

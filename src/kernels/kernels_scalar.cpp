@@ -97,6 +97,7 @@ const KernelLevel scalar_kernel_level = {
     .expand = expand,
     .multiply_vector = multiply_vector,
     .activate = activate,
+    .activation_slope = activation_slope,
     .soft_cap = soft_cap,
     .softmax_terms = softmax_terms,
     .find_extremes = find_extremes,

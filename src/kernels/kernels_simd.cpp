@@ -31,6 +31,7 @@ constexpr KernelLevel level(std::string_view name, bool (*usable)()) {
           .expand = expand,
           .multiply_vector = multiply_vector,
           .activate = activate,
+          .activation_slope = activation_slope,
           .soft_cap = soft_cap,
           .softmax_terms = softmax_terms,
           .find_extremes = find_extremes,

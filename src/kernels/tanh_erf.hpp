@@ -55,6 +55,8 @@ inline float error_function(float x) {
 
 struct Gelu {
   static constexpr float kSqrtHalf = 0.70710678118654752f, kSqrt2OverPi = 0.79788456080286536f, kCubic = 0.044715f;
+  static constexpr float kSqrtHalfOverPi = 0.39894228040143268f;  ///< 1 / sqrt(2 pi)
+  static constexpr float kFar = 16;                               ///< from here on the slope is 0 or 1
 };
 
 }  // namespace bitwright
