@@ -121,7 +121,7 @@ void fake_quantize_groups(const FakeGroups& q, DType type, std::byte* out) {
     const Grid grid(q, g);
     for (size_t i = g * q.size; i < (g + 1) * q.size; ++i) {
       const float rounded = std::nearbyint(load(q.dtype, q.values, i) * grid.inverse);
-      store(type, std::min(std::max(grid.lowest, rounded), grid.highest) * grid.scale, out, i);
+      store(type, std::min(grid.highest, std::max(grid.lowest, rounded)) * grid.scale, out, i);
     }
   }
 }
@@ -134,7 +134,7 @@ void fake_quantize_gradients(const FakeGroups& q, DType type, const std::byte* g
     for (size_t j = 0; j < q.size; ++j) {
       const size_t i = g * q.size + j;
       const float quotient = load(q.dtype, q.values, i) * grid.inverse, rounded = std::nearbyint(quotient);
-      const float code = std::min(std::max(grid.lowest, rounded), grid.highest), slope = load(type, gradient, i);
+      const float code = std::min(grid.highest, std::max(grid.lowest, rounded)), slope = load(type, gradient, i);
       const bool inside = rounded >= grid.lowest && rounded <= grid.highest;
       scale[j % kPanel] = std::fma(slope, inside ? code - quotient : code, scale[j % kPanel]);
       clipped[j % kPanel] += inside ? 0 : slope;

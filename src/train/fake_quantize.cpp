@@ -242,12 +242,10 @@ QuantizedTensor quantize_with(const Scheme& scheme, const Tensor& x, const Tenso
 }
 
 Tensor stored_scale(const Tensor& scale, DType type) {
-  const torch::NoGradGuard no_gradient;
   const bool half = type == DType::f16;
   const Tensor positive = scale.detach().to(torch::kFloat).clamp_min(half ? 0x1p-24 : 0x1p-126);
   const auto narrow = half ? torch::kHalf : type == DType::bf16 ? torch::kBFloat16 : torch::kFloat;
   const Tensor stored = positive.clamp_max(half ? 65504.0 : 3e38).to(narrow).to(torch::kFloat);
-  const torch::AutoGradMode gradient(true);
   return StraightThrough::apply(scale, StraightThrough::Result{stored, {}});
 }
 

@@ -15,12 +15,11 @@ struct InputQuantization {
   ObserverSettings observer{};
 };
 
-/// A layer that computes with fake-quantized weights and inputs. What learns and what was observed is registered in the
-/// layer's module, in f32 (observed ranges: doubles).
+/// A layer that computes with fake-quantized weights and inputs.
 class FakeQuantizedLinear : public LinearBehaviour {
  public:
   enum class Start : uint8_t { search, lsq };
-  /// Registers its parameters and buffers with `layer`, which must outlive it and have no behaviour.
+  /// layer: outlives it and has no behaviour.
   /// plan: with a scheme; learned_scales needs an integer_grid() of it.
   FakeQuantizedLinear(torch::nn::LinearImpl& layer, TensorPlan plan, bool learned_scales, Start start,
                       InputQuantization input);
@@ -33,8 +32,9 @@ class FakeQuantizedLinear : public LinearBehaviour {
   QuantizedTensor quantized() const;
   /// What it does to its inputs. Throws Error{"no-data"}.
   QuantizedLinear linear() const;
-  /// Takes away what the constructor registered.
-  void forget();
+  /// Parameters weight_scale, weight_zero, input_scale, input_zero (f32) and the buffer input_range (doubles), as far
+  /// as it has them.
+  const std::shared_ptr<torch::nn::Module>& learned() const { return learned_; }
 
  private:
   void start_weight(Start start);
@@ -49,10 +49,10 @@ class FakeQuantizedLinear : public LinearBehaviour {
   InputQuantization input_;
   torch::Tensor weight_{}, scale_{}, zero_{}, input_scale_{}, input_zero_{};
   std::unique_ptr<Observer> observer_{};
-  std::vector<std::string> registered_{};
+  std::shared_ptr<torch::nn::Module> learned_ = std::make_shared<torch::nn::Module>("fake_quantize");
 };
 
-/// The layer learns so from now on.
+/// The layer learns so from now on; learned() is its module "fake_quantize".
 void attach_fake_quantized(torch::nn::LinearImpl& layer, const std::shared_ptr<FakeQuantizedLinear>& behaviour);
 /// libtorch computes the layer again, with the floats that learned; nothing is registered beside them.
 void detach_fake_quantized(torch::nn::LinearImpl& layer);

@@ -42,8 +42,9 @@ struct QatLayers {
 };
 
 /// Linear layers compute with fake-quantized weights from now on. Their floats stay the parameter "weight"; what else
-/// learns is beside it ("weight_scale", "weight_zero", "input_scale", "input_zero"), and so are observed ranges (the
-/// buffer "input_range"): optimizers and checkpoints have them all. Create the optimizer afterwards.
+/// learns is in a module beside it ("fake_quantize.weight_scale", .weight_zero, .input_scale, .input_zero), and so are
+/// observed ranges (the buffer .input_range): optimizers and checkpoints have them all. Create the optimizer
+/// afterwards.
 /// Throws Error: "already-quantized", "bad-value" (exit status 2), "nothing-to-quantize". The module is then as it was.
 QatLayers prepare_model_for_qat(torch::nn::Module& module, const QatConfig& config = {});
 
