@@ -1,5 +1,5 @@
 // What quantization-aware training wins back: validation loss of the bundled model in floats, rounded, and after QAT.
-// train_qat_bench TRAINING_TEXT VALIDATION_TEXT [KEY=VALUE]… ; lines of JSON.
+// train_qat_bench TRAINING_TEXT VALIDATION_TEXT [KEY=VALUE]… or train_qat_bench speed weights; lines of JSON.
 #include <fmt/format.h>
 #include <torch/torch.h>
 
@@ -12,11 +12,13 @@
 
 #include "base/error.hpp"
 #include "base/threads.hpp"
+#include "benchmarks/measure.hpp"
 #include "bitwright/torch/qat.hpp"
 #include "evaluate/evaluate.hpp"
 #include "tokenizer/tokenizer.hpp"
 #include "train/adamw.hpp"
 #include "train/causal_lm.hpp"
+#include "train/fake_quantize.hpp"
 
 namespace bitwright {
 namespace {
@@ -142,6 +144,25 @@ void run(const std::string& training_text, const std::string& validation_text) {
   }
 }
 
+/// What the weights of a step cost: fake quantization and its gradients of 15 million, in processor seconds.
+void time_weights() {
+  const Scheme scheme = {.element = &integer_element(4, true),
+                         .scale = parameter(Grouping::channel(), plain(DType::f16))};
+  const train::IntegerGrid grid = *train::integer_grid(scheme);
+  const torch::Tensor w = torch::randn({30000, 500}).requires_grad_(), slope = torch::randn_like(w);
+  const torch::Tensor scale = torch::full({30000}, 0.3f).requires_grad_();
+  const auto forward = [&](torch::ScalarType type) { return train::fake_quantize(w, scale, {}, grid, 1, type); };
+  OrderedJson line;
+  for (const auto& [name, type] : {std::pair("float32", torch::kFloat), std::pair("bfloat16", torch::kBFloat16)}) {
+    line[name]["forward"] = best_seconds([&] { forward(type); });
+    const torch::Tensor y = forward(type), g = slope.to(type);
+    line[name]["backward"] = best_seconds([&] { torch::autograd::grad({y}, {w, scale}, {g}, /*retain_graph=*/true); });
+  }
+  const torch::NoGradGuard no_gradient;
+  line["computed"]["forward"] = best_seconds([&] { train::fake_quantize(w, train::quantizer(scheme)); });
+  fmt::print("{}\n", line.dump());
+}
+
 }  // namespace
 }  // namespace bitwright
 
@@ -160,7 +181,10 @@ int main(int argc, char** argv) {
   at::set_num_threads(threads);
   bitwright::set_thread_count(static_cast<size_t>(threads));
   try {
-    bitwright::run(argv[1], argv[2]);
+    if (std::string_view(argv[1]) == "speed")
+      bitwright::time_weights();
+    else
+      bitwright::run(argv[1], argv[2]);
   } catch (const bitwright::Error& error) {
     fmt::print(stderr, "{}\n", error.what());
     return 1;

@@ -1,5 +1,6 @@
 #include "bitwright/torch/qat.hpp"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <sstream>
@@ -248,7 +249,7 @@ TEST(Qat, BundledModelConverts) {
   {
     const torch::NoGradGuard no_gradient;
     for (const Tensor& p : model.parameters())
-      if (p.grad().defined()) p -= 1e-2 * p.grad();
+      if (p.grad().defined()) p.sub_(1e-2 * p.grad());
   }
   model.eval();
   const torch::NoGradGuard no_gradient;
