@@ -64,9 +64,11 @@ FakeTensor fake_tensor(const Tensor& x, const Tensor& scale, const Tensor& zero,
 Tensor parameters_of(const Tensor& t) { return t.defined() ? t.to(torch::kFloat).contiguous() : t; }
 
 struct FakeIntegers : Function<FakeIntegers> {
-  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& scale, const Tensor& zero,
-                        const IntegerGrid& grid, double factor, torch::ScalarType type) {
-    const Tensor from = readable(x), s = parameters_of(scale), z = parameters_of(zero);
+  /// zero: undefined tensors are no arguments of a Function.
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& scale,
+                        const c10::optional<Tensor>& zero, const IntegerGrid& grid, double factor,
+                        torch::ScalarType type) {
+    const Tensor from = readable(x), s = parameters_of(scale), z = parameters_of(zero.value_or(Tensor()));
     context->save_for_backward({from, s, z});
     context->saved_data["axis"] =
         std::vector<int64_t>{static_cast<int64_t>(grid.grouping.kind), grid.grouping.axis, grid.grouping.size};
@@ -190,7 +192,8 @@ std::optional<IntegerGrid> integer_grid(const Scheme& scheme) {
 Tensor fake_quantize(const Tensor& x, const Tensor& scale, const Tensor& zero, const IntegerGrid& grid,
                      double gradient_factor, Type type) {
   if (x.numel() == 0) return x;
-  return FakeIntegers::apply(x, scale, zero, grid, gradient_factor, type.value_or(x.scalar_type()));
+  const auto points = zero.defined() ? c10::optional<Tensor>(zero) : c10::nullopt;
+  return FakeIntegers::apply(x, scale, points, grid, gradient_factor, type.value_or(x.scalar_type()));
 }
 
 double lsq_factor(const IntegerGrid& grid, torch::IntArrayRef shape) {
