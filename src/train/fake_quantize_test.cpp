@@ -93,8 +93,9 @@ TEST(FakeQuantize, WhatASearchedRangeLeavesOutHasNoGradient) {
     const Tensor y = fake_quantize(w, quantizer(c.scheme, RangeRule::mse), /*clips=*/true);
     EXPECT_TRUE(torch::equal(y, decoded(encoded)));
     y.sum().backward();
-    const bool clipped = y[0][3].item<float>() < 0.3f;
-    EXPECT_EQ(w.grad()[0][3].item<float>(), clipped ? 0 : 1);
+    const Tensor left_out = w.grad() == 0;
+    EXPECT_TRUE((y.abs() < w.abs()).masked_select(left_out).all().item<bool>());
+    EXPECT_TRUE(y[0][3].item<float>() > 0.3f || left_out[0][3].item<bool>());
     EXPECT_GT(w.grad().sum().item<float>(), 150);
   }
 }

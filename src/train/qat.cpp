@@ -142,6 +142,11 @@ QatLayers prepare_model_for_qat(torch::nn::Module& module, const QatConfig& conf
     bad_config(fmt::format("format: there is no container '{}'", printable(config.format)), "see `bitwright formats`");
   const ModulePlan plan = plan_module(module, request_of(config), container);
   for (const LayerPlan& layer : plan.layers) require_plain(layer);
+  if (std::ranges::none_of(plan.layers, [](const LayerPlan& layer) { return layer.plan.scheme.has_value(); }))
+    throw Error({.code = "nothing-to-quantize",
+                 .what = "nothing to quantize",
+                 .why = "no layer has a method",
+                 .status = ExitStatus::usage});
   QatLayers out = {.settings = plan.settings};
   for (const Warning& warning : plan.warnings) out.warnings.push_back(warning.message);
   std::vector<std::shared_ptr<FakeQuantizedLinear>> learning;
