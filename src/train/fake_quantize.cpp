@@ -142,7 +142,10 @@ Tensor within_range(const Tensor& x, const QuantizedTensor& t) {
       const size_t stop = std::min(end, i + static_cast<size_t>(groups.run_length(at)));
       const float scale = decoder.scales()[g], inverse = scale == 0 ? 0 : 1 / scale;
       const float zero = has_zero ? decoder.offsets()[g] : 0;
-      const float lowest = t.scheme.element->lowest - zero, highest = t.scheme.element->highest - zero;
+      // A float's scale is rounded, so that the largest value may be a little beyond.
+      const float slack = integer ? 1.0f : 1 + 0x1p-20f;
+      const float lowest = (t.scheme.element->lowest - zero) * slack;
+      const float highest = (t.scheme.element->highest - zero) * slack;
       for (; i < stop; ++i) {
         const float code = integer ? std::nearbyint(values[i] * inverse) : values[i] * inverse;
         inside[i] = code >= lowest && code <= highest;
