@@ -139,26 +139,11 @@ GroupEncoder::GroupEncoder(const Scheme& scheme, const Shape& shape, RangeRule r
       scheme_.element->kind == ElementKind::integer && (encoding_.scale_dtype || !scheme_.scale->scheme->is_plain());
 }
 
-template <class Use>
-void GroupEncoder::for_each_stretch(int64_t begin, int64_t end, Use use) const {
-  const bool whole_lines = runs_.line % runs_.size == 0;
-  for (int64_t g = begin; g < end;) {
-    const int64_t line_end = (g / runs_.groups_a_line + 1) * runs_.groups_a_line;
-    int64_t stop = whole_lines ? end : std::min(end, line_end);
-    const bool has_short = !whole_lines && stop == line_end;
-    if (has_short && stop - g > 1) --stop;
-    const int64_t size = runs_.end_of(stop - 1) - runs_.start(stop - 1);
-    use(static_cast<size_t>(g - begin), static_cast<size_t>(runs_.start(g) - runs_.start(begin)),
-        static_cast<size_t>(size), static_cast<size_t>(stop - g));
-    g = stop;
-  }
-}
-
 bool GroupEncoder::ranges(int64_t begin, int64_t end, WeightView weight, std::span<Range> out) const {
   const size_t bytes = size_bytes(weight.dtype);
   thread_local std::vector<float> scratch;
   bool finite = true;
-  for_each_stretch(begin, end, [&](size_t g, size_t first, size_t size, size_t groups) {
+  for_each_stretch(runs_, begin, end, [&](size_t g, size_t first, size_t size, size_t groups) {
     const std::byte* const values = &weight.bytes[first * bytes];
     const bool search = rule_ == RangeRule::mse;
     if (search && has_search_ && size <= static_cast<size_t>(kLongestSearch)) {
@@ -199,7 +184,7 @@ void GroupEncoder::codes(int64_t begin, int64_t end, WeightView weight, const fl
                          std::byte* out) const {
   const size_t bytes = size_bytes(weight.dtype);
   const bool flat = scheme_.scale->grouping.kind == Grouping::Kind::flat;
-  for_each_stretch(begin, end, [&](size_t g, size_t first, size_t size, size_t groups) {
+  for_each_stretch(runs_, begin, end, [&](size_t g, size_t first, size_t size, size_t groups) {
     const WeightView values = {weight.dtype, weight.bytes.subspan(first * bytes, size * groups * bytes)};
     codes_of(values, size, groups, flat && static_cast<int64_t>(size) < scheme_.scale->grouping.size, scales + g,
              zeros == nullptr ? nullptr : zeros + g, out + first);

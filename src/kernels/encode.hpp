@@ -1,5 +1,6 @@
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <optional>
 
@@ -20,6 +21,22 @@ struct GroupRuns {
     return next % groups_a_line == 0 ? next / groups_a_line * line : start(next);
   }
 };
+/// use(first group - begin, first element - that of `begin`, elements a group, groups) for stretches of equally long
+/// groups among [begin, end).
+template <class Use>
+void for_each_stretch(const GroupRuns& runs, int64_t begin, int64_t end, Use use) {
+  const bool whole_lines = runs.line % runs.size == 0;
+  for (int64_t g = begin; g < end;) {
+    const int64_t line_end = (g / runs.groups_a_line + 1) * runs.groups_a_line;
+    int64_t stop = whole_lines ? end : std::min(end, line_end);
+    const bool has_short = !whole_lines && stop == line_end;
+    if (has_short && stop - g > 1) --stop;
+    const int64_t size = runs.end_of(stop - 1) - runs.start(stop - 1);
+    use(static_cast<size_t>(g - begin), static_cast<size_t>(runs.start(g) - runs.start(begin)),
+        static_cast<size_t>(size), static_cast<size_t>(stop - g));
+    g = stop;
+  }
+}
 /// Nothing for other groupings, and for tensors without elements.
 std::optional<GroupRuns> group_runs(const Grouping& grouping, const Shape& shape);
 
@@ -82,11 +99,6 @@ class GroupEncoder {
   /// Values of groups that have `size` elements each.
   void codes_of(WeightView values, size_t size, size_t groups, bool short_block, const float* scales,
                 const float* zeros, std::byte* out) const;
-  /// use(first group - begin, first element - that of `begin`, elements a group, groups) for stretches of equally long
-  /// groups.
-  template <class Use>
-  void for_each_stretch(int64_t begin, int64_t end, Use use) const;
-
   Scheme scheme_;
   GroupRuns runs_;
   RangeRule rule_;

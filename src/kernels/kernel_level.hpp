@@ -10,6 +10,7 @@ namespace bitwright {
 struct GroupEncoding;
 struct GroupDecoding;
 struct GroupNumbers;
+struct FakeGroups;
 struct PackedMatrix;
 enum class Activation : uint8_t;
 struct Range;
@@ -67,6 +68,12 @@ struct KernelLevel {
   /// Adds (w - decoded)^2 and w^2 of element i, fused, to partial sum i % kPanel.
   void (*add_squares)(DType dtype, const std::byte* original, const float* decoded, size_t count,
                       double (&difference)[kPanel], double (&norm)[kPanel]);
+
+  // Training, as fake_quantize.hpp defines it.
+  void (*fake_quantize_groups)(const FakeGroups& q, DType type, std::byte* out);
+  /// Sums over each group: of what belongs to its scale, and of the gradients of clipped values.
+  void (*fake_quantize_gradients)(const FakeGroups& q, DType type, const std::byte* gradient, std::byte* out,
+                                  float* scale_sums, float* clipped_sums);
 };
 
 std::span<const KernelLevel> kernel_levels();

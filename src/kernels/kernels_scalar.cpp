@@ -5,6 +5,7 @@
 #include "kernels/decode.hpp"
 #include "kernels/elementwise.hpp"
 #include "kernels/encode.hpp"
+#include "kernels/fake_quantize.hpp"
 #include "kernels/packed_matrix.hpp"
 #include "kernels/rows.hpp"
 
@@ -107,6 +108,8 @@ const KernelLevel scalar_kernel_level = {
     .encode_table = encode_table,
     .decode_groups = decode_groups,
     .add_squares = add_squares,
+    .fake_quantize_groups = fake_quantize_groups,
+    .fake_quantize_gradients = fake_quantize_gradients,
 };
 
 }  // namespace bitwright

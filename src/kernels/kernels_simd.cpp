@@ -11,6 +11,7 @@
 #undef BITWRIGHT_KERNELS_DECODE_INL
 #undef BITWRIGHT_KERNELS_ELEMENTWISE_INL
 #undef BITWRIGHT_KERNELS_ENCODE_INL
+#undef BITWRIGHT_KERNELS_FAKE_QUANTIZE_INL
 #undef BITWRIGHT_KERNELS_LANES_INL
 #undef BITWRIGHT_KERNELS_TILE_INL
 #undef BITWRIGHT_KERNELS_VECTOR_INL
@@ -18,6 +19,7 @@
 #include "kernels/decode-inl.hpp"
 #include "kernels/elementwise-inl.hpp"
 #include "kernels/encode-inl.hpp"
+#include "kernels/fake_quantize-inl.hpp"
 #include "kernels/tile-inl.hpp"
 #include "kernels/vector-inl.hpp"
 
@@ -40,7 +42,9 @@ constexpr KernelLevel level(std::string_view name, bool (*usable)()) {
           .encode_integers = encode_integers,
           .encode_table = encode_table,
           .decode_groups = decode_groups,
-          .add_squares = add_squares};
+          .add_squares = add_squares,
+          .fake_quantize_groups = fake_quantize_groups,
+          .fake_quantize_gradients = fake_quantize_gradients};
 }
 
 }  // namespace bitwright::HWY_NAMESPACE
