@@ -122,7 +122,7 @@ LayerRule rule_of(const QuantizationConfig& whole, const std::string& pattern, c
 
 TensorFacts facts_of(const std::string& path, const torch::nn::LinearImpl& layer) {
   const DType dtype = dtype_of(layer.weight.scalar_type());
-  return {.name = weight_name(path),
+  return {.name = path + ".weight",
           .shape = layer.weight.sizes().vec(),
           .is_float = torch::isFloatingType(layer.weight.scalar_type()),
           .bytes = size_bytes(dtype),
@@ -160,7 +160,7 @@ void check_fit_together(const ModulePlan& plan, const Container& container) {
 
 }  // namespace
 
-std::string weight_name(const std::string& path) { return path + ".weight"; }
+std::string weight_name(const std::string& path) { return path.empty() ? "weight" : path + ".weight"; }
 
 DType dtype_of(torch::ScalarType type) {
   if (type == torch::kHalf) return DType::f16;
