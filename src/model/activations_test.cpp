@@ -66,8 +66,12 @@ TEST(ModelActivations, AModelWhoseInputsAreQuantizedRunsThatWay) {
   std::vector<Warning> warnings;
   const auto logits = [&](const std::string& format, bool weight_only) {
     QuantizationRequest request;
-    request.settings = {
-        .granularity = "channel", .scale_dtype = "float32", .bits = 8, .symmetric = true, .weight_only = weight_only};
+    request.settings = {.method = "int8",
+                        .granularity = "channel",
+                        .scale_dtype = "float32",
+                        .bits = 8,
+                        .symmetric = true,
+                        .weight_only = weight_only};
     const std::filesystem::path out = dir / (format + (weight_only ? "-w8" : "-w8a8"));
     quantize(source, request, {.output = {.output = out}, .verify = false, .container = find_container(format)},
              warnings);
