@@ -8,20 +8,30 @@ export CMAKE_GENERATOR=Ninja  # a fresh machine has no make
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-# block LANGUAGE: the page's first block in it
-block() { awk -v fence="\`\`\`$1" '$0 == fence && !done { shown = 1; next } /^```/ && shown { shown = 0; done = 1 } shown' "$page"; }
+# block LANGUAGE N: the page's Nth block in it
+block() { awk -v fence="\`\`\`$1" -v n="$2" '$0 == fence { shown = ++seen == n; next } /^```/ { shown = 0 } shown' "$page"; }
+# project N: the page's Nth program, built against what was installed
+project() {
+  mkdir "$scratch/project$1"
+  block cmake "$1" >"$scratch/project$1/CMakeLists.txt"
+  block cpp "$1" >"$scratch/project$1/main.cpp"
+  block text "$1" >"$scratch/expected$1"
+  { cmake -S "$scratch/project$1" -B "$scratch/project$1/build" -DCMAKE_PREFIX_PATH="$scratch/prefix" \
+      -DCMAKE_CXX_FLAGS="$flags -Wall -Wextra -Werror" && cmake --build "$scratch/project$1/build"; } \
+    >"$scratch/log" 2>&1 || { cat "$scratch/log"; exit 1; }
+}
+flags=${2:-}
 
 cmake --install "$build" --prefix "$scratch/prefix" >"$scratch/log" || { cat "$scratch/log"; exit 1; }
-mkdir "$scratch/project"
-block cmake >"$scratch/project/CMakeLists.txt"
-block cpp >"$scratch/project/main.cpp"
-block text >"$scratch/expected"
-{ cmake -S "$scratch/project" -B "$scratch/project/build" -DCMAKE_PREFIX_PATH="$scratch/prefix" \
-    -DCMAKE_CXX_FLAGS="${2:-} -Wall -Wextra -Werror" && cmake --build "$scratch/project/build"; } >"$scratch/log" || { cat "$scratch/log"; exit 1; }
-(cd "$scratch" && ./project/build/advise) | diff "$scratch/expected" -
-if (cd "$scratch" && ./project/build/advise missing/model) >/dev/null 2>"$scratch/error"; then
+project 1
+(cd "$scratch" && ./project1/build/advise) | diff "$scratch/expected1" -
+if (cd "$scratch" && ./project1/build/advise missing/model) >/dev/null 2>"$scratch/error"; then
   echo "a model that is not there was accepted"
   exit 1
 fi
 grep -q '^error: ' "$scratch/error"
 "$scratch/prefix/bin/bitwright" --version
+if [ -e "$(find "$scratch/prefix" -name BitwrightTorchTargets.cmake)" ]; then
+  project 2
+  (cd "$scratch" && ./project2/build/shrink) | diff "$scratch/expected2" -
+fi

@@ -235,7 +235,20 @@ struct Checkpoint::Impl {
     }
   }
 
+  /// A file given by itself may carry its documents. Those beside it are another model's then.
+  bool read_carried() {
+    const Json* const carried = fs::is_directory(path) ? nullptr : mapped.front().documents();
+    if (carried == nullptr) return false;
+    config = carried->value("config.json", Json::object());
+    metadata = carried->value(kMetadata, Json::object());
+    for (const Container* each : all_containers())
+      for (const std::string_view name : each->files)
+        if (const auto found = carried->find(name); found != carried->end()) documents[std::string(name)] = *found;
+    return true;
+  }
+
   void read_json_files() {
+    if (read_carried()) return;
     if (fs::exists(directory / "config.json")) {
       config = read_json_object(directory / "config.json");
     } else if (fs::is_directory(path)) {

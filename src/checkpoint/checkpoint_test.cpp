@@ -50,6 +50,22 @@ const std::string kGood = safetensors(
     R"({"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,16]},"b":{"dtype":"BF16","shape":[3],"data_offsets":[16,22]}})",
     std::string(22, '\1'));
 
+TEST(Safetensors, MayCarryTheDocumentsOfItsModel) {
+  const TemporaryDirectory dir;
+  const std::vector<float> numbers = {1, 2};
+  SafetensorsWriter writer(dir / "one.safetensors", {{"a.weight", DType::f32, {2}}},
+                           {{"config.json", {{"model_type", "toy"}}}});
+  writer.add(std::as_bytes(std::span(numbers)));
+  writer.finish();
+  write_file(dir / "config.json", R"({"model_type": "another"})");
+  const Checkpoint checkpoint(dir / "one.safetensors");
+  EXPECT_EQ(checkpoint.config()["model_type"], "toy");
+  EXPECT_EQ(checkpoint.read_f32(*checkpoint.find("a.weight")), numbers);
+  EXPECT_EQ(code_of(safetensors(R"({"__metadata__":{"config.json":"{}","x":"y"}})", "")), "none");
+  EXPECT_EQ(code_of(safetensors(R"({"__metadata__":{"config.json":"[]"}})", "")), "bad-safetensors");
+  EXPECT_NE(code_of(safetensors(R"({"__metadata__":{"config.json":"{"}})", "")), "none");
+}
+
 TEST(Safetensors, ReadsInDataOrder) {
   const auto arrays = parse_safetensors(std::as_bytes(std::span(kGood)), "file");
   ASSERT_EQ(arrays.size(), 2u);

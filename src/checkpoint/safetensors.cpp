@@ -26,7 +26,7 @@ class HeaderReader {
  public:
   HeaderReader(std::span<const std::byte> file, const std::string& where) : file_(file), where_(where) {}
 
-  std::vector<StoredArray> read() {
+  WeightContents read() {
     const uint64_t header = header_length();
     const std::string_view text(reinterpret_cast<const char*>(file_.data()) + kLengthBytes, header);
     data_ = file_.subspan(kLengthBytes + header);
@@ -35,7 +35,11 @@ class HeaderReader {
     for (const auto& [name, value] : json.items())
       if (name != "__metadata__") add(name, value);
     check_layout();
-    return std::move(arrays_);
+    return {.arrays = std::move(arrays_),
+            .owned = {},
+            .facts = nullptr,
+            .values = nullptr,
+            .documents = documents_of(json.value("__metadata__", Json()))};
   }
 
  private:
@@ -48,6 +52,18 @@ class HeaderReader {
   }
   [[noreturn]] void fail(const std::string& name, const std::string& why) const {
     fail(fmt::format("tensor '{}' {}", printable(name), why));
+  }
+
+  /// Texts named as JSON files are the model's: what stands beside the weights in a directory.
+  std::shared_ptr<const Json> documents_of(const Json& metadata) const {
+    Json documents = Json::object();
+    if (metadata.is_object())
+      for (const auto& [name, text] : metadata.items()) {
+        if (!name.ends_with(".json") || !text.is_string()) continue;
+        documents[name] = parse_json(text.get_ref<const std::string&>(), where_ + " (" + printable(name) + ")");
+        if (!documents[name].is_object()) fail(fmt::format("'{}' in its metadata is no object", printable(name)));
+      }
+    return documents.empty() ? nullptr : std::make_shared<const Json>(std::move(documents));
   }
 
   uint64_t header_length() const {
@@ -130,8 +146,11 @@ uint64_t data_bytes(std::span<const ArraySpec> arrays) {
 }
 
 /// All that comes before the data.
-std::string header_of(std::span<const ArraySpec> arrays, std::string_view format) {
-  std::string text = fmt::format(R"({{"__metadata__":{{"format":"{}"}})", format);
+std::string header_of(std::span<const ArraySpec> arrays, std::string_view format,
+                      const std::map<std::string, OrderedJson>& documents = {}) {
+  OrderedJson metadata = {{"format", format}};
+  for (const auto& [name, document] : documents) metadata[name] = document.dump();
+  std::string text = R"({"__metadata__":)" + metadata.dump();
   uint64_t offset = 0;
   for (const ArraySpec& array : arrays) {
     const OrderedJson entry = {{"dtype", info(array.dtype).safetensors},
@@ -161,7 +180,7 @@ constexpr size_t kWidest = 8;  ///< bytes of the widest element
 extern const WeightFormat safetensors_format;
 
 std::vector<StoredArray> parse_safetensors(std::span<const std::byte> file, const std::string& where) {
-  return HeaderReader(file, where).read();
+  return HeaderReader(file, where).read().arrays;
 }
 
 uint64_t ShardPlan::bytes() const {
@@ -240,9 +259,10 @@ void ShardWriter::finish() {
   write_text_file(directory_ / fmt::format("{}.index.json", safetensors_format.usual_name), index.dump(2) + "\n");
 }
 
-SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<ArraySpec> specs)
+SafetensorsWriter::SafetensorsWriter(const std::filesystem::path& path, std::vector<ArraySpec> specs,
+                                     const std::map<std::string, OrderedJson>& documents, std::string_view format)
     : file_(path), specs_(std::move(specs)) {
-  file_.write(header_of(specs_, "pt"));
+  file_.write(header_of(specs_, format, documents));
 }
 
 void SafetensorsWriter::add(std::span<const std::byte> data) {
@@ -264,7 +284,7 @@ bool detect(std::span<const std::byte> start) {
 }
 
 WeightContents parse(std::span<const std::byte> file, const std::string& where) {
-  return {.arrays = parse_safetensors(file, where), .owned = {}, .facts = nullptr};
+  return HeaderReader(file, where).read();
 }
 
 }  // namespace

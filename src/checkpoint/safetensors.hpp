@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "base/dtype.hpp"
+#include "base/json.hpp"
 #include "base/output.hpp"
 #include "checkpoint/weight_file.hpp"
 #include "container/container.hpp"
@@ -68,7 +69,9 @@ class ShardWriter {
 /// multiple of 64 bytes.
 class SafetensorsWriter {
  public:
-  SafetensorsWriter(const std::filesystem::path& path, std::vector<ArraySpec> specs);
+  /// documents: by name, the JSON files of a model that is to be this file alone; they become texts of its metadata.
+  SafetensorsWriter(const std::filesystem::path& path, std::vector<ArraySpec> specs,
+                    const std::map<std::string, OrderedJson>& documents = {}, std::string_view format = "pt");
   void add(std::span<const std::byte> data);
   void finish();
 

@@ -30,6 +30,8 @@ struct WeightContents {
   std::shared_ptr<const Json> facts;          ///< what it says of the model beside its tensors; null: nothing
   /// By name, what stands beside an array in a dict: a number, a short text, a short list of numbers; null: nothing.
   std::shared_ptr<const Json> values{};
+  /// By name, JSON files of a model that it carries itself ("config.json", objects alone); null: nothing.
+  std::shared_ptr<const Json> documents{};
 };
 
 /// One kind of weight file: a row of a table (weight_formats.def, the preferred first).
@@ -58,6 +60,7 @@ class WeightFile {
   std::span<const StoredArray> arrays() const { return contents_.arrays; }
   const Json* facts() const { return contents_.facts.get(); }
   const Json* values() const { return contents_.values.get(); }
+  const Json* documents() const { return contents_.documents.get(); }
   std::span<const std::byte> bytes() const { return file_.bytes(); }
   const MappedFile& file() const { return file_; }
 

@@ -1,5 +1,6 @@
 #include <fmt/format.h>
 
+#include <array>
 #include <nlohmann/json.hpp>
 
 #include "base/bits.hpp"
@@ -12,10 +13,11 @@ namespace {
 
 // NAME.codes; NAME.scales, or NAME.scales.codes … where scales are quantized themselves; NAME.zeros, NAME.biases or
 // NAME.minimums likewise; NAME.group_index. 8-bit codes keep their type and shape; narrower ones are one dense stream,
-// least significant bits first, shaped by rows where rows are whole bytes.
+// least significant bits first, shaped by rows where rows are whole bytes. What is stored of a layer's activations:
+// NAME.input.scales, NAME.input.zeros, NAME.output.scales …
 
 constexpr int kMajor = 1;  ///< of quantization_metadata.json; a newer one is refused
-constexpr int kMinor = 0;
+constexpr int kMinor = 1;  ///< 1: activations
 
 std::string offset_suffix(OffsetKind kind) {
   if (kind == OffsetKind::bias) return ".biases";
@@ -55,6 +57,40 @@ ArraySpec index_array(const std::string& name, const Shape& shape) {
   return {.name = name + ".group_index", .dtype = DType::i32, .shape = {shape.back()}, .row_axis = ArraySpec::kNoRows};
 }
 
+/// A side of a layer whose values may be quantized.
+struct Side {
+  const char* name;
+  std::optional<ActivationScheme> QuantizedLinear::*activation;
+};
+constexpr std::array kSides = {Side{"input", &QuantizedLinear::input}, Side{"output", &QuantizedLinear::output}};
+
+const Shape kOne = {1};  ///< of what is stored: one number for all activations
+
+/// visit(suffix, member) for what may be stored of a side.
+template <class Visit>
+void for_each_stored(const Visit& visit) {
+  visit("scales", &ActivationScheme::scale);
+  visit("zeros", &ActivationScheme::offset);
+}
+
+/// Visits the arrays of the layer's activations, which no row of its weight has a part in.
+template <class Visit>
+void for_each_activation_array(const StoredTensor& tensor, const Visit& visit) {
+  for (const Side& side : kSides) {
+    const std::optional<ActivationScheme>& activation = tensor.linear.*side.activation;
+    if (!activation) continue;
+    for_each_stored([&](const char* suffix, auto member) {
+      const std::shared_ptr<const QuantizedTensor>& stored = (*activation).*member;
+      if (stored == nullptr) return;
+      for_each_array(fmt::format("{}.{}.{}", tensor.name, side.name, suffix), stored->scheme, kOne, stored.get(),
+                     [&](ArraySpec spec, const Scheme& scheme, const QuantizedTensor* part) {
+                       spec.row_axis = ArraySpec::kNoRows;
+                       visit(spec, scheme, part);
+                     });
+    });
+  }
+}
+
 Fit fit(const Scheme& scheme, const Shape& shape) {
   if (scheme.element->kind == ElementKind::block_code)
     return {Verdict::impossible, "block codes are kept in their own container"};
@@ -72,21 +108,23 @@ std::vector<ArraySpec> layout(const StoredTensor& tensor) {
   for_each_array(tensor.name, tensor.scheme, tensor.shape, nullptr,
                  [&](const ArraySpec& spec, const Scheme&, const QuantizedTensor*) { specs.push_back(spec); });
   if (is_indexed(tensor.scheme)) specs.push_back(index_array(tensor.name, tensor.shape));
+  for_each_activation_array(
+      tensor, [&](const ArraySpec& spec, const Scheme&, const QuantizedTensor*) { specs.push_back(spec); });
   return specs;
 }
 
 std::vector<NamedArray> pack(const StoredTensor& tensor, const QuantizedTensor& values) {
   std::vector<NamedArray> arrays;
-  for_each_array(tensor.name, tensor.scheme, tensor.shape, &values,
-                 [&](const ArraySpec& spec, const Scheme& scheme, const QuantizedTensor* part) {
-                   arrays.push_back(
-                       {spec, dtype_of(*scheme.element) ? part->codes : pack_bits(part->codes, scheme.element->bits)});
-                   BW_ASSERT(arrays.back().data.size() == spec.bytes());
-                 });
+  const auto add = [&](const ArraySpec& spec, const Scheme& scheme, const QuantizedTensor* part) {
+    arrays.push_back({spec, dtype_of(*scheme.element) ? part->codes : pack_bits(part->codes, scheme.element->bits)});
+    BW_ASSERT(arrays.back().data.size() == spec.bytes());
+  };
+  for_each_array(tensor.name, tensor.scheme, tensor.shape, &values, add);
   if (is_indexed(tensor.scheme)) {
     const auto bytes = std::as_bytes(std::span(values.group_index));
     arrays.push_back({index_array(tensor.name, tensor.shape), {bytes.begin(), bytes.end()}});
   }
+  for_each_activation_array(tensor, add);
   return arrays;
 }
 
@@ -145,6 +183,33 @@ void check_version(const CheckpointView& checkpoint) {
                  "use a newer bitwright");
 }
 
+std::shared_ptr<const QuantizedTensor> read_parameter(const CheckpointView& checkpoint, const std::string& tensor,
+                                                      const std::string& name, const Json& json) {
+  const Scheme scheme = scheme_from_json(json, fmt::format("'{}'", printable(name)));
+  if (scheme.element->kind == ElementKind::block_code)
+    bad_metadata(checkpoint, fmt::format("'{}' are block codes", printable(name)), "fetch or write the model again");
+  for_each_array(name, scheme, kOne, nullptr, [&](const ArraySpec& spec, const Scheme&, const QuantizedTensor*) {
+    const ArraySpec& found = need_array(checkpoint, tensor, spec.name);
+    if (found.dtype != spec.dtype || found.shape != spec.shape) wrong_array(checkpoint, tensor, found, spec);
+  });
+  return unpack_part(name, scheme, kOne, checkpoint);
+}
+
+std::optional<ActivationScheme> read_activation(const CheckpointView& checkpoint, const std::string& tensor,
+                                                const std::string& side, const Json& json) {
+  const std::string where = fmt::format("{}.{}", tensor, side);
+  if (!json.is_object() || !json.contains("scheme") || !json.value("dynamic", Json()).is_boolean())
+    bad_metadata(checkpoint, fmt::format("'{}' has no scheme or does not say whether it is dynamic", printable(where)),
+                 "fetch or write the model again");
+  ActivationScheme activation = {.scheme = scheme_from_json(json["scheme"], fmt::format("'{}'", printable(where))),
+                                 .dynamic = json["dynamic"].get<bool>()};
+  for_each_stored([&](const char* suffix, auto member) {
+    if (json.contains(suffix))
+      activation.*member = read_parameter(checkpoint, tensor, fmt::format("{}.{}", where, suffix), json[suffix]);
+  });
+  return activation;
+}
+
 StoredTensor read_entry(const CheckpointView& checkpoint, const std::string& name, const Json& entry) {
   StoredTensor tensor = {.name = name};
   const auto fail = [&](const std::string& why) {
@@ -164,6 +229,9 @@ StoredTensor read_entry(const CheckpointView& checkpoint, const std::string& nam
   if (!info(*dtype).is_float || size_bytes(*dtype) < 2) fail(fmt::format("its values cannot be {}", info(*dtype).name));
   tensor.scheme = scheme_from_json(entry["scheme"], fmt::format("tensor '{}'", printable(name)));
   if (tensor.scheme.is_plain()) fail("its scheme is that of a tensor that is not quantized");
+  for (const Side& side : kSides)
+    if (entry.contains(side.name))
+      tensor.linear.*side.activation = read_activation(checkpoint, name, side.name, entry[side.name]);
   for (const ArraySpec& spec : layout(tensor)) {
     const ArraySpec& found = need_array(checkpoint, name, spec.name);
     if (found.dtype != spec.dtype || found.shape != spec.shape) wrong_array(checkpoint, name, found, spec);
@@ -182,6 +250,21 @@ std::vector<StoredTensor> list(const CheckpointView& checkpoint) {
   return out;
 }
 
+OrderedJson activation_json(const ActivationScheme& activation) {
+  OrderedJson json = {{"scheme", to_json(activation.scheme)}, {"dynamic", activation.dynamic}};
+  for_each_stored([&](const char* suffix, auto member) {
+    if (activation.*member != nullptr) json[suffix] = to_json((activation.*member)->scheme);
+  });
+  return json;
+}
+
+/// Eight bits a token, of the weight's kind: integers, or floats.
+QuantizedLinear linear_of(const SchemeChoice& choice) {
+  const ElementType& element = choice.quant_type == "e4m3" ? float_element(DType::f8_e4m3) : integer_element(8, true);
+  return {.input = ActivationScheme{
+              .scheme = {.element = &element, .scale = parameter(Grouping::channel(), plain(DType::f32))}}};
+}
+
 void write_metadata(const WrittenModel& model, const Metadata& out) {
   out.config["quantization_config"] = {{"quant_method", "bitwright"},
                                        {"format_version", fmt::format("{}.{}", kMajor, kMinor)}};
@@ -190,32 +273,37 @@ void write_metadata(const WrittenModel& model, const Metadata& out) {
   OrderedJson& listed = metadata["tensors"] = OrderedJson::object();
   // Appended, not looked up: an ordered object looks through all its members, and there may be very many.
   auto& members = listed.get_ref<OrderedJson::object_t&>();
-  for (const StoredTensor& tensor : model.tensors)
-    members.push_back(
-        {tensor.name,
-         {{"shape", tensor.shape}, {"dtype", info(tensor.value_dtype).name}, {"scheme", to_json(tensor.scheme)}}});
+  for (const StoredTensor& tensor : model.tensors) {
+    OrderedJson entry = {
+        {"shape", tensor.shape}, {"dtype", info(tensor.value_dtype).name}, {"scheme", to_json(tensor.scheme)}};
+    for (const Side& side : kSides)
+      if (tensor.linear.*side.activation) entry[side.name] = activation_json(*(tensor.linear.*side.activation));
+    members.push_back({tensor.name, std::move(entry)});
+  }
   out.files["quantization_metadata.json"] = std::move(metadata);
 }
 
 }  // namespace
 
 extern const Container native_container;
-const Container native_container = {.name = "native",
-                                    .summary = "every elementwise scheme; safetensors and quantization_metadata.json",
-                                    .source = "docs/native-container.md",
-                                    .method = "bitwright",
-                                    .rounding =
-                                        "to the nearest code, of integers with ties to even; ranges by least squared "
-                                        "error below 8 bits, else by extremes (`--range`)",
-                                    .detect = detect,
-                                    .list = list,
-                                    .fit = fit,
-                                    .layout = layout,
-                                    .pack = pack,
-                                    .unpack = unpack,
-                                    .write_metadata = write_metadata,
-                                    .by_rows = true,
-                                    .inputs_first = InputsFirst::as_it_is,
-                                    .embeddings = true};
+const Container native_container = {
+    .name = "native",
+    .summary = "every elementwise scheme, activations too; safetensors and quantization_metadata.json",
+    .source = "docs/native-container.md",
+    .method = "bitwright",
+    .rounding =
+        "to the nearest code, of integers with ties to even; ranges by least squared "
+        "error below 8 bits, else by extremes (`--range`)",
+    .detect = detect,
+    .list = list,
+    .fit = fit,
+    .layout = layout,
+    .pack = pack,
+    .unpack = unpack,
+    .write_metadata = write_metadata,
+    .by_rows = true,
+    .make_linear = linear_of,
+    .inputs_first = InputsFirst::as_it_is,
+    .embeddings = true};
 
 }  // namespace bitwright

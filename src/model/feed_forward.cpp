@@ -82,12 +82,19 @@ void run(const Experts& experts, const ModelConfig& c, const float* x, size_t to
 }  // namespace
 
 void apply(const Linear& linear, const float* x, size_t tokens, float* y) {
+  std::vector<float> quantized;
+  if (linear.input) {
+    quantized.resize(tokens * linear.weight.columns);
+    linear.input->apply(x, tokens, linear.weight.columns, quantized.data());
+    x = quantized.data();
+  }
   multiply(x, tokens, linear.weight, y);
-  const size_t width = linear.bias.size();
-  if (width == 0) return;
-  parallel_ranges(tokens, kRowsATask, [&](size_t begin, size_t end) {
-    for (size_t i = begin; i < end; ++i) add({y + i * width, width}, linear.bias.data());
-  });
+  const size_t width = linear.weight.rows;
+  if (!linear.bias.empty())
+    parallel_ranges(tokens, kRowsATask, [&](size_t begin, size_t end) {
+      for (size_t i = begin; i < end; ++i) add({y + i * width, width}, linear.bias.data());
+    });
+  if (linear.output) linear.output->apply(y, tokens, width, y);
 }
 
 void observe(const InputObserver* observer, std::initializer_list<const Linear*> readers, const float* x,

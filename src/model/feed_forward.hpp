@@ -6,7 +6,8 @@
 
 namespace bitwright {
 
-/// y = W x + b for `tokens` rows. Each row's bits do not depend on the others.
+/// y = W x + b for `tokens` rows, x and y quantized where the layer's are. Each row's bits do not depend on the others
+/// (but see ActivationQuantizer::apply).
 void apply(const Linear& linear, const float* x, size_t tokens, float* y);
 
 /// Tells the observer, if there is one, that these will be applied to x.

@@ -39,7 +39,7 @@ struct Activations {
 
 struct Model::Impl {
   explicit Impl(const Checkpoint& checkpoint);
-  Impl(const Impl&) = delete;  // `head` points into it
+  Impl(const Impl&) = delete;  // `tied_head` points into it
   Impl& operator=(const Impl&) = delete;
 
   ModelConfig config;
@@ -47,8 +47,8 @@ struct Model::Impl {
   std::optional<RowSource> positions;
   Norm norm;
   std::vector<Layer> layers;
-  std::optional<PackedMatrix> own_head;
-  const PackedMatrix* head = nullptr;
+  std::optional<Linear> head;
+  const PackedMatrix* tied_head = nullptr;  ///< the embedding, where there is no head
 
   size_t width() const { return static_cast<size_t>(config.hidden); }
   void embed(std::span<const int32_t> tokens, size_t first, Activations& a) const;
@@ -69,15 +69,15 @@ Model::Impl::Impl(const Checkpoint& checkpoint)
     positions = reader.rows(places.positions + ".weight", config.most_positions, config.hidden);
   norm = load_norm(reader, config, "", places.final_norm, config.hidden);
   for (int64_t i = 0; i < config.layers; ++i) layers.push_back(load_layer(reader, config, i));
-  own_head = reader.head(config.vocabulary, config.hidden);
-  if (!own_head && !config.tied_head)
+  head = reader.head(config.vocabulary, config.hidden);
+  if (!head && !config.tied_head)
     throw Error({.code = "missing-tensor",
                  .what = "cannot load the model",
                  .where = checkpoint.path().string(),
                  .why = fmt::format("there is no tensor '{}.weight'", places.head),
                  .fix = "if it is the embedding matrix, config.json must say tie_word_embeddings"});
   reader.refuse_unread();
-  head = own_head ? &*own_head : &embedding.packed();
+  if (!head) tied_head = &embedding.packed();
 }
 
 /// normed[i] = the norm of row i of x; rows have as many numbers as the norm.
@@ -164,7 +164,7 @@ Model::Model(Model&&) noexcept = default;
 uint64_t Model::weight_bytes() const {
   uint64_t sum = impl_->embedding.bytes() + impl_->norm.bytes();
   if (impl_->positions) sum += impl_->positions->bytes();
-  if (impl_->own_head) sum += impl_->own_head->stored_bytes();
+  if (impl_->head) sum += impl_->head->bytes();
   for (const Layer& layer : impl_->layers) sum += layer.bytes();
   return sum;
 }
@@ -194,7 +194,10 @@ std::vector<float> Model::forward(std::span<const int32_t> tokens, KvCache& cach
     const size_t rows = which == Logits::all ? chunk.size() : 1;
     impl_->normalise(a.x.data() + (chunk.size() - rows) * width, rows, impl_->norm, a.normed.data());
     float* const out = logits.data() + (which == Logits::all ? begin : 0) * vocabulary;
-    multiply(a.normed.data(), rows, *impl_->head, out);
+    if (impl_->head)
+      apply(*impl_->head, a.normed.data(), rows, out);
+    else
+      multiply(a.normed.data(), rows, *impl_->tied_head, out);
     if (impl_->config.logit_cap > 0) active_kernel_level().soft_cap(out, rows * vocabulary, 1, impl_->config.logit_cap);
   }
   return logits;

@@ -49,6 +49,16 @@ std::string find_prefix(const Checkpoint& checkpoint, const std::string& embeddi
   return entry->name.substr(0, entry->name.size() - embedding.size());
 }
 
+std::optional<ActivationQuantizer> quantizer(const std::optional<ActivationScheme>& activation) {
+  if (!activation || !ActivationQuantizer::supports(*activation)) return std::nullopt;
+  return ActivationQuantizer(*activation);
+}
+
+void add_activations(Linear& linear, const TensorEntry& entry) {
+  linear.input = quantizer(entry.linear.input);
+  linear.output = quantizer(entry.linear.output);
+}
+
 }  // namespace
 
 /// The rows of a matrix within a tensor that is one matrix [.., columns], or [columns, ..] if it is transposed.
@@ -156,7 +166,9 @@ Linear WeightReader::linear(const std::string& base, const MatrixPlace& place, i
   const TensorEntry* const entry = checkpoint_.find(name + ".weight");
   cut.transposed = place.transposed && (entry == nullptr || !entry->transposed);
   const Shape shape = cut.transposed ? Shape{columns, cut.stored} : Shape{cut.stored, columns};
-  Linear linear = {.weight = pack(require(name + ".weight", shape), cut), .name = {.tensor = name + ".weight"}};
+  const TensorEntry& weight = require(name + ".weight", shape);
+  Linear linear = {.weight = pack(weight, cut), .name = {.tensor = weight.name}};
+  add_activations(linear, weight);
   if (place.bias) {
     const std::vector<float> all = checkpoint_.read_f32(require(name + ".bias", {cut.stored}));
     for (const int64_t row : cut.rows) linear.bias.push_back(all[static_cast<size_t>(row)]);
@@ -167,8 +179,10 @@ Linear WeightReader::linear(const std::string& base, const MatrixPlace& place, i
 Linear WeightReader::of_stack(const std::string& name, int64_t index, const Shape& shape, int64_t first, int64_t rows) {
   const std::vector<int64_t> taken = Cut::range(index * shape[1] + first, rows);
   const TensorEntry& entry = require(prefix_ + name, shape);
-  return {.weight = pack(entry, {.rows = taken, .stored = shape[0] * shape[1], .columns = shape[2]}),
-          .name = {.tensor = entry.name, .index = index}};
+  Linear linear = {.weight = pack(entry, {.rows = taken, .stored = shape[0] * shape[1], .columns = shape[2]}),
+                   .name = {.tensor = entry.name, .index = index}};
+  add_activations(linear, entry);
+  return linear;
 }
 
 std::vector<float> WeightReader::vector(const std::string& name, int64_t size) {
@@ -191,10 +205,13 @@ RowSource WeightReader::rows(const std::string& name, int64_t rows, int64_t colu
 
 const TensorEntry* WeightReader::find_head() const { return find_by_end(checkpoint_, places_.head + ".weight"); }
 
-std::optional<PackedMatrix> WeightReader::head(int64_t rows, int64_t columns) {
+std::optional<Linear> WeightReader::head(int64_t rows, int64_t columns) {
   const TensorEntry* const entry = find_head();
   if (entry == nullptr) return std::nullopt;
-  return pack(require(entry->name, {rows, columns}), {.rows = Cut::range(0, rows), .stored = rows, .columns = columns});
+  const Cut whole = {.rows = Cut::range(0, rows), .stored = rows, .columns = columns};
+  Linear head = {.weight = pack(require(entry->name, {rows, columns}), whole), .name = {.tensor = entry->name}};
+  add_activations(head, *entry);
+  return head;
 }
 
 void WeightReader::refuse_unread() const {

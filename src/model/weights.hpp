@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "checkpoint/checkpoint.hpp"
+#include "kernels/activation.hpp"
 #include "kernels/packed_matrix.hpp"
 #include "model/model.hpp"
 
@@ -17,6 +18,8 @@ namespace bitwright {
 struct Linear {
   PackedMatrix weight;
   std::vector<float> bias{};  ///< empty: none
+  /// Where the checkpoint quantizes x or y too, what does. Schemes that it does not know stay in floats.
+  std::optional<ActivationQuantizer> input{}, output{};
   MatrixName name{};
   uint64_t bytes() const { return weight.stored_bytes() + bias.size() * sizeof(float); }
 };
@@ -54,7 +57,7 @@ class WeightReader {
   std::vector<float> vector(const std::string& name, int64_t size);
   RowSource rows(const std::string& name, int64_t rows, int64_t columns);
   /// The output matrix, if one is stored; its prefix may be another one.
-  std::optional<PackedMatrix> head(int64_t rows, int64_t columns);
+  std::optional<Linear> head(int64_t rows, int64_t columns);
 
   /// The tensor of this name, prefix and all, for others to read.
   const TensorEntry& require(const std::string& full_name, const Shape& shape);

@@ -160,7 +160,7 @@ void check_fit_together(const ModulePlan& plan, const Container& container) {
 
 }  // namespace
 
-std::string weight_name(const std::string& path) { return path + ".weight"; }
+std::string weight_name(const std::string& path) { return path.empty() ? "weight" : path + ".weight"; }
 
 DType dtype_of(torch::ScalarType type) {
   if (type == torch::kHalf) return DType::f16;

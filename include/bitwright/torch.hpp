@@ -1,0 +1,9 @@
+#pragma once
+
+/// Everything that a program which links Bitwright::torch may use beside bitwright.hpp: quantization and training of
+/// any torch::nn::Module. What the user can cause is thrown as bitwright::Error.
+
+#include "bitwright/bitwright.hpp"
+#include "bitwright/torch/adapter.hpp"
+#include "bitwright/torch/ptq.hpp"
+#include "bitwright/torch/quantization_config.hpp"
