@@ -66,6 +66,11 @@ CompactDecoder::CompactDecoder(const CompactTensor& tensor, const KernelLevel& l
   ranges_.emplace(header_, level);
 }
 
+std::optional<DecodedGroups> CompactDecoder::packed_groups() const {
+  if (plain_ || tensor_.packed_.empty()) return std::nullopt;
+  return ranges_->groups();
+}
+
 void CompactDecoder::decode(int64_t begin, std::span<float> out) const {
   if (out.empty()) return;
   const std::span<const std::byte> codes = tensor_.codes();

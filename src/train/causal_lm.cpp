@@ -221,6 +221,7 @@ struct CausalLm::Impl {
   std::map<std::string, torch::nn::Linear> linears{};  ///< by path, the head too where it has its own matrix
   std::set<std::string> transposed{};                  ///< paths of those that files have [inputs, outputs]
   Tensor embedding{}, positions{};
+  TableRows embedding_rows{};  ///< where the embedding is not kept in floats
   std::map<std::string, Tensor> tables{};  ///< both, by the names of their modules
   std::map<std::string, Tensor> vectors{};
   Norm final_norm{};
@@ -332,7 +333,15 @@ void CausalLm::Impl::load(const Checkpoint& checkpoint, WeightReader& reader) {
   const auto fill = [&](Tensor& to, const std::string& name) {
     to.copy_(from_floats(checkpoint.read_f32(reader.require(name, to.sizes().vec())), to.sizes()));
   };
-  for (auto& [path, weight] : tables) fill(weight, path + ".weight");
+  for (auto& [path, weight] : tables) {
+    if (options.load_embedding && weight.is_same(embedding) && !head->weight.is_same(embedding))
+      embedding_rows = options.load_embedding(checkpoint, reader.require(path + ".weight", weight.sizes().vec()));
+    if (weight.is_same(embedding) && embedding_rows) {
+      weight.set_data(torch::empty({0}, weight.options()));
+    } else {
+      fill(weight, path + ".weight");
+    }
+  }
   for (auto& [name, vector] : vectors) fill(vector, name);
   for (auto& [path, linear] : linears) load_linear(checkpoint, reader, path, *linear);
   reader.refuse_unread();
@@ -353,7 +362,7 @@ void CausalLm::Impl::prepare_rotations(int64_t length) {
 }
 
 Tensor CausalLm::Impl::embed(const Tensor& tokens) const {
-  Tensor x = torch::embedding(embedding, tokens).to(torch::kFloat32);
+  Tensor x = embedding_rows ? embedding_rows(tokens) : torch::embedding(embedding, tokens).to(torch::kFloat32);
   if (config.embedding_scale != 1) x = x * config.embedding_scale;
   if (positions.defined()) x = x + positions.narrow(0, 0, tokens.size(1)).to(torch::kFloat32);
   return x;

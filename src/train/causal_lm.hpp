@@ -19,6 +19,11 @@ namespace bitwright::train {
 using LinearLoader = std::function<bool(const std::string& path, torch::nn::LinearImpl& layer,
                                         const Checkpoint& checkpoint, const TensorEntry& entry, bool transposed)>;
 
+/// Rows of a table that is not kept in floats: tokens of any shape; [..., width] float32.
+using TableRows = std::function<torch::Tensor(const torch::Tensor& tokens)>;
+/// Asked for the embedding before it is read: its rows, or null: it becomes floats.
+using TableLoader = std::function<TableRows(const Checkpoint& checkpoint, const TensorEntry& entry)>;
+
 struct CausalLmOptions {
   torch::ScalarType compute = torch::kFloat32;   ///< of matrix products: float32 or bfloat16; all else is float32
   torch::ScalarType matrices = torch::kFloat32;  ///< what matrices are kept in; bfloat16 asks for compute in bfloat16
@@ -27,6 +32,8 @@ struct CausalLmOptions {
   bool recompute_layers = false;
   uint64_t seed = 0;           ///< of random weights
   LinearLoader load_linear{};  ///< null: all become floats
+  /// Null: floats, as where the head is tied to it. Otherwise the embedding's parameter is empty.
+  TableLoader load_embedding{};
 };
 
 /// A decoder-only transformer as the runtime's description of its architecture (ModelConfig) has it, to be trained.
