@@ -206,7 +206,7 @@ int measure_gain(const std::string& path, const std::string& file, int steps) {
     LoraConfig quantized = config;
     quantized.init_lora_weights = init;
     torch::manual_seed(1);
-    prepare_qlora(model, quantized);
+    bitwright::prepare_qlora(model, quantized);
     const double first = validation_loss(model, text.valid);
     fine_tune(model, text.train, steps, 2e-3);
     const auto loss = [&] { return validation_loss(model, text.valid); };
@@ -227,7 +227,7 @@ int measure_speed(int64_t tokens, int64_t rows, int64_t columns) {
   const QuantizationConfig base = qlora_base();
   torch::nn::Linear linear(torch::nn::LinearOptions(columns, rows).bias(false));
   torch::nn::Sequential model(linear);
-  prepare_qlora(*model, {.r = 1}, base);
+  bitwright::prepare_qlora(*model, {.r = 1}, base);
   const auto weight =
       std::dynamic_pointer_cast<QuantizedLinearBehaviour>(adapted_layers(*model).at(0).lora->base())->weight();
   const auto seconds = [](const auto& act) {

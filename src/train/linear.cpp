@@ -94,8 +94,13 @@ torch::Tensor parameter_of(const torch::nn::LinearImpl& linear) {
 
 void for_each_linear(const torch::nn::Module& module,
                      const std::function<void(const std::string& path, torch::nn::LinearImpl& linear)>& use) {
+  if (const auto* const self = module.as<torch::nn::LinearImpl>()) {
+    use("", const_cast<torch::nn::LinearImpl&>(*self));
+    return;
+  }
   std::string inside;  // the path of the linear layer whose own modules follow
-  for (const auto& item : module.named_modules()) {
+  // Not the module itself, which libtorch would ask for its shared_ptr: it may be a variable.
+  for (const auto& item : module.named_modules("", /*include_self=*/false)) {
     if (!inside.empty() && item.key().starts_with(inside)) continue;
     auto* const linear = item.value()->as<torch::nn::LinearImpl>();
     if (linear == nullptr) continue;

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "base/error.hpp"
@@ -120,7 +121,8 @@ Factors nearest_factors(const Tensor& matrix, int64_t r) {
   return f;
 }
 
-/// Quantizes what the adapter leaves, adapts to what quantizing leaves, and so on. The adapter's scaling is taken out.
+/// Quantizes what the adapter leaves, adapts to what quantizing leaves, and so on; the nearest of all is kept, for with
+/// few bits it is not always the last. The adapter's scaling is taken out.
 struct LoftQ {
   QuantizedTensor codes;
   Factors factors;
@@ -128,14 +130,19 @@ struct LoftQ {
 LoftQ loftq(const TensorPlan& plan, const Tensor& weight, const LoraConfig& config) {
   const Tensor w = weight.detach().to(torch::kFloat32);
   LoftQ best;
+  double least = std::numeric_limits<double>::infinity();
   Tensor rest = w;
   for (int64_t i = 0; i < config.loftq_iterations; ++i) {
-    best.codes = train::quantize_weight(plan, rest);
-    const Tensor decoded = train::decoded(best.codes);
-    best.factors = nearest_factors(w - decoded, config.r);
-    rest = w - at::mm(best.factors.b, best.factors.a);
+    QuantizedTensor codes = train::quantize_weight(plan, rest);
+    const Tensor left = w - train::decoded(codes);
+    Factors factors = nearest_factors(left, config.r);
+    const Tensor product = at::mm(factors.b, factors.a);
+    const double error = (left - product).norm().item<double>();
+    if (error < least) best = {std::move(codes), factors};
+    least = std::min(least, error);
+    rest = w - product;
   }
-  best.factors.b /= config.scaling();
+  best.factors.b = best.factors.b / config.scaling();
   return best;
 }
 
@@ -184,7 +191,7 @@ LoraMergeReport merge_lora(torch::nn::Module& model, LoraMerge into, const std::
     throw Error({.code = "no-adapter", .what = "cannot merge", .where = "model", .why = "no layer has an adapter"});
   LoraMergeReport report = {.layers = static_cast<int64_t>(layers.size())};
   double difference = 0, norm = 0;
-  const auto requantize = [&](const AdaptedLayer& l, const Tensor& merged) {
+  const auto requantize = [&](const AdaptedLayer& l, const Tensor merged) {  // a copy: the layer's own is replaced
     const auto base = std::dynamic_pointer_cast<QuantizedLinearBehaviour>(l.lora->base());
     base->set_weight(base->requantized(merged));
     train::attach_quantized(*l.layer, base);
