@@ -1,5 +1,9 @@
 #include "train/keep_frozen.hpp"
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "base/threads.hpp"
 #include "scheme/transposed.hpp"
 
@@ -14,6 +18,13 @@ bool can_be_transposed(const Scheme& scheme) {
     if (!can_be_transposed(*parameter->scheme)) return false;
   }
   return true;
+}
+
+/// What was freed on the way to a packed layer goes back to the system: glibc would keep it, and touch ever more pages.
+void give_back_memory() {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
 }
 
 /// Read, not mapped: the file's pages would stay in memory.
@@ -35,6 +46,7 @@ bool keep_quantized(const std::string& /*path*/, torch::nn::LinearImpl& layer, c
   if (transposed) weight = bitwright::transposed(weight);
   attach_quantized(layer,
                    std::make_shared<QuantizedLinearBehaviour>(std::move(weight), entry.linear, checkpoint.container()));
+  give_back_memory();
   return true;
 }
 
@@ -43,6 +55,7 @@ bool keep_frozen(const std::string& path, torch::nn::LinearImpl& layer, const Ch
   if (entry.quantized()) return keep_quantized(path, layer, checkpoint, entry, transposed);
   if (transposed || (entry.dtype != DType::f16 && entry.dtype != DType::bf16)) return false;
   attach_quantized(layer, std::make_shared<QuantizedLinearBehaviour>(read_matrix(checkpoint, entry)));
+  give_back_memory();
   return true;
 }
 
@@ -66,6 +79,7 @@ TableRows keep_table(const Checkpoint& checkpoint, const TensorEntry& entry) {
   if (entry.transposed || (!entry.quantized() && entry.dtype != DType::f16 && entry.dtype != DType::bf16))
     return nullptr;
   const auto matrix = std::make_shared<const CompactTensor>(read_matrix(checkpoint, entry));
+  give_back_memory();
   return [matrix](const torch::Tensor& tokens) { return decode_rows(*matrix, tokens); };
 }
 
