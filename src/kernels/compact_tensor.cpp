@@ -30,7 +30,7 @@ CompactTensor::CompactTensor(QuantizedTensor tensor)
     : tensor_(std::move(tensor)), scale_(compact(tensor_.scale)), offset_(compact(tensor_.offset)) {
   if (tensor_.scheme.element->bits < 8 && RangeDecoder::takes_codes(tensor_)) {
     packed_ = pack_bits(tensor_.codes, tensor_.scheme.element->bits);
-    tensor_.codes = {};
+    std::vector<std::byte>().swap(tensor_.codes);  // assigning {} would keep the memory
   }
   tensor_.scale = tensor_.offset = nullptr;
 }
