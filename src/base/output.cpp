@@ -50,7 +50,7 @@ bool holds_gguf(const fs::path& target) {
 bool may_replace(const fs::path& target) {
   if (!fs::is_directory(target)) return false;
   if (fs::is_empty(target) || holds_gguf(target)) return true;
-  if (!fs::exists(target / "config.json")) return false;
+  if (!fs::exists(target / "config.json") && !fs::exists(target / "adapter_config.json")) return false;
   for (const fs::directory_entry& entry : fs::directory_iterator(target))
     if (entry.path().extension() == ".safetensors") return true;
   return false;

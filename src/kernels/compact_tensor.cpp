@@ -30,7 +30,7 @@ CompactTensor::CompactTensor(QuantizedTensor tensor)
     : tensor_(std::move(tensor)), scale_(compact(tensor_.scale)), offset_(compact(tensor_.offset)) {
   if (tensor_.scheme.element->bits < 8 && RangeDecoder::takes_codes(tensor_)) {
     packed_ = pack_bits(tensor_.codes, tensor_.scheme.element->bits);
-    tensor_.codes = {};
+    std::vector<std::byte>().swap(tensor_.codes);  // assigning {} would keep the memory
   }
   tensor_.scale = tensor_.offset = nullptr;
 }
@@ -64,6 +64,11 @@ CompactDecoder::CompactDecoder(const CompactTensor& tensor, const KernelLevel& l
   // What the kernels do not know is decoded by the definition, which wants the codes: they are few.
   if (!RangeDecoder::takes_codes(header_)) header_.codes = tensor.tensor_.codes;
   ranges_.emplace(header_, level);
+}
+
+std::optional<DecodedGroups> CompactDecoder::packed_groups() const {
+  if (plain_ || tensor_.packed_.empty()) return std::nullopt;
+  return ranges_->groups();
 }
 
 void CompactDecoder::decode(int64_t begin, std::span<float> out) const {

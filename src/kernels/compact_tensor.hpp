@@ -47,6 +47,8 @@ class CompactDecoder {
   CompactDecoder& operator=(const CompactDecoder&) = delete;
   /// out[j] = value of element begin + j, bit for bit as RangeDecoder has it. On this thread alone.
   void decode(int64_t begin, std::span<float> out) const;
+  /// Where kernels decode codes that are packed.
+  std::optional<DecodedGroups> packed_groups() const;
 
  private:
   const CompactTensor& tensor_;

@@ -136,6 +136,11 @@ void RangeDecoder::decode(int64_t begin, std::span<const std::byte> codes, std::
   }
 }
 
+std::optional<DecodedGroups> RangeDecoder::groups() const {
+  if (definition_ || !tensor_.group_index.empty()) return std::nullopt;
+  return DecodedGroups{&decoding_, lines_, scales_.data(), offsets_.empty() ? nullptr : offsets_.data()};
+}
+
 void RangeDecoder::decode_line(const std::byte* codes, int64_t in_line, int64_t first, std::span<float> out) const {
   const auto begin = static_cast<size_t>(in_line), parameter = static_cast<size_t>(first);
   if (!tensor_.group_index.empty())

@@ -46,6 +46,14 @@ struct ParameterLines {
 /// Nothing for tensors without elements. Of Kind::index a column's parameter is parameters' group_index[column].
 std::optional<ParameterLines> parameter_lines(const Grouping& grouping, const Shape& shape);
 
+/// How a tensor's elements become values, for a kernel that goes over its groups itself. Points into a RangeDecoder.
+struct DecodedGroups {
+  const GroupDecoding* decoding;
+  ParameterLines lines;
+  const float* scales;
+  const float* offsets;  ///< null where none is stored
+};
+
 /// Decodes ranges of a tensor, bit for bit as Decoder does.
 class RangeDecoder {
  public:
@@ -57,6 +65,8 @@ class RangeDecoder {
   void decode(int64_t begin, std::span<float> out) const;
   /// The same where takes_codes; codes: those of these elements alone.
   void decode(int64_t begin, std::span<const std::byte> codes, std::span<float> out) const;
+  /// Nothing where the definition decodes, or groups are by index.
+  std::optional<DecodedGroups> groups() const;
 
  private:
   /// Within one line, the first element of which is number `in_line` of it; `first` is the line's first parameter.

@@ -2,31 +2,34 @@
 
 #include <algorithm>
 
+#include "algorithm/rtn.hpp"
 #include "base/error.hpp"
 #include "base/threads.hpp"
+#include "kernels/decode.hpp"
+#include "kernels/dequantize_matmul.hpp"
 
 namespace bitwright::train {
 namespace {
 
-constexpr int64_t kTile = int64_t{1} << 18;  ///< elements decoded at a time: they stay in the second-level cache
-
 using Weight = std::shared_ptr<const CompactTensor>;
 
-/// use(begin, rows) for tiles of whole rows, decoded to `type`.
-template <class Use>
-void for_each_tile(const CompactTensor& weight, torch::ScalarType type, const Use& use) {
-  const int64_t rows = weight.shape()[0], columns = weight.shape()[1];
-  const int64_t most = std::clamp<int64_t>(kTile / std::max<int64_t>(columns, 1), 1, std::max<int64_t>(rows, 1));
-  const CompactDecoder decoder(weight);
-  const torch::Tensor floats = torch::empty({most, columns}, torch::kFloat32);
-  for (int64_t begin = 0; begin < rows; begin += most) {
-    const int64_t count = std::min(most, rows - begin);
-    const std::span<float> out(floats.data_ptr<float>(), static_cast<size_t>(count * columns));
-    parallel_ranges(out.size(), size_t{1} << 14, [&](size_t first, size_t end) {
-      decoder.decode(begin * columns + static_cast<int64_t>(first), out.subspan(first, end - first));
-    });
-    use(begin, floats.narrow(0, 0, count).to(type));
-  }
+DType dtype_of_input(torch::ScalarType type) { return type == torch::kFloat32 ? DType::f32 : DType::bf16; }
+
+/// [..., inner] to [..., outer], both in the type of `input`.
+torch::Tensor run(const torch::Tensor& input, const CompactTensor& weight, bool forward) {
+  const torch::Tensor in = input.contiguous();
+  std::vector<int64_t> sizes = in.sizes().vec();
+  const int64_t inner = sizes.back();
+  sizes.back() = weight.shape()[forward ? 0 : 1];
+  const torch::Tensor out = torch::empty(sizes, in.options().requires_grad(false));
+  const DType type = dtype_of_input(in.scalar_type());
+  const DequantizeMatmul& way = dequantize_matmul_for(type);
+  (forward ? way.forward : way.backward)({.weight = weight,
+                                          .type = type,
+                                          .tokens = static_cast<size_t>(in.numel() / std::max<int64_t>(inner, 1)),
+                                          .in = static_cast<const std::byte*>(in.data_ptr()),
+                                          .out = static_cast<std::byte*>(out.data_ptr())});
+  return out;
 }
 
 /// Keeps a weight for the backward pass.
@@ -39,31 +42,13 @@ struct Product : torch::autograd::Function<Product> {
   static torch::Tensor forward(torch::autograd::AutogradContext* context, const torch::Tensor& input,
                                const Weight& weight) {
     context->saved_data["weight"] = torch::IValue::make_capsule(c10::make_intrusive<Kept>(weight));
-    const int64_t rows = weight->shape()[0], columns = weight->shape()[1];
-    const torch::Tensor x = input.reshape({-1, columns});
-    std::vector<int64_t> sizes = input.sizes().vec();
-    sizes.back() = rows;
-    const torch::Tensor result = torch::empty(sizes, x.options());  // no view: libtorch adds a bias in place
-    const torch::Tensor y = result.view({-1, rows});
-    for_each_tile(*weight, x.scalar_type(), [&](int64_t begin, const torch::Tensor& tile) {
-      y.narrow(1, begin, tile.size(0)).copy_(at::mm(x, tile.t()));
-    });
-    return result;
+    return run(input, *weight, true);
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
                                                  const torch::autograd::variable_list& gradients) {
     const auto kept = context->saved_data["weight"].toCapsule();
-    const Weight& weight = static_cast<const Kept*>(kept.get())->weight;
-    const int64_t rows = weight->shape()[0], columns = weight->shape()[1];
-    const torch::Tensor dy = gradients[0].reshape({-1, rows});
-    torch::Tensor dx = torch::zeros({dy.size(0), columns}, dy.options().dtype(torch::kFloat32));
-    for_each_tile(*weight, dy.scalar_type(), [&](int64_t begin, const torch::Tensor& tile) {
-      dx += at::mm(dy.narrow(1, begin, tile.size(0)), tile);
-    });
-    std::vector<int64_t> sizes = gradients[0].sizes().vec();
-    sizes.back() = columns;
-    return {dx.to(dy.scalar_type()).reshape(sizes), torch::Tensor()};
+    return {run(gradients[0], *static_cast<const Kept*>(kept.get())->weight, false), torch::Tensor()};
   }
 };
 
@@ -77,15 +62,31 @@ torch::Tensor multiply_quantized(const torch::Tensor& input, const Weight& weigh
   return Product::apply(input, weight);
 }
 
-QuantizedLinearBehaviour::QuantizedLinearBehaviour(QuantizedTensor weight, QuantizedLinear linear)
-    : linear_(std::move(linear)) {
+QuantizedLinearBehaviour::QuantizedLinearBehaviour(QuantizedTensor weight, QuantizedLinear linear,
+                                                   const Container* owner)
+    : linear_(std::move(linear)), owner_(owner) {
   set_weight(std::move(weight));
 }
 
 void QuantizedLinearBehaviour::set_weight(QuantizedTensor weight) {
   check_sizes(weight, "weight of a linear layer");
-  BW_ASSERT(weight.shape.size() == 2 && (weight_ == nullptr || weight_->shape() == weight.shape));
-  weight_ = std::make_shared<const CompactTensor>(std::move(weight));
+  set_weight(std::make_shared<const CompactTensor>(std::move(weight)));
+}
+
+void QuantizedLinearBehaviour::set_weight(std::shared_ptr<const CompactTensor> weight) {
+  BW_ASSERT(weight->shape().size() == 2 && (weight_ == nullptr || weight_->shape() == weight->shape()));
+  weight_ = std::move(weight);
+}
+
+QuantizedTensor QuantizedLinearBehaviour::requantized(const torch::Tensor& floats) const {
+  const torch::Tensor values = floats.detach().to(torch::kCPU, torch::kFloat32).contiguous();
+  const ElementType& element = *scheme().element;
+  AlgorithmOptions options;
+  if (owner_ != nullptr) options.owner = owner_->encode;
+  if (options.owner == nullptr && element.kind == ElementKind::integer && element.bits < 8)
+    options.range = RangeRule::mse;
+  const std::span<const float> all(values.data_ptr<float>(), static_cast<size_t>(values.numel()));
+  return nearest_codes(scheme(), weight_->shape(), {.dtype = DType::f32, .bytes = std::as_bytes(all)}, options);
 }
 
 torch::Tensor QuantizedLinearBehaviour::forward(const torch::Tensor& input, const torch::Tensor& bias) {
@@ -105,8 +106,17 @@ torch::Tensor QuantizedLinearBehaviour::codes() const {
 
 torch::Tensor QuantizedLinearBehaviour::decoded() const {
   torch::Tensor all = torch::empty(weight_->shape(), torch::kFloat32);
-  for_each_tile(*weight_, torch::kFloat32,
-                [&](int64_t begin, const torch::Tensor& tile) { all.narrow(0, begin, tile.size(0)).copy_(tile); });
+  const CompactDecoder decoder(*weight_);
+  const std::span<float> out(all.data_ptr<float>(), static_cast<size_t>(all.numel()));
+  parallel_ranges(out.size(), size_t{1} << 16, [&](size_t begin, size_t end) {
+    decoder.decode(static_cast<int64_t>(begin), out.subspan(begin, end - begin));
+  });
+  return all;
+}
+
+torch::Tensor decoded(const QuantizedTensor& tensor) {
+  torch::Tensor all = torch::empty(tensor.shape, torch::kFloat32);
+  bitwright::decode(tensor, {all.data_ptr<float>(), static_cast<size_t>(all.numel())});
   return all;
 }
 

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <memory>
 
+#include "container/container.hpp"
 #include "kernels/compact_tensor.hpp"
 #include "scheme/quantized_linear.hpp"
 #include "train/linear.hpp"
@@ -19,7 +20,9 @@ torch::Tensor multiply_quantized(const torch::Tensor& input, const std::shared_p
 class QuantizedLinearBehaviour : public LinearBehaviour {
  public:
   /// weight: [out features, in features]. linear: what else a container says of the layer; kept, for whoever writes it.
-  explicit QuantizedLinearBehaviour(QuantizedTensor weight, QuantizedLinear linear = {});
+  /// owner: whose way of rounding the weight has; null: as scheme/ defines it.
+  explicit QuantizedLinearBehaviour(QuantizedTensor weight, QuantizedLinear linear = {},
+                                    const Container* owner = nullptr);
   torch::Tensor forward(const torch::Tensor& input, const torch::Tensor& bias) override;
 
   const std::shared_ptr<const CompactTensor>& weight() const { return weight_; }
@@ -30,6 +33,9 @@ class QuantizedLinearBehaviour : public LinearBehaviour {
   torch::Tensor decoded() const;                       ///< f32 [out features, in features]
   /// Another weight of the same shape. The layer's parameter must be attached again.
   void set_weight(QuantizedTensor weight);
+  void set_weight(std::shared_ptr<const CompactTensor> weight);
+  /// Other floats, rounded to the weight's scheme as its owner does.
+  QuantizedTensor requantized(const torch::Tensor& floats) const;
 
  protected:
   /// What is multiplied in the input's place: where activations are quantized too.
@@ -38,7 +44,11 @@ class QuantizedLinearBehaviour : public LinearBehaviour {
  private:
   std::shared_ptr<const CompactTensor> weight_;
   QuantizedLinear linear_;
+  const Container* owner_;
 };
+
+/// All values: f32, of the tensor's shape.
+torch::Tensor decoded(const QuantizedTensor& tensor);
 
 /// The layer computes by `behaviour`, and its parameter is the codes.
 void attach_quantized(torch::nn::LinearImpl& linear, const std::shared_ptr<QuantizedLinearBehaviour>& behaviour);
