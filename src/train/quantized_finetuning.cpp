@@ -5,6 +5,7 @@
 #include <cstring>
 #include <map>
 
+#include "base/bits.hpp"
 #include "base/error.hpp"
 #include "kernels/encode.hpp"
 
@@ -151,12 +152,23 @@ void for_each_tensor(Layer& layer, const Use& use) {
   if (layer.residual.defined()) use(path + "residual", layer.residual);
 }
 
-/// The same of the weight. The tensors are views of `weight`.
+/// The same of the weight's parameters. The tensors are views of `weight`.
 template <class Use>
-void for_each_array(const std::string& path, const QuantizedTensor& weight, const Use& use) {
-  use(path + ".codes", view_of(weight.codes, torch::kUInt8));
+void for_each_parameter(const std::string& path, const QuantizedTensor& weight, const Use& use) {
   use(path + ".scales", view_of(weight.scale->codes, type_of(*weight.scale)));
   if (weight.offset != nullptr) use(path + ".zeros", view_of(weight.offset->codes, torch::kUInt8));
+}
+
+/// Codes as CompactTensor has them.
+std::vector<std::byte> unpacked_codes(const torch::Tensor& given, const QuantizedTensor& weight) {
+  const torch::Tensor packed = given.contiguous();
+  const std::span<const std::byte> bytes(static_cast<const std::byte*>(packed.data_ptr()), packed.nbytes());
+  if (bytes.size() == weight.codes.size()) return {bytes.begin(), bytes.end()};
+  return unpack_bits(bytes, weight.scheme.element->bits, weight.codes.size());
+}
+
+torch::Tensor text_tensor(const std::string& text) {
+  return view_of(std::as_bytes(std::span(text)), torch::kUInt8).clone();
 }
 
 class Finetuning : public QuantizedFinetuning {
@@ -216,7 +228,10 @@ class Finetuning : public QuantizedFinetuning {
     std::map<std::string, torch::Tensor> all;
     const auto keep = [&](const std::string& name, const torch::Tensor& tensor) { all[name] = tensor.clone(); };
     for (const Layer& layer : layers_) {
-      for_each_array(layer.learning->path(), layer.learning->weight()->unpacked(), keep);
+      const std::string& path = layer.learning->path();
+      keep(path + ".codes", view_of(layer.learning->weight()->codes(), torch::kUInt8));
+      for_each_parameter(path, layer.learning->weight()->unpacked(), keep);
+      all[path + ".scheme"] = text_tensor(describe(layer.learning->scheme()));
       for_each_tensor(const_cast<Layer&>(layer), keep);
     }
     all["step"] = torch::tensor(step_);
@@ -231,8 +246,9 @@ class Finetuning : public QuantizedFinetuning {
       auto scale = std::make_shared<QuantizedTensor>(*weight.scale);
       weight.scale = scale;
       if (weight.offset != nullptr) weight.offset = std::make_shared<QuantizedTensor>(*weight.offset);
-      for_each_array(layer.learning->path(), weight,
-                     [&](const std::string& name, torch::Tensor tensor) { tensor.copy_(given.at(name)); });
+      weight.codes = unpacked_codes(given.at(layer.learning->path() + ".codes"), weight);
+      for_each_parameter(layer.learning->path(), weight,
+                         [&](const std::string& name, torch::Tensor tensor) { tensor.copy_(given.at(name)); });
       set_weight(layer, std::move(weight));
       for_each_tensor(layer, [&](const std::string& name, torch::Tensor& tensor) { tensor.copy_(given.at(name)); });
     }
@@ -362,6 +378,7 @@ class Finetuning : public QuantizedFinetuning {
       if (found->second.scalar_type() != tensor.scalar_type() || found->second.sizes() != tensor.sizes())
         refuse(name, fmt::format("it is {} of {} elements, {} of {} are needed", toString(found->second.scalar_type()),
                                  found->second.numel(), toString(tensor.scalar_type()), tensor.numel()));
+      if (name.ends_with(".scheme") && !found->second.equal(tensor)) refuse(name, "it is quantized in another scheme");
     }
     for (const auto& [name, tensor] : given)
       if (!own.contains(name)) refuse(name, "this model has no such tensor");
