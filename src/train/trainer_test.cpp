@@ -201,7 +201,7 @@ TEST(Trainer, LearnsAndWritesItsLossCurve) {
     EXPECT_EQ(lines[i]["tokens"], (i + 1) * 48);
     EXPECT_EQ(lines[i].contains("val_loss"), (i + 1) % 50 == 0);
   }
-  EXPECT_LT(result.loss, lines[0]["loss"].get<double>() - 0.5);
+  EXPECT_LT(*result.loss, lines[0]["loss"].get<double>() - 0.5);
   EXPECT_LT(*result.val_loss, lines[49]["val_loss"].get<double>());
   const Json run = Json::parse(test::read_file(directory / "out" / "run.json"));
   EXPECT_EQ(run["run_id"], trainer.run_id());

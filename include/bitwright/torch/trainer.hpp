@@ -49,7 +49,7 @@ struct StepResult {
 /// What a run ends with: INTERFACES.md "train".
 struct TrainingResult {
   int64_t steps = 0;
-  double loss = 0;  ///< of the last step
+  std::optional<double> loss{};  ///< of the last step; none where no step was left
   std::optional<double> val_loss{};
   std::filesystem::path checkpoint{};  ///< the newest
 };
