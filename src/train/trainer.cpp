@@ -462,7 +462,15 @@ TrainingResult Trainer::train(const Texts& texts) {
                  .why = "its tokens are not those that training began with",
                  .fix = "give the same text, tokenizer and sequence length, or start again in another output"});
   t.text_digest = data.digest();
-  const int64_t rows = c.batch_size * c.gradient_accumulation_steps, all_rows = rows * t.processes.size;
+  const int64_t all_rows = c.batch_size * c.gradient_accumulation_steps, rows = all_rows / t.processes.size;
+  if (rows * t.processes.size != all_rows)
+    throw Error({.code = "batch-not-divisible",
+                 .what = "cannot train",
+                 .where = "batch_size",
+                 .why = fmt::format("the {} sequences of a step cannot be divided among {} processes", all_rows,
+                                    t.processes.size),
+                 .fix = "let batch_size times gradient_accumulation_steps be a multiple of the processes",
+                 .status = ExitStatus::usage});
   t.total_steps = c.max_steps > 0 ? c.max_steps : train::steps_of_epochs(c.epochs, data.windows(), all_rows);
   std::optional<train::RunDirectory> directory;
   if (t.writes()) directory.emplace(c, t.run_id, t.step, t.total_steps);
@@ -483,9 +491,12 @@ TrainingResult Trainer::train(const Texts& texts) {
   while (t.step < t.total_steps) {
     try {
       throw_if_interrupted();
-    } catch (const Error&) {
+    } catch (const Error& interrupted) {
       save();
-      throw;
+      ErrorReport report = interrupted.report();
+      report.where = fmt::format("step {}", t.step);
+      report.fix = fmt::format("add --resume to go on from {}", result.checkpoint.string());
+      throw Error(report);
     }
     StepResult step = training_step(data.batch(t.windows + t.processes.rank * rows, rows));
     if (t.step == t.total_steps || is_due(c.eval_every, t.step)) step.val_loss = validate();

@@ -111,8 +111,8 @@ class Trainer {
   /// What is written into each checkpoint besides: tokenizer, config.json, quantization_metadata.json.
   void add_files(std::function<void(const std::filesystem::path& directory)> write);
 
-  /// A step's windows are divided among the processes: of n processes' n * batch_size *
-  /// gradient_accumulation_steps windows this one reads the rank-th part.
+  /// The sequences of a step are divided: this process takes the rank-th of `size` parts, so that the same
+  /// configuration trains the same for every number of processes.
   void set_processes(Processes processes);
 
   int64_t step() const;
