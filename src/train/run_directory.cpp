@@ -69,7 +69,8 @@ RunFacts read_run_facts(const OrderedJson& facts, const fs::path& where) {
             .text_sha256 = facts.at("text_sha256").get<std::string>(),
             .step = facts.at("step").get<int64_t>(),
             .windows = facts.at("windows").get<int64_t>(),
-            .tokens = facts.at("tokens").get<int64_t>()};
+            .tokens = facts.at("tokens").get<int64_t>(),
+            .optimizer_steps = facts.at("optimizer_steps").get<std::map<std::string, int64_t>>()};
   } catch (const nlohmann::json::exception& error) {
     throw Error({.code = "checkpoint-damaged",
                  .what = "cannot read checkpoint",

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <fstream>
+#include <map>
 #include <string>
 
 #include "base/json.hpp"
@@ -21,6 +22,7 @@ struct RunFacts {
   TrainingConfig config;
   std::string run_id, text_sha256;
   int64_t step, windows, tokens;
+  std::map<std::string, int64_t> optimizer_steps;  ///< of each parameter
 };
 /// Throws Error{"checkpoint-damaged"}.
 RunFacts read_run_facts(const OrderedJson& facts, const std::filesystem::path& where);

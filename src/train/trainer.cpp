@@ -1,5 +1,6 @@
 #include "bitwright/torch/trainer.hpp"
 
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/autocast_mode.h>
 
 #include <chrono>
@@ -13,9 +14,9 @@
 #include "bitwright/torch/finetuning.hpp"
 #include "evaluate/score.hpp"
 #include "model/model.hpp"
-#include "train/adamw.hpp"
 #include "train/dataset.hpp"
 #include "train/linear.hpp"
+#include "train/optimizer.hpp"
 #include "train/run_directory.hpp"
 #include "train/training_checkpoint.hpp"
 
@@ -135,8 +136,7 @@ struct Trainer::Impl {
   TrainableModel model;
   TrainingConfig config;
   std::shared_ptr<QuantizedFinetuning> finetuning{};
-  std::unique_ptr<train::AdamW> adamw = std::make_unique<train::AdamW>();
-  std::vector<std::string> names{};  ///< of the optimizer's parameters, in its order
+  std::unique_ptr<train::Optimizer> optimizer{};
   std::string run_id = train::new_run_id();
   int64_t step = 0, windows = 0, tokens = 0;  ///< done, read, predicted
   int64_t total_steps = 0;                    ///< of the schedule
@@ -155,8 +155,7 @@ struct Trainer::Impl {
   double update(double lr);
   std::map<std::string, Tensor> gradients() const;
   NamedTensors learnt() const;
-  NamedTensors optimizer_state() const;
-  void load_optimizer(const NamedTensors& state, const OrderedJson& facts, const fs::path& where);
+  void load_optimizer(const NamedTensors& state, const train::RunFacts& facts, const fs::path& where);
   bool writes() const { return processes.rank == 0; }
 };
 
@@ -168,38 +167,23 @@ Trainer::Impl::Impl(TrainableModel trained, TrainingConfig configuration,
       total_steps(config.max_steps) {
   config.check();
   BW_ASSERT(model.module != nullptr && model.logits != nullptr);
-  if (config.optimizer == "adamw8bit" && !finetuning)
-    throw Error({.code = "bad-value",
-                 .what = "bad configuration",
-                 .where = "optimizer",
-                 .why = "adamw8bit is for enable_quantized_finetuning",
-                 .fix = "use adamw",
-                 .status = ExitStatus::usage});
-  // Norms, biases and learned scales are not drawn to zero: only matrices are.
-  std::vector<Tensor> matrices, others;
-  std::vector<std::string> matrix_names, other_names;
+  std::vector<train::NamedParameter> parameters;
   for (const auto& item : model.module->named_parameters()) {
-    if (!item.value().requires_grad()) continue;
-    const bool decays = item.value().dim() >= 2 && item.key().ends_with("weight");
-    (decays ? matrices : others).push_back(item.value());
-    (decays ? matrix_names : other_names).push_back(item.key());
+    const Tensor& tensor = item.value();
+    if (tensor.requires_grad())
+      parameters.push_back({item.key(), tensor, tensor.dim() >= 2 && item.key().ends_with("weight")});
   }
-  if (matrices.empty() && others.empty() && !finetuning)
+  if (parameters.empty() && !finetuning)
     throw Error({.code = "nothing-to-train",
                  .what = "cannot train",
                  .why = "no parameter of the model learns",
                  .fix = "all are frozen: add adapters (lora.r) or enable_quantized_finetuning"});
-  const train::AdamWOptions options = {.lr = config.learning_rate,
-                                       .beta1 = config.betas[0],
-                                       .beta2 = config.betas[1],
-                                       .epsilon = config.epsilon,
-                                       .weight_decay = config.weight_decay};
-  train::AdamWOptions no_decay = options;
-  no_decay.weight_decay = 0;
-  adamw->add_group(matrices, options);
-  adamw->add_group(others, no_decay);
-  names = std::move(matrix_names);
-  names.insert(names.end(), other_names.begin(), other_names.end());
+  optimizer = train::make_optimizer(config.optimizer, std::move(parameters),
+                                    {.lr = config.learning_rate,
+                                     .beta1 = config.betas[0],
+                                     .beta2 = config.betas[1],
+                                     .epsilon = config.epsilon,
+                                     .weight_decay = config.weight_decay});
 }
 
 Tensor Trainer::Impl::loss(const Tensor& inputs, const Tensor& targets) const {
@@ -243,9 +227,8 @@ double Trainer::Impl::accumulate(const Tensor& batch) {
 
 std::map<std::string, Tensor> Trainer::Impl::gradients() const {
   std::map<std::string, Tensor> found;
-  const auto& parameters = adamw->parameters();
-  for (size_t i = 0; i < parameters.size(); ++i)
-    if (parameters[i].weight.grad().defined()) found[names[i]] = parameters[i].weight.grad();
+  for (const train::NamedParameter& parameter : optimizer->parameters())
+    if (parameter.tensor.grad().defined()) found[parameter.name] = parameter.tensor.grad();
   if (!finetuning) return found;
   const std::vector<Tensor> quantized = finetuning->gradients();
   for (size_t i = 0; i < quantized.size(); ++i) found[fmt::format("quantized.{}", i)] = quantized[i];
@@ -257,7 +240,7 @@ double Trainer::Impl::update(double lr) {
   std::map<std::string, Tensor> all = gradients();
   for (const GradientTransform& transform : gradient_transforms) transform(all);
   std::vector<Tensor> weights;
-  for (const auto& parameter : adamw->parameters()) weights.push_back(parameter.weight);
+  for (const train::NamedParameter& parameter : optimizer->parameters()) weights.push_back(parameter.tensor);
   double squares = std::pow(train::gradient_norm(weights), 2);
   if (finetuning)
     for (const Tensor& gradient : finetuning->gradients())
@@ -265,8 +248,7 @@ double Trainer::Impl::update(double lr) {
   const double norm = std::sqrt(squares);
   if (!std::isfinite(norm)) return norm;
   const double scale = config.max_grad_norm > 0 && norm > config.max_grad_norm ? config.max_grad_norm / norm : 1;
-  for (train::AdamW::Group& group : adamw->groups()) group.options.lr = lr;
-  adamw->step(scale);
+  optimizer->step(lr, scale);
   if (finetuning) {
     for (const Tensor& gradient : finetuning->gradients())
       if (scale != 1) gradient.mul_(scale);
@@ -288,7 +270,7 @@ StepResult Trainer::training_step(const Tensor& tokens) {
   const auto start = std::chrono::steady_clock::now();
   const double lr = t.learning_rate();
   t.model.module->train();
-  t.adamw->zero_grad();
+  t.optimizer->zero_grad();
   if (t.finetuning) {
     t.finetuning->zero_grad();
     t.finetuning->set_learning_rate(lr);
@@ -301,7 +283,7 @@ StepResult Trainer::training_step(const Tensor& tokens) {
   if (!std::isfinite(result.loss)) not_finite(result.step, "the loss", t.config.output);
   result.grad_norm = t.update(lr);
   if (!std::isfinite(result.grad_norm)) not_finite(result.step, "the gradients' norm", t.config.output);
-  t.adamw->zero_grad();  // their memory is not held until the next step
+  t.optimizer->zero_grad();  // their memory is not held until the next step
   result.tokens = tokens.size(0) * (tokens.size(1) - 1) * t.processes.size;
   ++t.step;
   t.windows += tokens.size(0) * t.processes.size;
@@ -365,15 +347,6 @@ NamedTensors Trainer::Impl::learnt() const {
   return tensors;
 }
 
-NamedTensors Trainer::Impl::optimizer_state() const {
-  NamedTensors tensors;
-  for (size_t i = 0; i < names.size(); ++i) {
-    tensors["m." + names[i]] = adamw->parameters()[i].m;
-    tensors["v." + names[i]] = adamw->parameters()[i].v;
-  }
-  return tensors;
-}
-
 constexpr const char* kRandom = "random.cpu";
 constexpr std::string_view kFinetuning = "finetuning.";
 
@@ -384,14 +357,14 @@ void Trainer::save_checkpoint(const fs::path& directory) const {
       not_finite(t.step, fmt::format("'{}'", name), t.config.output);
   train::TrainingState state = {.facts = train::run_facts(t.config, t.run_id),
                                 .model = t.learnt(),
-                                .optimizer = t.optimizer_state()};
+                                .optimizer = t.optimizer->state()};
   state.facts["step"] = t.step;
   state.facts["windows"] = t.windows;
   state.facts["tokens"] = t.tokens;
   state.facts["total_steps"] = t.total_steps;
   state.facts["text_sha256"] = t.text_digest;
   OrderedJson& steps = state.facts["optimizer_steps"] = OrderedJson::object();
-  for (size_t i = 0; i < t.names.size(); ++i) steps[t.names[i]] = t.adamw->parameters()[i].step;
+  for (const auto& [name, count] : t.optimizer->steps()) steps[name] = *count;
   if (t.finetuning)
     for (const auto& [name, tensor] : t.finetuning->state())
       state.optimizer[std::string(kFinetuning) + name] = tensor;
@@ -405,7 +378,7 @@ void Trainer::save_checkpoint(const fs::path& directory) const {
   });
 }
 
-void Trainer::Impl::load_optimizer(const NamedTensors& state, const OrderedJson& facts, const fs::path& where) {
+void Trainer::Impl::load_optimizer(const NamedTensors& state, const train::RunFacts& facts, const fs::path& where) {
   NamedTensors moments;
   std::map<std::string, Tensor> quantized;
   for (const auto& [name, tensor] : state)
@@ -413,9 +386,12 @@ void Trainer::Impl::load_optimizer(const NamedTensors& state, const OrderedJson&
       quantized[name.substr(kFinetuning.size())] = tensor;
     else if (name != kRandom)
       moments[name] = tensor;
-  train::copy_tensors(moments, optimizer_state(), where);
+  train::copy_tensors(moments, optimizer->state(), where);
   if (finetuning) finetuning->load_state(quantized);
-  for (size_t i = 0; i < names.size(); ++i) adamw->parameters()[i].step = facts["optimizer_steps"].at(names[i]);
+  for (const auto& [name, count] : optimizer->steps()) {
+    const auto made = facts.optimizer_steps.find(name);
+    *count = made == facts.optimizer_steps.end() ? facts.step : made->second;
+  }
   const auto random = state.find(kRandom);
   if (random == state.end()) return;
   auto generator = at::detail::getDefaultCPUGenerator();
@@ -430,7 +406,7 @@ void Trainer::load_checkpoint(const fs::path& directory) {
   if (const std::string key = incompatible_key(facts.config, t.config); !key.empty())
     train::fail_incompatible(facts.config, t.config, key, directory);
   train::copy_tensors(state.model, t.learnt(), directory);
-  t.load_optimizer(state.optimizer, state.facts, directory);
+  t.load_optimizer(state.optimizer, facts, directory);
   t.run_id = facts.run_id;
   t.step = facts.step;
   t.windows = facts.windows;
