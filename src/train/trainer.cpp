@@ -465,14 +465,14 @@ TrainingResult Trainer::train(const Texts& texts) {
     return evaluate(texts.validation, texts.sequence_length, c.eval_windows);
   };
   while (t.step < t.total_steps) {
-    try {
-      throw_if_interrupted();
-    } catch (const Error& interrupted) {
+    if (take_interruption()) {
       save();
-      ErrorReport report = interrupted.report();
-      report.where = fmt::format("step {}", t.step);
-      report.fix = fmt::format("add --resume to go on from {}", result.checkpoint.string());
-      throw Error(report);
+      throw Error({.code = "interrupted",
+                   .what = "interrupted",
+                   .where = fmt::format("step {}", t.step),
+                   .fix = fmt::format("add --resume to go on from {}", result.checkpoint.string()),
+                   .status = ExitStatus::interrupted,
+                   .resumable = true});
     }
     StepResult step = training_step(data.batch(t.windows + t.processes.rank * rows, rows));
     if (t.step == t.total_steps || is_due(c.eval_every, t.step)) step.val_loss = validate();

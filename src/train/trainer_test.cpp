@@ -486,7 +486,6 @@ TEST(Trainer, ProcessesDivideTheWindows) {
   const TemporaryDirectory directory;
   TrainingConfig c = config_for(directory / "out");
   c.max_steps = 1;
-  c.warmup_steps = 0;
   const TokenDataset data(texts().training, 8, 0);
   for (int64_t rank = 0; rank < 2; ++rank) {
     Trainer trainer(trainable(make_net()), c);

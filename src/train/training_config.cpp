@@ -277,8 +277,6 @@ void TrainingConfig::check(const std::string& where) const {
   if (lora.init == "loftq" && adapters && quantization.empty())
     fail(where, "lora.init loftq needs a section 'quantization'", "it chooses codes and adapters together");
   if (max_steps == 0 && epochs == 0) fail(where, "both max_steps and epochs are 0", "give one of them");
-  if (max_steps > 0 && warmup_steps > max_steps)
-    fail(where, fmt::format("warmup_steps {} is more than max_steps {}", warmup_steps, max_steps));
   if (!quantization.empty()) check_quantization(*this, where);
 }
 

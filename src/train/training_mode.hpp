@@ -34,7 +34,8 @@ struct Ending {
 struct TrainingMode {
   std::string_view name;
   bool (*wanted)(const TrainingConfig& config);
-  LinearLoader load_linear = nullptr;  ///< keeps what a checkpoint has quantized; null: it is decoded to floats
+  /// How a checkpoint is read; null: all of it becomes floats.
+  void (*load)(const TrainingConfig& config, CausalLmOptions& options) = nullptr;
   Prepared (*prepare)(CausalLm& model, const TrainingConfig& config, std::vector<Warning>& warnings) = nullptr;
   /// False: there is no model of its own to export.
   bool (*finish)(const Ending& ending) = nullptr;

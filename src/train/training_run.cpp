@@ -49,7 +49,7 @@ Source open_source(const TrainingConfig& config, const TrainingMode& mode, const
   if (!config.model.empty()) {
     source.checkpoint.emplace(open_model(config.model));
     source.checkpoint->verify_digests();
-    options.load_linear = mode.load_linear;
+    if (mode.load != nullptr) mode.load(config, options);
     source.model = std::make_shared<CausalLm>(*source.checkpoint, options);
     source.files = export_source(*source.checkpoint);
     source.tokenizer = config.tokenizer.empty() ? tokenizer_path(*source.checkpoint) : fs::path(config.tokenizer);
