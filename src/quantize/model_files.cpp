@@ -76,9 +76,12 @@ OrderedJson read_config(const Checkpoint& model) {
 }
 
 void copy_side_files(const Checkpoint& model, const fs::path& to) {
+  copy_side_files(model_directory(model), fs::is_directory(model.path()), to);
+}
+
+void copy_side_files(const fs::path& directory, bool own, const fs::path& to) {
   std::vector<fs::path> files;
-  const bool own = fs::is_directory(model.path());
-  for (const fs::directory_entry& entry : fs::directory_iterator(model_directory(model))) {
+  for (const fs::directory_entry& entry : fs::directory_iterator(directory)) {
     std::error_code broken_link;
     if (entry.is_regular_file(broken_link) &&
         (is_known_file(entry.path().filename().string()) || (own && is_side_file(entry.path()))))

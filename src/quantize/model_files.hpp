@@ -23,6 +23,8 @@ OrderedJson read_config(const Checkpoint& model);
 /// Copies what belongs to a model beside weights and configuration: tokenizer files, generation settings, templates.
 /// No program code and no README.
 void copy_side_files(const Checkpoint& model, const std::filesystem::path& to);
+/// own: all that is in the directory belongs to the model, not only what is known by name.
+void copy_side_files(const std::filesystem::path& directory, bool own, const std::filesystem::path& to);
 
 /// Of a directory made from a GGUF file that has none beside it.
 Warning no_tokenizer_written();

@@ -11,6 +11,7 @@
 #include "model/model.hpp"
 #include "model/weights.hpp"
 #include "train/linear.hpp"
+#include "train/ops.hpp"
 
 namespace bitwright::train {
 namespace {
@@ -77,45 +78,6 @@ Tensor part_of(const Tensor& output, const MatrixPlace& place, int64_t rows) {
   return cut.reshape(sizes);
 }
 
-Tensor activated(Activation activation, const Tensor& x) {
-  switch (activation) {
-    case Activation::silu:
-      return torch::silu(x);
-    case Activation::gelu:
-      return torch::gelu(x);
-    case Activation::gelu_tanh:
-      return torch::gelu(x, "tanh");
-  }
-  return x;
-}
-
-Tensor capped(const Tensor& x, float cap) { return cap > 0 ? torch::tanh(x / cap) * cap : x; }
-
-/// x: [batch, length, heads, head size]; cosine, sine: [length, pairs].
-Tensor turned(const Tensor& x, const Tensor& cosine, const Tensor& sine) {
-  const int64_t pairs = cosine.size(1);
-  const Tensor c = cosine.unsqueeze(1), s = sine.unsqueeze(1);
-  const Tensor a = x.narrow(-1, 0, pairs), b = x.narrow(-1, pairs, pairs);
-  std::vector<Tensor> parts = {a * c - b * s, b * c + a * s};
-  if (const int64_t rest = x.size(-1) - 2 * pairs; rest > 0) parts.push_back(x.narrow(-1, 2 * pairs, rest));
-  return torch::cat(parts, -1);
-}
-
-/// q: [batch, length, heads, head size], k and v with fewer heads; returns q's shape.
-Tensor attended(const Tensor& q, const Tensor& k, const Tensor& v, const ModelConfig& c, int64_t window) {
-  const int64_t batch = q.size(0), length = q.size(1), group = c.heads / c.kv_heads;
-  const Tensor queries = q.view({batch, length, c.kv_heads, group, c.head_size}).permute({0, 2, 3, 1, 4});
-  const auto for_group = [](const Tensor& x) { return x.permute({0, 2, 1, 3}).unsqueeze(2); };
-  Tensor scores = torch::matmul(queries, for_group(k).transpose(-1, -2)) * c.attention_scale;
-  scores = capped(scores, c.attention_cap);
-  const Tensor at = torch::arange(length), distance = at.unsqueeze(1) - at.unsqueeze(0);
-  Tensor hidden = distance < 0;
-  if (window > 0) hidden = hidden | (distance >= window);
-  scores = scores.masked_fill(hidden, -std::numeric_limits<float>::infinity());
-  const Tensor out = torch::matmul(torch::softmax(scores, -1), for_group(v));
-  return out.permute({0, 3, 1, 2, 4}).reshape({batch, length, c.heads * c.head_size});
-}
-
 /// A part of the network that is run again in backward().
 struct Recomputed : torch::CustomClassHolder {
   std::function<Tensor(const Tensor&)> run;
@@ -134,23 +96,31 @@ void set_random_state(const Tensor& state) {
   generator.set_state(state);
 }
 
-/// Runs as it was run first: random numbers and autocast; what was before is there again afterwards.
-class AsBefore {
+/// libtorch's autocast of the CPU, by which compute_type() and behaviours go, as it was before at the end of the scope.
+class Autocast {
  public:
-  explicit AsBefore(const Recomputed& what) : state_(random_state()), autocast_(at::autocast::is_cpu_enabled()) {
-    set_random_state(what.random_state);
-    at::autocast::set_cpu_enabled(what.autocast);
+  explicit Autocast(bool on) : before_(at::autocast::is_cpu_enabled()) { at::autocast::set_cpu_enabled(on); }
+  ~Autocast() {
+    at::autocast::set_cpu_enabled(before_);
+    if (!before_) at::autocast::clear_cache();  // of weights that will change
   }
-  ~AsBefore() {
-    set_random_state(state_);
-    at::autocast::set_cpu_enabled(autocast_);
-  }
-  AsBefore(const AsBefore&) = delete;
-  AsBefore& operator=(const AsBefore&) = delete;
+  Autocast(const Autocast&) = delete;
+  Autocast& operator=(const Autocast&) = delete;
 
  private:
-  Tensor state_;
-  bool autocast_;
+  bool before_;
+};
+
+/// The random numbers that were drawn first are drawn again; at the end of the scope it goes on as if they were not.
+class SameRandomNumbers {
+ public:
+  explicit SameRandomNumbers(const Tensor& state) : before_(random_state()) { set_random_state(state); }
+  ~SameRandomNumbers() { set_random_state(before_); }
+  SameRandomNumbers(const SameRandomNumbers&) = delete;
+  SameRandomNumbers& operator=(const SameRandomNumbers&) = delete;
+
+ private:
+  Tensor before_;
 };
 
 class Recompute : public torch::autograd::Function<Recompute> {
@@ -173,7 +143,8 @@ class Recompute : public torch::autograd::Function<Recompute> {
     Tensor y;
     {
       const at::AutoGradMode recorded(true);
-      const AsBefore as_before(what);
+      const SameRandomNumbers random(what.random_state);
+      const Autocast autocast(what.autocast);
       y = what.run(x);
     }
     if (y.requires_grad()) torch::autograd::backward({y}, {gradients[0]});
@@ -205,6 +176,11 @@ struct CausalLm::Impl {
   void load_linear(const Checkpoint& checkpoint, WeightReader& reader, const std::string& path,
                    torch::nn::LinearImpl& linear);
 
+  bool bf16() const {
+    return options.compute == torch::kBFloat16 || options.matrices == torch::kBFloat16 ||
+           at::autocast::is_cpu_enabled();
+  }
+  Compute compute() const { return bf16() ? Compute::bf16 : Compute::f32; }
   void prepare_rotations(int64_t length);
   Tensor embed(const Tensor& tokens) const;
   Tensor product(torch::nn::Linear& linear, const Tensor& x) const;
@@ -360,49 +336,44 @@ Tensor CausalLm::Impl::embed(const Tensor& tokens) const {
 }
 
 Tensor CausalLm::Impl::product(torch::nn::Linear& linear, const Tensor& x) const {
-  const Tensor input = x.to(options.compute);
-  if (behaviour_of(*linear) != nullptr) return linear->forward(input);
-  const Tensor bias = linear->bias.defined() ? linear->bias.to(options.compute) : Tensor();
-  return torch::linear(input, linear->weight.to(options.compute), bias);
+  return train::linear(x, linear->weight, linear->bias, compute()).to(torch::kFloat32);
 }
 
 Tensor CausalLm::Impl::normalised(const Tensor& x, const Norm& with) const {
-  const Tensor weight = config.norm_offset == 0 ? with.weight : with.weight + config.norm_offset;
-  const Tensor in = x.to(torch::kFloat32);
-  if (config.norm == NormKind::layer)
-    return torch::layer_norm(in, weight.sizes(), weight, with.bias, config.norm_epsilon);
-  return in * torch::rsqrt(in.square().mean(-1, /*keepdim=*/true) + config.norm_epsilon) * weight;
+  if (config.norm == NormKind::layer) return layer_norm(x, with.weight, with.bias, config.norm_epsilon);
+  return rms_norm(x, with.weight, config.norm_epsilon, config.norm_offset);
 }
 
 Tensor CausalLm::Impl::attention(Layer& layer, const Tensor& x) const {
   const TensorPlaces& places = config.places;
-  const int64_t batch = x.size(0), length = x.size(1);
-  std::map<const torch::nn::LinearImpl*, Tensor> outputs_of;  // of those that are cut from one matrix: once
+  std::map<const torch::nn::LinearImpl*, Tensor> products;  // of those that are cut from one matrix: one
   const auto heads = [&](torch::nn::Linear& linear, const MatrixPlace& place, int64_t count, const Norm& norm) {
-    Tensor& all = outputs_of[linear.get()];
+    Tensor& all = products[linear.get()];
     if (!all.defined()) all = product(linear, x);
-    Tensor out = part_of(all, place, count * config.head_size).reshape({batch, length, count, config.head_size});
-    return norm.weight.defined() ? normalised(out, norm) : out.to(torch::kFloat32);
+    const Tensor out =
+        part_of(all, place, count * config.head_size).reshape({x.size(0), x.size(1), count, config.head_size});
+    return norm.weight.defined() ? normalised(out, norm) : out;
   };
   Tensor q = heads(layer.q, places.q, config.heads, layer.q_norm),
          k = heads(layer.k, places.k, config.kv_heads, layer.k_norm);
   const Tensor v = heads(layer.v, places.v, config.kv_heads, {});
   if (!rotations.empty()) {
     const auto& [cosine, sine] = rotations[layer.kind.rope];
-    q = turned(q, cosine, sine);
-    k = turned(k, cosine, sine);
+    q = rotary(q, cosine, sine);
+    k = rotary(k, cosine, sine);
   }
-  return product(layer.o, attended(q, k, v, config, layer.kind.window));
+  const AttentionRule rule = {
+      .scale = config.attention_scale, .cap = config.attention_cap, .window = static_cast<size_t>(layer.kind.window)};
+  return product(layer.o, train::attention(q, k, v, rule).flatten(2));
 }
 
 Tensor CausalLm::Impl::feed_forward(Layer& layer, const Tensor& x) const {
   const TensorPlaces& places = config.places;
-  const Tensor up_output = product(layer.up, x);
-  const Tensor up = part_of(up_output, places.up, config.feed_forward);
-  if (layer.gate.is_empty()) return product(layer.down, activated(config.activation, up));
-  const Tensor gate = part_of(layer.gate.get() == layer.up.get() ? up_output : product(layer.gate, x), places.gate,
-                              config.feed_forward);
-  return product(layer.down, activated(config.activation, gate) * up);
+  const Tensor product_up = product(layer.up, x);
+  const Tensor up = part_of(product_up, places.up, config.feed_forward);
+  if (layer.gate.is_empty()) return product(layer.down, gated(config.activation, up, {}));
+  const Tensor product_gate = layer.gate.get() == layer.up.get() ? product_up : product(layer.gate, x);
+  return product(layer.down, gated(config.activation, part_of(product_gate, places.gate, config.feed_forward), up));
 }
 
 Tensor CausalLm::Impl::run(Layer& layer, const Tensor& x) const {
@@ -444,6 +415,7 @@ Tensor CausalLm::hidden(const Tensor& tokens) {
                  .why = fmt::format("a sequence has {} tokens, the model has positions for {}", length, most),
                  .fix = "use shorter sequences"});
   impl_->prepare_rotations(length);
+  const Autocast autocast(impl_->bf16());
   Tensor x = impl_->embed(tokens);
   const bool recompute = impl_->options.recompute_layers && at::GradMode::is_enabled();
   const Tensor learns = recompute ? torch::empty({0}).requires_grad_() : Tensor();
@@ -461,15 +433,22 @@ Tensor CausalLm::hidden(const Tensor& tokens) {
 }
 
 Tensor CausalLm::logits(const Tensor& hidden) {
-  return capped(impl_->product(impl_->head, hidden).to(torch::kFloat32), impl_->config.logit_cap);
+  const Autocast autocast(impl_->bf16());
+  const Tensor out = impl_->product(impl_->head, hidden);
+  const float cap = impl_->config.logit_cap;
+  return cap > 0 ? torch::tanh(out / cap) * cap : out;
 }
 
 Tensor CausalLm::forward(const Tensor& tokens) { return logits(hidden(tokens)); }
 
 Tensor CausalLm::loss(const Tensor& tokens, const Tensor& targets) {
-  constexpr int64_t kIgnored = -100;
-  const Tensor expected = targets.reshape({-1}).masked_fill(targets.reshape({-1}) < 0, kIgnored);
-  return torch::nn::functional::cross_entropy(forward(tokens).flatten(0, 1), expected,
+  const Tensor read = hidden(tokens);
+  const Tensor expected = targets.masked_fill(targets < 0, kIgnored);
+  const Autocast autocast(impl_->bf16());
+  const bool plain = behaviour_of(*impl_->head) == nullptr && !impl_->head->bias.defined();
+  if (plain)
+    return linear_cross_entropy(read, impl_->head->weight, expected, impl_->config.logit_cap, impl_->compute());
+  return torch::nn::functional::cross_entropy(logits(read).flatten(0, 1), expected.flatten(),
                                               torch::nn::functional::CrossEntropyFuncOptions().ignore_index(kIgnored));
 }
 

@@ -21,7 +21,7 @@ using LinearLoader = std::function<bool(const std::string& path, torch::nn::Line
 
 struct CausalLmOptions {
   torch::ScalarType compute = torch::kFloat32;   ///< of matrix products: float32 or bfloat16; all else is float32
-  torch::ScalarType matrices = torch::kFloat32;  ///< what matrices are kept in; bfloat16 asks for compute in bfloat16
+  torch::ScalarType matrices = torch::kFloat32;  ///< what matrices are kept in; bfloat16: compute is, too
   /// Activations within a layer are not kept for backward(), but computed again there (with the same random numbers).
   /// What is inside gets its gradients from backward(); torch::autograd::grad() cannot ask for them.
   bool recompute_layers = false;

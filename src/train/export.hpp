@@ -33,9 +33,9 @@ struct ExportedTensor {
   StoredLinear quantized{};
   bool transposed = false;  ///< the file has it [inputs, outputs], the model here [outputs, inputs]
 };
-/// All parameters and buffers of a module by their names, linear layers whose behaviour StoresQuantized as it says,
-/// those with another one as their parameter "weight" has it. Of a CausalLm under the names its checkpoint has.
-/// Throws Error{"not-exportable"} for a linear layer whose parameter is not its weight in floats.
+/// All parameters and buffers of a module by their names; of linear layers weight and bias, as a behaviour that
+/// StoresQuantized says. Throws Error{"not-exportable"} for a linear layer with another behaviour, whose parameter
+/// alone would compute something else (an adapter, fake quantization): merge or convert first.
 std::vector<ExportedTensor> exported_tensors(const torch::nn::Module& module);
 
 /// What belongs to a model beside its tensors.
@@ -50,7 +50,7 @@ struct ExportOptions {
   /// What holds the quantized tensors, one with write_metadata. Null: plain floats, what is quantized is decoded.
   const Container* container = nullptr;
   DType floats = DType::f32;  ///< of what is not quantized: f32, f16, bf16
-  OrderedJson record{};       ///< added to quantization_metadata.json under "training"
+  OrderedJson record{};       ///< "training" of quantization_metadata.json, where the container has it (native)
 };
 
 /// Writes a model as all other commands take it: weights, config.json, quantization_metadata.json with the digests of

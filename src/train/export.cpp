@@ -1,0 +1,336 @@
+#include "train/export.hpp"
+
+#include <mutex>
+
+#include "base/error.hpp"
+#include "base/output.hpp"
+#include "base/threads.hpp"
+#include "checkpoint/checkpoint.hpp"
+#include "kernels/decode.hpp"
+#include "kernels/encode.hpp"
+#include "quantize/model_files.hpp"
+#include "quantize/output_layout.hpp"
+#include "quantize/verify.hpp"
+#include "scheme/transposed.hpp"
+#include "train/causal_lm.hpp"
+#include "train/linear.hpp"
+
+namespace bitwright::train {
+namespace {
+
+namespace fs = std::filesystem;
+
+constexpr std::string_view kWeight = ".weight";
+
+struct TypePair {
+  torch::ScalarType torch;
+  DType dtype;
+};
+constexpr TypePair kTypes[] = {{torch::kFloat32, DType::f32},   {torch::kFloat16, DType::f16},
+                               {torch::kBFloat16, DType::bf16}, {torch::kFloat64, DType::f64},
+                               {torch::kInt64, DType::i64},     {torch::kInt32, DType::i32},
+                               {torch::kInt16, DType::i16},     {torch::kInt8, DType::i8},
+                               {torch::kUInt8, DType::u8},      {torch::kBool, DType::boolean}};
+
+[[noreturn]] void not_exportable(const std::string& name, const std::string& why, const std::string& fix) {
+  throw Error({.code = "not-exportable", .what = "cannot write the model", .where = name, .why = why, .fix = fix});
+}
+
+[[noreturn]] void does_not_fit(const std::string& name, const Container& container, const std::string& why) {
+  throw Error({.code = "does-not-fit",
+               .what = "cannot write the model",
+               .where = name,
+               .why = fmt::format("{} cannot hold it: {}", container.name, why),
+               .fix = "choose another container, or quantize for this one"});
+}
+
+ExportedTensor linear_weight(const std::string& name, const torch::nn::LinearImpl& linear) {
+  const std::shared_ptr<LinearBehaviour> behaviour = behaviour_of(linear);
+  if (behaviour == nullptr) return {.name = name, .floats = linear.weight};
+  const auto stores = std::dynamic_pointer_cast<StoresQuantized>(behaviour);
+  if (stores == nullptr)
+    not_exportable(name, "what computes the layer has no form in a file (an adapter, or quantization that is learned)",
+                   "merge or convert the model first");
+  ExportedTensor out = {.name = name, .quantized = stores->stored()};
+  if (out.quantized.weight == nullptr) not_exportable(name, "the layer has no quantized weight", "quantize it first");
+  return out;
+}
+
+torch::ScalarType torch_type(DType dtype) { return std::ranges::find(kTypes, dtype, &TypePair::dtype)->torch; }
+
+/// A tensor in the type and order that the file has.
+class Source {
+ public:
+  Source(const ExportedTensor& tensor, const Container* container, DType floats) : tensor_(tensor) {
+    if (tensor.quantized.weight != nullptr)
+      prepare_quantized(container, floats);
+    else
+      prepare_plain(floats);
+    plan.name = tensor.name;
+    facts.name = tensor.name;
+    facts.inputs_first = tensor.transposed;
+    facts.is_float = info(facts.dtype).is_float;
+    facts.bytes = size_bytes(facts.dtype);
+  }
+
+  /// The numbers of what is written as plain ones. Throws Error{"not-finite"}.
+  std::vector<std::byte> plain() const {
+    torch::Tensor numbers = tensor_.floats;
+    if (!numbers.defined()) numbers = decoded();
+    numbers = numbers.detach().to(torch::kCPU, torch_type(facts.dtype));
+    if (tensor_.transposed) numbers = numbers.t();
+    numbers = numbers.contiguous();
+    const auto* const data = static_cast<const std::byte*>(numbers.data_ptr());
+    std::vector<std::byte> bytes(data, data + numbers.nbytes());
+    const auto bad = facts.is_float && facts.dtype != DType::f64 ? find_non_finite({facts.dtype, bytes}) : std::nullopt;
+    if (bad)
+      throw Error(
+          {.code = "not-finite",
+           .what = "cannot write the model",
+           .where = fmt::format("tensor '{}'", printable(facts.name)),
+           .why = fmt::format("element {} would be {} as {}", bad->position, bad->value, info(facts.dtype).name),
+           .fix = "training has diverged, or the type is too narrow"});
+    return bytes;
+  }
+
+  TensorFacts facts{};
+  TensorPlan plan{};
+  std::shared_ptr<const QuantizedTensor> quantized{};  ///< as the container stores it; null: plain
+
+ private:
+  void prepare_quantized(const Container* container, DType floats) {
+    facts.shape = tensor_.quantized.weight->shape;
+    facts.dtype = floats;
+    facts.inputs_first = tensor_.transposed;
+    if (tensor_.transposed) std::swap(facts.shape[0], facts.shape[1]);
+    if (container == nullptr) return;
+    quantized = tensor_.quantized.weight;
+    if (tensor_.transposed && !is_stored_transposed(facts, *container)) {
+      const auto turns = [](const std::optional<Parameter>& p) {
+        return !p || p->grouping.kind == Grouping::Kind::tensor || p->grouping.kind == Grouping::Kind::axis;
+      };
+      if (!turns(quantized->scheme.scale) || !turns(quantized->scheme.offset))
+        does_not_fit(tensor_.name, *container,
+                     "the model's files have this matrix transposed, where its groups are none");
+      quantized = std::make_shared<const QuantizedTensor>(transposed(*quantized));
+    }
+    plan.scheme = quantized->scheme;
+    plan.linear = tensor_.quantized.activations;
+    if (container->takes != nullptr && container->scheme_for == nullptr && !container->takes(tensor_.name, facts.shape))
+      does_not_fit(tensor_.name, *container, "its owner keeps such a matrix in floats");
+  }
+
+  void prepare_plain(DType floats) {
+    const auto* const type = std::ranges::find(kTypes, tensor_.floats.scalar_type(), &TypePair::torch);
+    if (type == std::end(kTypes)) not_exportable(tensor_.name, "no file holds its type", "convert it");
+    facts.dtype = info(type->dtype).is_float ? floats : type->dtype;
+    facts.shape = tensor_.floats.sizes().vec();
+    if (tensor_.transposed) std::swap(facts.shape[0], facts.shape[1]);
+    plan.reason = facts.shape.size() < 2 ? std::string(kNotMatrix) : "trained in floats";
+  }
+
+  torch::Tensor decoded() const {
+    std::vector<float> values = decode(*tensor_.quantized.weight);
+    return torch::from_blob(values.data(), tensor_.quantized.weight->shape).clone();
+  }
+
+  const ExportedTensor& tensor_;
+};
+
+bool equal(const std::shared_ptr<const QuantizedTensor>& a, const std::shared_ptr<const QuantizedTensor>& b) {
+  return a == nullptr || b == nullptr ? a == b : *a == *b;
+}
+bool equal(const std::optional<ActivationScheme>& a, const std::optional<ActivationScheme>& b) {
+  if (!a || !b) return a.has_value() == b.has_value();
+  return a->scheme == b->scheme && a->dynamic == b->dynamic && equal(a->scale, b->scale) && equal(a->offset, b->offset);
+}
+
+class Exporter {
+ public:
+  Exporter(const std::vector<ExportedTensor>& tensors, const ExportSource& source, const ExportOptions& options)
+      : source_(source), options_(options), container_(options.container) {
+    for (const ExportedTensor& tensor : tensors) sources_.emplace_back(tensor, container_, options.floats);
+    for (const Source& each : sources_) facts_.push_back(each.facts);
+    config_ = source.config.is_null() ? OrderedJson::object() : source.config;
+    drop_quantization(config_);
+    bool typed = false;
+    for (const char* key : {"torch_dtype", "dtype"})
+      if (config_.contains(key)) {
+        config_[key] = info(options.floats).name;
+        typed = true;
+      }
+    if (!typed) config_["torch_dtype"] = info(options.floats).name;
+    lay_out_arrays();
+    metadata(OrderedJson::object());  // what cannot be written is refused before there is any work
+  }
+
+  void run() {
+    OutputDirectory output(options_.output.output, options_.output.existing);
+    const fs::path& staging = output.staging();
+    if (!source_.directory.empty()) copy_side_files(source_.directory, true, staging);
+    ShardWriter writer(staging, shards_);
+    parallel_for(sources_.size(), [&](size_t i) {
+      throw_if_interrupted();
+      write(i, writer);
+    });
+    writer.finish();
+    write_metadata(staging, OrderedJson::object());  // the written model must open before it can be verified
+    verify(staging);
+    write_metadata(staging, record(staging));
+    output.commit();
+  }
+
+ private:
+  void lay_out_arrays() {
+    if (container_ == nullptr) {
+      for (const TensorFacts& facts : facts_) arrays_.push_back({{facts.name, facts.dtype, facts.shape}});
+      shards_ = plan_shards(arrays_, options_.output.shard_bytes());
+      return;
+    }
+    Recipe recipe;
+    for (const Source& each : sources_) recipe.tensors.push_back(each.plan);
+    OutputLayout layout = lay_out(facts_, std::move(recipe), *container_, options_.output.shard_bytes());
+    recipe_ = std::move(layout.recipe);
+    arrays_ = std::move(layout.arrays);
+    shards_ = std::move(layout.shards);
+    if (find_lengths()) shards_ = plan_shards(arrays_, options_.output.shard_bytes(), container_->weights_format);
+  }
+
+  /// Of arrays whose lengths their values decide. Are there any?
+  bool find_lengths() {
+    bool any = false;
+    for (size_t i = 0; i < sources_.size(); ++i) {
+      if (std::ranges::none_of(arrays_[i], &ArraySpec::sized_by_value)) continue;
+      any = true;
+      const std::vector<NamedArray> packed = container_->pack(stored(i), *sources_[i].quantized);
+      for (size_t a = 0; a < packed.size(); ++a) arrays_[i][a].shape = packed[a].spec.shape;
+    }
+    return any;
+  }
+
+  StoredTensor stored(size_t i) const { return stored_tensor(facts_[i], recipe_.tensors[i], *container_); }
+
+  void write(size_t i, ShardWriter& writer) const {
+    if (sources_[i].quantized == nullptr) return writer.write(i, 0, 0, sources_[i].plain());
+    const std::vector<NamedArray> packed = container_->pack(stored(i), *sources_[i].quantized);
+    for (size_t a = 0; a < packed.size(); ++a) writer.write(i, a, 0, packed[a].data);
+  }
+
+  std::map<std::string, OrderedJson> metadata(const OrderedJson& record) const {
+    if (container_ == nullptr) return {{"config.json", config_}};
+    return metadata_of(facts_, recipe_, *container_, config_, record);
+  }
+
+  void write_metadata(const fs::path& staging, const OrderedJson& record) const {
+    for (const auto& [name, json] : metadata(record)) write_text_file(staging / name, json.dump(2) + "\n");
+  }
+
+  /// What was written is what was meant, each quantized tensor by its values.
+  void verify(const fs::path& staging) const {
+    if (container_ == nullptr) return;
+    const Checkpoint written(staging, nullptr, Checkpoint::Unfinished::allow);
+    for (size_t i = 0; i < sources_.size(); ++i) {
+      const std::string& name = facts_[i].name;
+      const TensorEntry* const entry = written.find(name);
+      if (entry == nullptr || entry->quantized() != (sources_[i].quantized != nullptr))
+        verification_failed(name, "missing, or of another kind");
+      if (!entry->quantized()) continue;
+      if (decode(written.read(*entry)) != decode(*sources_[i].quantized))
+        verification_failed(name, "it reads back with other values");
+      const QuantizedLinear& linear = recipe_.tensors[i].linear;
+      if (!equal(linear.input, entry->linear.input) || !equal(linear.output, entry->linear.output))
+        does_not_fit(name, *container_, "it does not keep these ranges of the layer's activations");
+    }
+  }
+
+  OrderedJson record(const fs::path& staging) const {
+    OrderedJson out = {{"tool", {{"name", "bitwright"}, {"version", BITWRIGHT_VERSION}}},
+                       {"bytes_out", shards_.bytes()},
+                       {"layers", OrderedJson::array()}};
+    for (size_t i = 0; i < sources_.size(); ++i) {
+      if (sources_[i].quantized == nullptr) continue;
+      uint64_t bytes = 0;
+      for (const ArraySpec& array : arrays_[i]) bytes += array.bytes();
+      out["layers"].push_back({{"name", facts_[i].name},
+                               {"scheme", describe(sources_[i].quantized->scheme)},
+                               {"bits_per_weight", 8.0 * static_cast<double>(bytes) /
+                                                       static_cast<double>(element_count(facts_[i].shape))}});
+    }
+    if (!options_.record.is_null()) out["training"] = options_.record;
+    out["files"] = digests_of(staging);
+    return out;
+  }
+
+  const ExportSource& source_;
+  const ExportOptions& options_;
+  const Container* container_;
+  std::vector<Source> sources_;
+  std::vector<TensorFacts> facts_;
+  OrderedJson config_;
+  Recipe recipe_;
+  std::vector<std::vector<ArraySpec>> arrays_;
+  ShardPlan shards_;
+};
+
+/// A directory that is gone at the end of the scope.
+struct Passing {
+  fs::path path;
+  ~Passing() {
+    std::error_code ignored;
+    fs::remove_all(path, ignored);
+  }
+};
+
+/// A file that is a whole model has names and an order of its own: what convert knows.
+void export_by_conversion(const std::vector<ExportedTensor>& tensors, const ExportSource& source,
+                          const ExportOptions& options) {
+  const fs::path& target = options.output.output;
+  const Passing native = {target.parent_path() / fmt::format(".{}.native", target.filename().string())};
+  ExportOptions first = options;
+  first.container = find_container("native");
+  first.output.output = native.path;
+  first.output.existing = Existing::replace;
+  Exporter(tensors, source, first).run();
+  std::vector<Warning> warnings;
+  convert(Checkpoint(native.path),
+          {.output = options.output, .request = {.container = options.container, .exact = true}}, warnings);
+}
+
+}  // namespace
+
+std::vector<ExportedTensor> exported_tensors(const torch::nn::Module& module) {
+  std::vector<ExportedTensor> out;
+  std::set<std::string> linears;  // ends with a dot
+  for_each_linear(module, [&](const std::string& path, torch::nn::LinearImpl& linear) {
+    const std::string base = path.empty() ? "" : path + ".";
+    linears.insert(base);
+    out.push_back(linear_weight(base + "weight", linear));
+    if (linear.bias.defined()) out.push_back({.name = base + "bias", .floats = linear.bias});
+  });
+  const auto is_of_linear = [&](const std::string& name) {
+    return std::ranges::any_of(linears, [&](const std::string& base) { return name.starts_with(base); });
+  };
+  const auto add = [&](const auto& named) {
+    for (const auto& item : named)
+      if (!is_of_linear(item.key())) out.push_back({.name = item.key(), .floats = item.value()});
+  };
+  add(module.named_parameters());
+  add(module.named_buffers());
+  if (const auto* const model = dynamic_cast<const CausalLm*>(&module))
+    for (ExportedTensor& tensor : out) tensor.transposed = model->stored_transposed(tensor.name);
+  return out;
+}
+
+ExportSource export_source(const Checkpoint& checkpoint) {
+  return {.config = read_config(checkpoint),
+          .directory = checkpoint.facts() == nullptr ? model_directory(checkpoint) : fs::path()};
+}
+
+void export_model(const std::vector<ExportedTensor>& tensors, const ExportSource& source,
+                  const ExportOptions& options) {
+  const bool whole_file = options.container != nullptr && !options.container->model_file.empty();
+  if (whole_file) return export_by_conversion(tensors, source, options);
+  Exporter(tensors, source, options).run();
+}
+
+}  // namespace bitwright::train
