@@ -23,7 +23,7 @@ struct LearningLinear::Tap : torch::autograd::Function<Tap> {
                                const c10::intrusive_ptr<Use>& use) {
     context->save_for_backward({input});
     context->saved_data["use"] = torch::IValue::make_capsule(use);
-    return output.view_as(output);
+    return output.variable_data();  // no view: what uses it may change it in place
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
@@ -56,6 +56,10 @@ torch::Tensor LearningLinear::forward(const torch::Tensor& input, const torch::T
     output = Tap::apply(output, input, anchor_, use);
   }
   return bias.defined() ? output + bias : output;
+}
+
+StoredLinear LearningLinear::stored() const {
+  return {.weight = std::make_shared<const QuantizedTensor>(weight()->unpacked()), .activations = linear()};
 }
 
 void LearningLinear::add_gradient(const torch::Tensor& input, const torch::Tensor& output_gradient) {
@@ -171,6 +175,10 @@ class Finetuning : public QuantizedFinetuning {
                    .fix = "skip_modules",
                    .status = ExitStatus::usage});
     for (Layer& layer : layers_) attach_quantized(*layer.linear, layer.learning);
+  }
+
+  ~Finetuning() override {
+    for (Layer& layer : layers_) layer.learning->when_complete(nullptr);  // it calls this object
   }
 
   std::vector<std::string> layers() const override {

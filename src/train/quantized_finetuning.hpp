@@ -1,10 +1,13 @@
 #pragma once
 
+#include <functional>
 #include <memory>
+#include <string>
 
 #include "bitwright/torch/finetuning.hpp"
 #include "kernels/requantize.hpp"
 #include "train/adamw8.hpp"
+#include "train/export.hpp"
 #include "train/plan.hpp"
 #include "train/quantized_linear.hpp"
 
@@ -12,13 +15,17 @@ namespace bitwright::train {
 
 /// A linear layer whose quantized weight learns: backward() gives a gradient to its input, as a frozen one does, and
 /// makes the weight's own, which waits here until it is learned from.
-class LearningLinear : public QuantizedLinearBehaviour, public std::enable_shared_from_this<LearningLinear> {
+class LearningLinear : public QuantizedLinearBehaviour,
+                       public StoresQuantized,
+                       public std::enable_shared_from_this<LearningLinear> {
  public:
   /// Called by backward() when all uses of the layer in a graph have added to the gradient. Null: nothing happens.
   using WhenComplete = std::function<void(LearningLinear& layer)>;
 
   LearningLinear(std::string path, QuantizedTensor weight, QuantizedLinear linear, torch::ScalarType gradient_type);
   torch::Tensor forward(const torch::Tensor& input, const torch::Tensor& bias) override;
+
+  StoredLinear stored() const override;
 
   const std::string& path() const { return path_; }
   torch::Tensor& gradient() { return gradient_; }  ///< [out features, in features]; undefined: none yet
@@ -37,6 +44,7 @@ class LearningLinear : public QuantizedLinearBehaviour, public std::enable_share
   WhenComplete when_complete_{};
 };
 
+using bitwright::enable_quantized_finetuning;
 /// The same as the public one, with schemes as a request has them (the section `quantization` of a file).
 std::shared_ptr<QuantizedFinetuning> enable_quantized_finetuning(torch::nn::Module& module,
                                                                  const QuantizedFinetuningConfig& config,

@@ -10,8 +10,8 @@
 namespace bitwright::train {
 namespace {
 
-struct Net : torch::nn::Module {
-  explicit Net(uint64_t seed = 1) {
+struct NetImpl : torch::nn::Module {
+  explicit NetImpl(uint64_t seed = 1) {
     torch::manual_seed(seed);
     embedding = register_module("embedding", torch::nn::Embedding(8, 64));
     up = register_module("up", torch::nn::Linear(64, 96));
@@ -23,6 +23,7 @@ struct Net : torch::nn::Module {
   torch::nn::Embedding embedding{nullptr};
   torch::nn::Linear up{nullptr}, down{nullptr}, head{nullptr};
 };
+TORCH_MODULE(Net);
 
 using Config = QuantizedFinetuningConfig;
 constexpr Requantization kBoth[] = {Requantization::stochastic, Requantization::error_compensated};
@@ -31,15 +32,15 @@ constexpr Requantization kBoth[] = {Requantization::stochastic, Requantization::
 struct Task {
   torch::Tensor x, y;
   explicit Task(double move) {
-    Net teacher;
+    Net teacher(1);
     const torch::NoGradGuard no_gradients;
     torch::manual_seed(2);
-    for (auto* linear : {&teacher.up, &teacher.down})
+    for (auto* linear : {&teacher->up, &teacher->down})
       (*linear)->weight.add_(torch::randn((*linear)->weight.sizes()), move);
     x = torch::randn({256, 64});
-    y = teacher.forward(x);
+    y = teacher->forward(x);
   }
-  torch::Tensor loss(Net& net) const { return (net.forward(x) - y).square().mean(); }
+  torch::Tensor loss(Net& net) const { return (net->forward(x) - y).square().mean(); }
 };
 
 void learn(Net& net, QuantizedFinetuning& tuning, const Task& task, int steps, double rate = 1e-3) {
@@ -65,34 +66,34 @@ std::string code_of(const std::function<void()>& call) {
 }
 
 TEST(LearningLinear, HasTheGradientsOfItsDecodedWeight) {
-  Net net;
-  const auto tuning = enable_quantized_finetuning(net, {.gradient_type = torch::kFloat32});
-  const auto up = behaviour_as<LearningLinear>(*net.up);
+  Net net(1);
+  const auto tuning = enable_quantized_finetuning(*net, {.gradient_type = torch::kFloat32});
+  const auto up = behaviour_as<LearningLinear>(*net->up);
   ASSERT_NE(up, nullptr);
   const torch::Tensor x = torch::randn({3, 5, 64}, torch::requires_grad()), dy = torch::randn({3, 5, 96});
-  net.up(x).backward(dy);
-  const torch::Tensor got_x = x.grad().clone(), got_w = up->gradient().clone(), got_b = net.up->bias.grad().clone();
+  net->up(x).mul_(1).backward(dy);  // in place, as ReLUs are
+  const torch::Tensor got_x = x.grad().clone(), got_w = up->gradient().clone(), got_b = net->up->bias.grad().clone();
   x.mutable_grad() = torch::Tensor();
-  net.up->bias.mutable_grad() = torch::Tensor();
+  net->up->bias.mutable_grad() = torch::Tensor();
   const torch::Tensor w = up->decoded().requires_grad_();
-  torch::linear(x, w, net.up->bias).backward(dy);
+  torch::linear(x, w, net->up->bias).backward(dy);
   EXPECT_TRUE(torch::allclose(got_x, x.grad(), 1e-4, 1e-5));
   EXPECT_TRUE(torch::allclose(got_w, w.grad(), 1e-4, 1e-5));
-  EXPECT_TRUE(torch::allclose(got_b, net.up->bias.grad(), 1e-4, 1e-5));
+  EXPECT_TRUE(torch::allclose(got_b, net->up->bias.grad(), 1e-4, 1e-5));
 }
 
 TEST(LearningLinear, LearnsWhereItsInputDoesNot) {
-  Net net;
-  const auto tuning = enable_quantized_finetuning(net);
-  net.up(torch::randn({5, 64})).sum().backward();
-  net.up(torch::randn({5, 64})).sum().backward();
+  Net net(1);
+  const auto tuning = enable_quantized_finetuning(*net);
+  net->up(torch::randn({5, 64})).sum().backward();
+  net->up(torch::randn({5, 64})).sum().backward();
   ASSERT_EQ(tuning->gradients().size(), 1u);
   EXPECT_EQ(tuning->gradients()[0].scalar_type(), torch::kBFloat16);
   EXPECT_EQ(tuning->sizes().gradient_bytes, 96 * 64 * 2);
   tuning->step();
   EXPECT_EQ(tuning->gradients().size(), 0u);
   const torch::NoGradGuard no_gradients;
-  net.up(torch::randn({5, 64}));
+  net->up(torch::randn({5, 64}));
   EXPECT_EQ(tuning->gradients().size(), 0u);
 }
 
@@ -101,9 +102,9 @@ TEST(LearningLinear, LearnsWhereItsInputDoesNot) {
 TEST(QuantizedFinetuning, WeightsAreQuantizedAfterEveryStep) {
   const Task task(0.03);
   for (const Requantization rounding : kBoth) {
-    Net net;
-    const auto tuning = enable_quantized_finetuning(net, {.requantization = rounding});
-    const auto up = behaviour_as<LearningLinear>(*net.up);
+    Net net(1);
+    const auto tuning = enable_quantized_finetuning(*net, {.requantization = rounding});
+    const auto up = behaviour_as<LearningLinear>(*net->up);
     for (int step = 0; step < 5; ++step) {
       const QuantizedTensor before = up->weight()->unpacked();
       learn(net, *tuning, task, 1);
@@ -112,20 +113,20 @@ TEST(QuantizedFinetuning, WeightsAreQuantizedAfterEveryStep) {
       EXPECT_TRUE(weight.scheme == before.scheme);
       EXPECT_NE(weight.codes, before.codes);
       // The parameter is the codes, and what is computed is what they decode to.
-      EXPECT_EQ(parameter_of(*net.up).scalar_type(), torch::kUInt8);
-      EXPECT_EQ(std::memcmp(parameter_of(*net.up).data_ptr(), weight.codes.data(), weight.codes.size()), 0);
+      EXPECT_EQ(parameter_of(*net->up).scalar_type(), torch::kUInt8);
+      EXPECT_EQ(std::memcmp(parameter_of(*net->up).data_ptr(), weight.codes.data(), weight.codes.size()), 0);
       const torch::NoGradGuard no_gradients;
-      EXPECT_TRUE(torch::allclose(net.up(task.x), torch::linear(task.x, up->decoded(), net.up->bias), 1e-4, 1e-5));
+      EXPECT_TRUE(torch::allclose(net->up(task.x), torch::linear(task.x, up->decoded(), net->up->bias), 1e-4, 1e-5));
     }
   }
 }
 
 TEST(QuantizedFinetuning, GradientsAreOfHigherPrecisionAndLearningGoesAsFarAsInFloats) {
   const Task task(0.03);
-  Net floats;
+  Net floats(1);
   const double before = task.loss(floats).item<double>();
   AdamW adamw;
-  adamw.add_group({floats.up->weight, floats.down->weight}, {.lr = 1e-3, .weight_decay = 0});
+  adamw.add_group({floats->up->weight, floats->down->weight}, {.lr = 1e-3, .weight_decay = 0});
   for (int i = 0; i < 60; ++i) {
     task.loss(floats).backward();
     adamw.step();
@@ -135,9 +136,9 @@ TEST(QuantizedFinetuning, GradientsAreOfHigherPrecisionAndLearningGoesAsFarAsInF
   ASSERT_GT(gain, 0.5 * before);
   for (const int bits : {8, 4})
     for (const Requantization rounding : kBoth) {
-      Net net;
+      Net net(1);
       const auto tuning = enable_quantized_finetuning(
-          net,
+          *net,
           {.bits = bits, .granularity = bits == 4 ? "group" : "channel", .group_size = 32, .requantization = rounding});
       const double start = task.loss(net).item<double>();
       learn(net, *tuning, task, 60);
@@ -150,9 +151,9 @@ TEST(QuantizedFinetuning, GradientsAreOfHigherPrecisionAndLearningGoesAsFarAsInF
 TEST(QuantizedFinetuning, SmallUpdatesAreNotLost) {
   const Task task(0.03);
   for (const Requantization rounding : kBoth) {
-    Net net;
-    const auto tuning = enable_quantized_finetuning(net, {.requantization = rounding});
-    const float step = decode(*behaviour_as<LearningLinear>(*net.up)->weight()->unpacked().scale).at(0);
+    Net net(1);
+    const auto tuning = enable_quantized_finetuning(*net, {.requantization = rounding});
+    const float step = decode(*behaviour_as<LearningLinear>(*net->up)->weight()->unpacked().scale).at(0);
     const double before = task.loss(net).item<double>();
     learn(net, *tuning, task, 150, static_cast<double>(step) / 100);
     EXPECT_LT(task.loss(net).item<double>(), 0.97 * before);
@@ -161,8 +162,8 @@ TEST(QuantizedFinetuning, SmallUpdatesAreNotLost) {
 
 TEST(QuantizedFinetuning, ParametersAreUpdated) {
   const Task task(0.3);
-  Net net;
-  const auto tuning = enable_quantized_finetuning(net);
+  Net net(1);
+  const auto tuning = enable_quantized_finetuning(*net);
   const auto before = tuning->state();
   learn(net, *tuning, task, 20, 1e-2);
   const auto after = tuning->state();
@@ -179,8 +180,8 @@ TEST(QuantizedFinetuning, SizeStaysReduced) {
   };
   for (const Case& c : {Case{8, "tensor", 0.251}, Case{8, "channel", 0.27}, Case{8, "group", 0.27},
                         Case{4, "group", 0.145}, Case{4, "channel", 0.14}}) {
-    Net net;
-    const auto tuning = enable_quantized_finetuning(net, {.bits = c.bits, .granularity = c.granularity});
+    Net net(1);
+    const auto tuning = enable_quantized_finetuning(*net, {.bits = c.bits, .granularity = c.granularity});
     learn(net, *tuning, task, 3);
     const auto sizes = tuning->sizes();
     EXPECT_EQ(sizes.elements, 2 * 64 * 96);
@@ -190,7 +191,7 @@ TEST(QuantizedFinetuning, SizeStaysReduced) {
     EXPECT_EQ(sizes.residual_bytes, 0);
     EXPECT_LE(static_cast<double>(sizes.optimizer_bytes), 2.04 * static_cast<double>(sizes.elements));
     size_t parameters = 0;  // nothing else holds weights: codes, and the embedding and bias in floats
-    for (const auto& parameter : net.parameters()) parameters += parameter.nbytes();
+    for (const auto& parameter : net->parameters()) parameters += parameter.nbytes();
     EXPECT_LE(parameters, static_cast<size_t>(sizes.quantized_bytes) + (8 * 64 + 96) * 4);
   }
 }
@@ -201,15 +202,15 @@ TEST(QuantizedFinetuning, SavesAndResumesBitForBit) {
     for (const bool eight_bit : {true, false}) {
       const Config config = {
           .requantization = rounding, .weight_decay = 0.1, .eight_bit_optimizer = eight_bit, .seed = 5};
-      Net net, resumed(77);
-      const auto tuning = enable_quantized_finetuning(net, config);
+      Net net(1), resumed(77);
+      const auto tuning = enable_quantized_finetuning(*net, config);
       learn(net, *tuning, task, 4);
       const auto saved = tuning->state();
       learn(net, *tuning, task, 4);
-      const auto other = enable_quantized_finetuning(resumed, config);
+      const auto other = enable_quantized_finetuning(*resumed, config);
       {
         const torch::NoGradGuard no_gradients;
-        resumed.up->bias.copy_(net.up->bias);
+        resumed->up->bias.copy_(net->up->bias);
       }
       other->load_state(saved);
       expect_equal(other->state(), saved);
@@ -222,10 +223,10 @@ TEST(QuantizedFinetuning, SavesAndResumesBitForBit) {
 
 TEST(QuantizedFinetuning, UpdatesInBackwardAreTheSame) {
   const Task task(0.03);
-  Net one, two;
-  const auto in_step = enable_quantized_finetuning(one, {.gradient_type = torch::kFloat32});
+  Net one(1), two(1);
+  const auto in_step = enable_quantized_finetuning(*one, {.gradient_type = torch::kFloat32});
   const auto in_backward =
-      enable_quantized_finetuning(two, {.update_in_backward = true, .gradient_type = torch::kFloat32});
+      enable_quantized_finetuning(*two, {.update_in_backward = true, .gradient_type = torch::kFloat32});
   for (int step = 0; step < 4; ++step) {
     task.loss(one).backward();
     in_step->step();
@@ -236,7 +237,7 @@ TEST(QuantizedFinetuning, UpdatesInBackwardAreTheSame) {
   expect_equal(in_backward->state(), in_step->state());
   // A layer that a graph uses twice learns once, from both.
   const auto twice = [&](Net& net) {
-    (net.down(net.up(net.down(net.up(task.x)))) - task.y).square().mean().backward();
+    (net->down(net->up(net->down(net->up(task.x)))) - task.y).square().mean().backward();
   };
   twice(one);
   in_step->step();
@@ -244,7 +245,7 @@ TEST(QuantizedFinetuning, UpdatesInBackwardAreTheSame) {
   in_backward->step();
   expect_equal(in_backward->state(), in_step->state());
   // A graph that was never gone back through is forgotten.
-  two.forward(task.x);
+  two->forward(task.x);
   learn(one, *in_step, task, 1, 1e-4);
   learn(two, *in_backward, task, 1, 1e-4);
   expect_equal(in_backward->state(), in_step->state());
@@ -256,8 +257,8 @@ TEST(QuantizedFinetuning, GradientsThatAreNoNumbersAreRefusedBeforeAnythingIsTou
   const Task task(0.03);
   for (const bool in_backward : {false, true})
     for (const float bad : {std::nanf(""), INFINITY}) {
-      Net net;
-      const auto tuning = enable_quantized_finetuning(net, {.update_in_backward = in_backward});
+      Net net(1);
+      const auto tuning = enable_quantized_finetuning(*net, {.update_in_backward = in_backward});
       learn(net, *tuning, task, 2);
       const auto before = tuning->state();
       EXPECT_EQ(code_of([&] {
@@ -277,8 +278,8 @@ TEST(QuantizedFinetuning, DependsOnTheSeedAndNotOnThreads) {
   std::vector<std::map<std::string, torch::Tensor>> states;
   for (const auto& [count, seed] : {std::pair<size_t, uint64_t>{1, 3}, {3, 3}, {1, 4}}) {
     set_thread_count(count);
-    Net net;
-    const auto tuning = enable_quantized_finetuning(net, {.granularity = "tensor", .seed = seed});
+    Net net(1);
+    const auto tuning = enable_quantized_finetuning(*net, {.granularity = "tensor", .seed = seed});
     learn(net, *tuning, task, 4);
     states.push_back(tuning->state());
   }
@@ -288,23 +289,23 @@ TEST(QuantizedFinetuning, DependsOnTheSeedAndNotOnThreads) {
 }
 
 TEST(QuantizedFinetuning, WhatIsQuantizedKeepsItsCodes) {
-  Net net;
+  Net net(1);
   const Scheme int4 = {.element = &integer_element(4, true),
                        .scale = parameter(Grouping::along(32), plain(DType::f16))};
-  const torch::Tensor floats = parameter_of(*net.up).detach().contiguous();
+  const torch::Tensor floats = parameter_of(*net->up).detach().contiguous();
   const QuantizedTensor weight =
       encode(int4, {96, 64}, {DType::f32, {static_cast<const std::byte*>(floats.data_ptr()), floats.nbytes()}},
              RangeRule::minmax);
-  attach_quantized(*net.up, std::make_shared<QuantizedLinearBehaviour>(weight));
-  const auto tuning = enable_quantized_finetuning(net);
+  attach_quantized(*net->up, std::make_shared<QuantizedLinearBehaviour>(weight));
+  const auto tuning = enable_quantized_finetuning(*net);
   EXPECT_EQ(tuning->layers(), (std::vector<std::string>{"up", "down"}));  // the head shares the embedding's matrix
-  EXPECT_EQ(behaviour_as<LearningLinear>(*net.up)->weight()->unpacked(), weight);
-  EXPECT_EQ(behaviour_as<LearningLinear>(*net.down)->scheme().element->bits, 8);
+  EXPECT_EQ(behaviour_as<LearningLinear>(*net->up)->weight()->unpacked(), weight);
+  EXPECT_EQ(behaviour_as<LearningLinear>(*net->down)->scheme().element->bits, 8);
 }
 
 TEST(QuantizedFinetuning, SaysWhatItCannotDo) {
-  Net net;
-  const auto code = [&](const Config& config) { return code_of([&] { enable_quantized_finetuning(net, config); }); };
+  Net net(1);
+  const auto code = [&](const Config& config) { return code_of([&] { enable_quantized_finetuning(*net, config); }); };
   EXPECT_EQ(code({.bits = 5}), "bad-config");
   EXPECT_EQ(code({.granularity = "row"}), "bad-config");
   EXPECT_EQ(code({.granularity = "group", .group_size = 0}), "bad-config");
@@ -313,15 +314,15 @@ TEST(QuantizedFinetuning, SaysWhatItCannotDo) {
   EXPECT_EQ(code({.skip_modules = {"up", "down", "head"}}), "nothing-to-quantize");
   const Scheme nf4 = {.element = find_element("nf4"), .scale = parameter(Grouping::flat(64), plain(DType::f32))};
   const std::vector<float> zeros(96 * 64);
-  attach_quantized(*net.up, std::make_shared<QuantizedLinearBehaviour>(encode(nf4, {96, 64}, zeros)));
+  attach_quantized(*net->up, std::make_shared<QuantizedLinearBehaviour>(encode(nf4, {96, 64}, zeros)));
   EXPECT_EQ(code({}), "not-trainable");
-  EXPECT_EQ(behaviour_of(*net.down), nullptr);  // nothing is begun
-  EXPECT_EQ(enable_quantized_finetuning(net, {.skip_modules = {"up"}})->layers(), std::vector<std::string>{"down"});
+  EXPECT_EQ(behaviour_of(*net->down), nullptr);  // nothing is begun
+  EXPECT_EQ(enable_quantized_finetuning(*net, {.skip_modules = {"up"}})->layers(), std::vector<std::string>{"down"});
 }
 
 TEST(QuantizedFinetuning, RefusesAnotherModelsState) {
-  Net net, other;
-  const auto tuning = enable_quantized_finetuning(net);
+  Net net(1);
+  const auto tuning = enable_quantized_finetuning(*net);
   const auto before = tuning->state();
   auto state = before;
   state.erase("up.codes");
@@ -332,8 +333,8 @@ TEST(QuantizedFinetuning, RefusesAnotherModelsState) {
   for (const Config& config :
        {Config{.bits = 4}, Config{.granularity = "tensor"}, Config{.symmetric = false},
         Config{.requantization = Requantization::error_compensated}, Config{.eight_bit_optimizer = false}}) {
-    Net third;
-    const auto theirs = enable_quantized_finetuning(third, config)->state();
+    Net third(1);
+    const auto theirs = enable_quantized_finetuning(*third, config)->state();
     EXPECT_EQ(code_of([&] { tuning->load_state(theirs); }), "incompatible-state");
   }
   expect_equal(tuning->state(), before);
@@ -341,14 +342,14 @@ TEST(QuantizedFinetuning, RefusesAnotherModelsState) {
 
 TEST(AdamW8, FollowsAdamWInAQuarterOfItsMemory) {
   const Task task(0.03);
-  Net one, two;
+  Net one(1), two(1);
   AdamW floats;
   AdamW8 bytes;
   const AdamWOptions decayed = {.lr = 1e-3, .weight_decay = 0.1}, plain = {.lr = 1e-3, .weight_decay = 0};
-  floats.add_group({one.up->weight, one.down->weight}, decayed);
-  floats.add_group({one.up->bias}, plain);
-  bytes.add_group({two.up->weight, two.down->weight}, decayed);
-  bytes.add_group({two.up->bias}, plain);
+  floats.add_group({one->up->weight, one->down->weight}, decayed);
+  floats.add_group({one->up->bias}, plain);
+  bytes.add_group({two->up->weight, two->down->weight}, decayed);
+  bytes.add_group({two->up->bias}, plain);
   const double before = task.loss(one).item<double>();
   for (int i = 0; i < 60; ++i) {
     task.loss(one).backward();
@@ -361,7 +362,7 @@ TEST(AdamW8, FollowsAdamWInAQuarterOfItsMemory) {
   const double gain = before - task.loss(one).item<double>(), gain8 = before - task.loss(two).item<double>();
   EXPECT_GT(gain, 0.5 * before);
   EXPECT_NEAR(gain8, gain, 0.02 * gain);
-  EXPECT_FALSE(one.up->weight.equal(two.up->weight));
+  EXPECT_FALSE(one->up->weight.equal(two->up->weight));
   const AdamW8::Parameter& up = bytes.parameters()[0];
   EXPECT_EQ(up.moments.bytes(), 2 * (64 * 96 + 64 * 96 / 256 * 4));
   EXPECT_EQ(bytes.parameters()[2].moments.bytes(), 2 * 96 * 4);  // a bias: floats

@@ -53,7 +53,7 @@ QuantizedTensor quantized(const Owner& owner, const torch::Tensor& weight) {
   const Shape shape = weight.sizes().vec();
   const TensorFacts facts = {
       .name = "model.layers.0.mlp.up_proj.weight", .shape = shape, .bytes = 4, .dtype = DType::f32};
-  const Recipe recipe = resolve({.settings = owner.settings}, std::span(&facts, 1), find_container(owner.container));
+  const Recipe recipe = resolve({.settings = owner.settings, .skip_modules = {}, .rules = {}}, std::span(&facts, 1), find_container(owner.container));
   const TensorPlan& plan = recipe.tensors.at(0);
   const std::span<const float> values(weight.data_ptr<float>(), static_cast<size_t>(weight.numel()));
   return plan.algorithm->quantize(plan.scheme.value(), shape, {DType::f32, std::as_bytes(values)}, plan.options);
