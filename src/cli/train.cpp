@@ -70,24 +70,23 @@ void print(const OrderedJson& result) {
 void set_training(TrainingRun run) { g_training = run; }
 
 extern const Command train_command;
-const Command train_command = {
-    .name = "train",
-    .summary = "train from nothing, through quantization, what is quantized, or adapters",
-    .takes_model = false,
-    .takes_name = "configuration (YAML or JSON): model, data, steps ...",
-    .options = {{.name = "--set",
-                 .type = Option::Type::names,
-                 .value_name = "KEY=VALUE",
-                 .help = "any key of the configuration by its full path; may be repeated"},
-                {.name = "--resume",
-                 .type = Option::Type::flag,
-                 .value_name = "",
-                 .help = "go on from the newest checkpoint in the output directory"},
-                {.name = "--force",
-                 .type = Option::Type::flag,
-                 .value_name = "",
-                 .help = "start again where the output directory has a run already"}},
-    .run = run,
-    .print = print};
+const Command train_command = {.name = "train",
+                               .summary = "train from nothing, through quantization, what is quantized, or adapters",
+                               .takes_model = false,
+                               .takes_name = "configuration (YAML or JSON): model, data, steps ...",
+                               .options = {{.name = "--set",
+                                            .type = Option::Type::names,
+                                            .value_name = "KEY=VALUE",
+                                            .help = "any key of the configuration by its full path; may be repeated"},
+                                           {.name = "--resume",
+                                            .type = Option::Type::flag,
+                                            .value_name = "",
+                                            .help = "go on from the newest checkpoint in the output directory"},
+                                           {.name = "--force",
+                                            .type = Option::Type::flag,
+                                            .value_name = "",
+                                            .help = "start again where the output directory has a run already"}},
+                               .run = run,
+                               .print = print};
 
 }  // namespace bitwright

@@ -122,8 +122,9 @@ RunDirectory::RunDirectory(const TrainingConfig& config, const std::string& run_
 }
 
 void RunDirectory::add(const StepResult& step, int64_t tokens) {
-  OrderedJson line = {{"step", step.step},           {"loss", step.loss},     {"lr", step.lr},
-                      {"grad_norm", step.grad_norm}, {"tokens", tokens},      {"tokens_per_second", step.tokens_per_second}};
+  OrderedJson line = {{"step", step.step}, {"loss", step.loss},
+                      {"lr", step.lr},     {"grad_norm", step.grad_norm},
+                      {"tokens", tokens},  {"tokens_per_second", step.tokens_per_second}};
   if (step.val_loss) line["val_loss"] = *step.val_loss;
   append(loss_, path_ / "loss.jsonl", line);
   if (!shown_ || (!step.val_loss && step.step % log_every_ != 0)) return;

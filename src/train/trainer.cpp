@@ -115,19 +115,19 @@ class Observation {
                .what = "training stopped",
                .where = fmt::format("step {}", step),
                .why = fmt::format("{} is NaN or infinite; the weights are those of step {}", what, step - 1),
-               .fix = good.empty() ? "lower learning_rate or give warmup_steps, and start again"
-                                   : fmt::format("lower learning_rate and go on from {} with --resume",
-                                                 good.back().string())});
+               .fix = good.empty()
+                          ? "lower learning_rate or give warmup_steps, and start again"
+                          : fmt::format("lower learning_rate and go on from {} with --resume", good.back().string())});
 }
 
 void check_tokens(const Tensor& tokens) {
   if (tokens.dim() == 2 && tokens.size(0) > 0 && tokens.size(1) > 1 && tokens.scalar_type() == torch::kInt64) return;
-  throw Error({.code = "wrong-shape",
-               .what = "cannot train",
-               .where = "tokens",
-               .why = fmt::format("they are {} {}", torch::toString(tokens.scalar_type()),
-                                  to_string(tokens.sizes().vec())),
-               .fix = "give [sequences, length + 1] of int64, length at least 1"});
+  throw Error(
+      {.code = "wrong-shape",
+       .what = "cannot train",
+       .where = "tokens",
+       .why = fmt::format("they are {} {}", torch::toString(tokens.scalar_type()), to_string(tokens.sizes().vec())),
+       .fix = "give [sequences, length + 1] of int64, length at least 1"});
 }
 
 }  // namespace
@@ -197,8 +197,8 @@ double Trainer::Impl::learning_rate() const {
   if (step < config.warmup_steps)
     return config.learning_rate * static_cast<double>(step + 1) / static_cast<double>(config.warmup_steps);
   if (config.schedule == "constant" || total_steps <= config.warmup_steps) return config.learning_rate;
-  const double done = static_cast<double>(step - config.warmup_steps) /
-                      static_cast<double>(total_steps - config.warmup_steps);
+  const double done =
+      static_cast<double>(step - config.warmup_steps) / static_cast<double>(total_steps - config.warmup_steps);
   const double share = 0.5 * (1 + std::cos(std::numbers::pi * std::min(done, 1.0)));
   return config.learning_rate * (config.min_learning_rate + (1 - config.min_learning_rate) * share);
 }
@@ -355,9 +355,8 @@ void Trainer::save_checkpoint(const fs::path& directory) const {
   for (const auto& [name, tensor] : t.learnt())
     if (tensor.is_floating_point() && !tensor.isfinite().all().item<bool>())
       not_finite(t.step, fmt::format("'{}'", name), t.config.output);
-  train::TrainingState state = {.facts = train::run_facts(t.config, t.run_id),
-                                .model = t.learnt(),
-                                .optimizer = t.optimizer->state()};
+  train::TrainingState state = {
+      .facts = train::run_facts(t.config, t.run_id), .model = t.learnt(), .optimizer = t.optimizer->state()};
   state.facts["step"] = t.step;
   state.facts["windows"] = t.windows;
   state.facts["tokens"] = t.tokens;
@@ -366,8 +365,7 @@ void Trainer::save_checkpoint(const fs::path& directory) const {
   OrderedJson& steps = state.facts["optimizer_steps"] = OrderedJson::object();
   for (const auto& [name, count] : t.optimizer->steps()) steps[name] = *count;
   if (t.finetuning)
-    for (const auto& [name, tensor] : t.finetuning->state())
-      state.optimizer[std::string(kFinetuning) + name] = tensor;
+    for (const auto& [name, tensor] : t.finetuning->state()) state.optimizer[std::string(kFinetuning) + name] = tensor;
   auto generator = at::detail::getDefaultCPUGenerator();
   {
     const std::lock_guard lock(generator.mutex());
@@ -430,7 +428,8 @@ bool is_due(int64_t every, int64_t step) { return every > 0 && step % every == 0
 TrainingResult Trainer::train(const Texts& texts) {
   Impl& t = *impl_;
   const TrainingConfig& c = t.config;
-  const train::TokenDataset data(texts.training, texts.sequence_length, static_cast<uint64_t>(c.seed), texts.vocabulary);
+  const train::TokenDataset data(texts.training, texts.sequence_length, static_cast<uint64_t>(c.seed),
+                                 texts.vocabulary);
   if (!t.text_digest.empty() && t.text_digest != data.digest())
     throw Error({.code = "incompatible-checkpoint",
                  .what = "cannot go on from checkpoint",

@@ -17,8 +17,7 @@
 namespace bitwright {
 namespace {
 
-using Field =
-    std::variant<std::string*, int64_t*, double*, bool*, std::vector<std::string>*, std::vector<double>*>;
+using Field = std::variant<std::string*, int64_t*, double*, bool*, std::vector<std::string>*, std::vector<double>*>;
 
 /// A key of the file, declared once. What a text may be, or a number's range.
 struct Key {
@@ -127,10 +126,12 @@ std::string shown(const OrderedJson& value) {
 /// One value into its member.
 class Setter {
  public:
-  Setter(const Key& key, const OrderedJson& value, const std::string& where) : key_(key), value_(value), where_(where) {}
+  Setter(const Key& key, const OrderedJson& value, const std::string& where)
+      : key_(key), value_(value), where_(where) {}
 
   void operator()(std::string* text) const {
-    if (!value_.is_string() && !(key_.section && value_.is_object())) bad(key_.section ? "is no section" : "is no text");
+    if (!value_.is_string() && !(key_.section && value_.is_object()))
+      bad(key_.section ? "is no section" : "is no text");
     *text = shown(value_);
     check_known();
   }
@@ -171,7 +172,8 @@ class Setter {
     fail(where_, fmt::format("{}: '{}' {}", key_.path, printable(shown(value_)), why));
   }
   void check_range(double number) const {  // NaN is in none
-    if (!(number >= key_.least && number <= key_.most)) bad(fmt::format("is not between {} and {}", key_.least, key_.most));
+    if (!(number >= key_.least && number <= key_.most))
+      bad(fmt::format("is not between {} and {}", key_.least, key_.most));
   }
   void check_known() const {
     if (!key_.values.empty() && std::ranges::find(key_.values, shown(value_)) == key_.values.end())
@@ -260,7 +262,8 @@ std::string TrainingConfig::hash() const { return sha256(to_json().dump()).subst
 
 void TrainingConfig::check(const std::string& where) const {
   if (!model.empty() && !architecture.empty())
-    fail(where, "both 'model' and 'architecture' are given", "'model' goes on from its weights, 'architecture' begins "
+    fail(where, "both 'model' and 'architecture' are given",
+         "'model' goes on from its weights, 'architecture' begins "
          "with random ones: leave one out");
   const bool qat = quantization_mode == "qat", ptq = quantization_mode == "ptq", adapters = lora.r > 0;
   if (enable_quantized_finetuning && qat)
@@ -270,9 +273,10 @@ void TrainingConfig::check(const std::string& where) const {
     fail(where, "enable_quantized_finetuning and quantization_mode ptq contradict each other",
          "the one learns while it is quantized, the other is quantized afterwards: leave one out");
   if (adapters && (qat || ptq || enable_quantized_finetuning))
-    fail(where, fmt::format("lora.r {} and {} contradict each other", lora.r,
-                            enable_quantized_finetuning ? "enable_quantized_finetuning"
-                                                        : "quantization_mode " + quantization_mode),
+    fail(where,
+         fmt::format(
+             "lora.r {} and {} contradict each other", lora.r,
+             enable_quantized_finetuning ? "enable_quantized_finetuning" : "quantization_mode " + quantization_mode),
          "with adapters the base is frozen; its scheme is in the section 'quantization'");
   if (lora.init == "loftq" && adapters && quantization.empty())
     fail(where, "lora.init loftq needs a section 'quantization'", "it chooses codes and adapters together");

@@ -35,8 +35,8 @@ void expect_contains(const std::string& text, const std::string& part) {
 // SPECIFICATION C4
 TEST(TrainingConfig, MissingQuantizationFieldsMeanDisabled) {
   const Configs configs;
-  for (const char* yaml : {"", "model: m\n", "quantization_mode: null\n", "quantization_mode: ~\n",
-                           "model: m\nlearning_rate: 0.001\n"}) {
+  for (const char* yaml :
+       {"", "model: m\n", "quantization_mode: null\n", "quantization_mode: ~\n", "model: m\nlearning_rate: 0.001\n"}) {
     const TrainingConfig c = configs.read(yaml);
     EXPECT_EQ(c.quantization_mode, "none") << yaml;
     EXPECT_EQ(c.quantization_bits, 8);
@@ -77,9 +77,10 @@ TEST(TrainingConfig, TrainerDefaultsAreAdamW) {
 
 TEST(TrainingConfig, SetReplacesWhatTheFileSays) {
   const Configs configs;
-  const TrainingConfig c = configs.read("max_steps: 5\ndata: {text: a.txt, split: '<end>'}\n",
-                                        {"max_steps=7", "data.text=b.txt", "lora.target_modules=[q_proj, v_proj]",
-                                         "quantization.method=int4", "architecture.hidden_size=64", "betas=[0.8, 0.9]"});
+  const TrainingConfig c =
+      configs.read("max_steps: 5\ndata: {text: a.txt, split: '<end>'}\n",
+                   {"max_steps=7", "data.text=b.txt", "lora.target_modules=[q_proj, v_proj]",
+                    "quantization.method=int4", "architecture.hidden_size=64", "betas=[0.8, 0.9]"});
   EXPECT_EQ(c.max_steps, 7);
   EXPECT_EQ(c.data.text, "b.txt");
   EXPECT_EQ(c.data.split, "<end>");
@@ -112,8 +113,10 @@ TEST(TrainingConfig, WrongKeysAndValuesAreOneClearLine) {
 TEST(TrainingConfig, ContradictionsAreRefused) {
   const Configs configs;
   expect_contains(configs.error("model: a\narchitecture: b\n"), "both 'model' and 'architecture' are given");
-  expect_contains(configs.error("quantization_mode: qat\nenable_quantized_finetuning: true\n"), "contradict each other");
-  expect_contains(configs.error("quantization_mode: ptq\nenable_quantized_finetuning: true\n"), "contradict each other");
+  expect_contains(configs.error("quantization_mode: qat\nenable_quantized_finetuning: true\n"),
+                  "contradict each other");
+  expect_contains(configs.error("quantization_mode: ptq\nenable_quantized_finetuning: true\n"),
+                  "contradict each other");
   expect_contains(configs.error("lora: {r: 8}\nquantization_mode: qat\n"), "lora.r 8 and quantization_mode qat");
   expect_contains(configs.error("lora: {r: 8}\nenable_quantized_finetuning: true\n"), "contradict each other");
   expect_contains(configs.error("lora: {r: 8, init: loftq}\n"), "lora.init loftq needs a section 'quantization'");

@@ -53,9 +53,7 @@ Prepared prepare_finetuning(CausalLm& model, const TrainingConfig& config, std::
 bool always(const TrainingConfig&) { return true; }
 
 const TrainingMode kModes[] = {
-    {.name = "quantized_finetuning",
-     .wanted = wants_finetuning,
-     .prepare = prepare_finetuning},
+    {.name = "quantized_finetuning", .wanted = wants_finetuning, .prepare = prepare_finetuning},
     {.name = "plain", .wanted = always},
 };
 

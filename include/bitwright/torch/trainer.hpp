@@ -37,11 +37,11 @@ struct Processes {
 
 /// What one optimizer step did.
 struct StepResult {
-  int64_t step = 0;     ///< how many are done
-  double loss = 0;      ///< mean over the step's tokens, before the update
-  double lr = 0;        ///< of this step
-  double grad_norm = 0; ///< before clipping
-  int64_t tokens = 0;   ///< that were predicted in this step
+  int64_t step = 0;      ///< how many are done
+  double loss = 0;       ///< mean over the step's tokens, before the update
+  double lr = 0;         ///< of this step
+  double grad_norm = 0;  ///< before clipping
+  int64_t tokens = 0;    ///< that were predicted in this step
   double tokens_per_second = 0;
   std::optional<double> val_loss{};
 };
@@ -83,9 +83,9 @@ class Trainer {
   /// samples and writes loss.jsonl and checkpoints into config().output as it says. Ctrl-C writes a checkpoint and
   /// throws Error{"interrupted"} (exit status 130).
   struct Texts {
-    std::vector<int32_t> training, validation;  ///< token ids; validation may be empty
+    std::vector<int32_t> training{}, validation{};  ///< token ids; validation may be empty
     int64_t sequence_length = 0;
-    int64_t vocabulary = 0;  ///< tokens are below it; 0: not checked
+    int64_t vocabulary = 0;                                                 ///< tokens are below it; 0: not checked
     std::function<std::vector<int32_t>(const std::string& text)> encode{};  ///< for samples; null: none
     std::function<std::string(std::span<const int32_t> tokens)> decode{};
   };
