@@ -185,6 +185,12 @@ void install_interrupt_handler() {
   std::signal(SIGXFSZ, SIG_IGN);  // a file-size limit is reported by write(), not by death
 }
 
+bool take_interruption() {
+  if (g_interrupted == 0) return false;
+  g_interrupted = 0;
+  return true;
+}
+
 void throw_if_interrupted() {
   if (g_interrupted != 0)
     throw Error({.code = "interrupted", .what = "interrupted", .status = ExitStatus::interrupted, .resumable = true});

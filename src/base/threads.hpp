@@ -34,5 +34,7 @@ void parallel_within(size_t count, uint64_t budget, const std::function<uint64_t
 /// are removed or can be resumed.
 void install_interrupt_handler();
 void throw_if_interrupted();
+/// Was there an interruption? It counts as heeded from now on: whoever asks ends the work, and may still write.
+bool take_interruption();
 
 }  // namespace bitwright

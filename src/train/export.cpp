@@ -14,6 +14,7 @@
 #include "scheme/transposed.hpp"
 #include "train/causal_lm.hpp"
 #include "train/linear.hpp"
+#include "train/quantized_linear.hpp"
 
 namespace bitwright::train {
 namespace {
@@ -48,6 +49,10 @@ ExportedTensor linear_weight(const std::string& name, const torch::nn::LinearImp
   const std::shared_ptr<LinearBehaviour> behaviour = behaviour_of(linear);
   if (behaviour == nullptr) return {.name = name, .floats = linear.weight};
   const auto stores = std::dynamic_pointer_cast<StoresQuantized>(behaviour);
+  if (const auto frozen = behaviour_as<QuantizedLinearBehaviour>(linear); frozen != nullptr && stores == nullptr)
+    return {.name = name,
+            .quantized = {.weight = std::make_shared<QuantizedTensor>(frozen->weight()->unpacked()),
+                          .activations = frozen->linear()}};
   if (stores == nullptr)
     not_exportable(name, "what computes the layer has no form in a file (an adapter, or quantization that is learned)",
                    "merge or convert the model first");

@@ -27,12 +27,13 @@ struct TrainingConfig {
   } data{};
 
   // SPECIFICATION C4.
-  std::string quantization_mode = "none";   ///< none (null), ptq, qat
-  int64_t quantization_bits = 8;            ///< 8, 4; others by the section `quantization`
-  std::string quantization_type = "static"; ///< of activations, where they are quantized: static, dynamic
+  std::string quantization_mode = "none";    ///< none (null), ptq, qat
+  int64_t quantization_bits = 8;             ///< 8, 4; others by the section `quantization`
+  std::string quantization_type = "static";  ///< of activations, where they are quantized: static, dynamic
   bool enable_quantized_finetuning = false;
   std::string quantization{};  ///< text of the section `quantization` (JSON) as `bitwright quantize` has it; or empty
-  std::string container = "native";  ///< of the exported model where it is quantized
+  std::string container = "native";      ///< of the exported model where it is quantized
+  std::string export_dtype = "float32";  ///< of what is not quantized in it: float32, bfloat16, float16
 
   struct Lora {
     int64_t r = 0;  ///< 0: no adapters
@@ -60,9 +61,9 @@ struct TrainingConfig {
   bool activation_checkpointing = false;
   int64_t seed = 0;
 
-  int64_t eval_every = 0;   ///< steps; 0: at the end only
-  int64_t eval_windows = 0; ///< 0: all
-  int64_t sample_every = 0; ///< 0: never
+  int64_t eval_every = 0;    ///< steps; 0: at the end only
+  int64_t eval_windows = 0;  ///< 0: all
+  int64_t sample_every = 0;  ///< 0: never
   std::string sample_prompt = "Once upon a time";
   int64_t sample_tokens = 40;
   double sample_temperature = 0;
