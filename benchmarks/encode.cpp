@@ -10,9 +10,9 @@
 #include <functional>
 #include <random>
 
+#include "base/bits.hpp"
 #include "base/threads.hpp"
 #include "benchmarks/measure.hpp"
-#include "container/bits.hpp"
 #include "kernels/decode.hpp"
 
 namespace bitwright {

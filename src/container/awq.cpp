@@ -6,9 +6,9 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "base/bits.hpp"
 #include "base/error.hpp"
 #include "container/awq_rounding.hpp"
-#include "container/bits.hpp"
 #include "container/container.hpp"
 #include "container/qlinear.hpp"
 #include "container/stored_arrays.hpp"

@@ -7,8 +7,8 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "base/bits.hpp"
 #include "base/error.hpp"
-#include "container/bits.hpp"
 #include "container/bitsandbytes_rounding.hpp"
 #include "container/container.hpp"
 #include "container/stored_arrays.hpp"

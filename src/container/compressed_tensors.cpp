@@ -8,9 +8,9 @@
 #include <optional>
 #include <set>
 
+#include "base/bits.hpp"
 #include "base/error.hpp"
 #include "base/threads.hpp"
-#include "container/bits.hpp"
 #include "container/compressed_tensors_config.hpp"
 #include "container/compressed_tensors_rounding.hpp"
 #include "container/container.hpp"

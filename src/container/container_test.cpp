@@ -5,8 +5,8 @@
 #include <nlohmann/json.hpp>
 #include <random>
 
+#include "base/bits.hpp"
 #include "base/error.hpp"
-#include "container/bits.hpp"
 
 namespace bitwright {
 namespace {

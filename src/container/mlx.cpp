@@ -5,8 +5,8 @@
 #include <nlohmann/json.hpp>
 #include <optional>
 
+#include "base/bits.hpp"
 #include "base/error.hpp"
-#include "container/bits.hpp"
 #include "container/container.hpp"
 #include "container/mlx_rounding.hpp"
 #include "container/stored_arrays.hpp"

@@ -8,8 +8,8 @@
 #include <optional>
 #include <set>
 
+#include "base/bits.hpp"
 #include "base/error.hpp"
-#include "container/bits.hpp"
 #include "container/container.hpp"
 #include "container/float_rounding.hpp"
 #include "container/stored_arrays.hpp"

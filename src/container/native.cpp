@@ -2,8 +2,8 @@
 
 #include <nlohmann/json.hpp>
 
+#include "base/bits.hpp"
 #include "base/error.hpp"
-#include "container/bits.hpp"
 #include "container/container.hpp"
 #include "container/stored_arrays.hpp"
 

@@ -4,9 +4,9 @@
 #include <array>
 #include <cstring>
 
+#include "base/bits.hpp"
 #include "base/error.hpp"
 #include "base/threads.hpp"
-#include "container/bits.hpp"
 
 namespace bitwright {
 namespace {

@@ -5,8 +5,8 @@
 #include <cstring>
 #include <random>
 
+#include "base/bits.hpp"
 #include "base/threads.hpp"
-#include "container/bits.hpp"
 
 namespace bitwright {
 namespace {

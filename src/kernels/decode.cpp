@@ -115,13 +115,23 @@ RangeDecoder::RangeDecoder(const QuantizedTensor& tensor, const KernelLevel& lev
   if (scheme.offset->grouping != scheme.scale->grouping) offsets_.resize(scales_.size(), offsets_.front());
 }
 
+bool RangeDecoder::takes_codes(const QuantizedTensor& tensor) {
+  return has_kernel(tensor) && element_count(tensor.shape) > 0;
+}
+
 void RangeDecoder::decode(int64_t begin, std::span<float> out) const {
   if (definition_) return definition_->decode(begin, out);
-  BW_ASSERT(static_cast<uint64_t>(begin) + out.size() <= tensor_.codes.size());
+  const auto first = static_cast<size_t>(begin);
+  BW_ASSERT(first <= tensor_.codes.size() && out.size() <= tensor_.codes.size() - first);
+  decode(begin, std::span(tensor_.codes).subspan(first, out.size()), out);
+}
+
+void RangeDecoder::decode(int64_t begin, std::span<const std::byte> codes, std::span<float> out) const {
+  BW_ASSERT(!definition_ && codes.size() == out.size());
   for (size_t i = 0; i < out.size();) {
     const int64_t at = begin + static_cast<int64_t>(i), in_line = at % lines_.line;
     const auto part = out.subspan(i, std::min(out.size() - i, static_cast<size_t>(lines_.line - in_line)));
-    decode_line(&tensor_.codes[static_cast<size_t>(at)], in_line, lines_.first(at / lines_.line), part);
+    decode_line(&codes[i], in_line, lines_.first(at / lines_.line), part);
     i += part.size();
   }
 }

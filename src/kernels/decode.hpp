@@ -51,8 +51,12 @@ class RangeDecoder {
  public:
   /// Keeps references. Decodes the parameters, in parallel.
   explicit RangeDecoder(const QuantizedTensor& tensor, const KernelLevel& level = active_kernel_level());
+  /// Can `tensor.codes` be empty, because decode() is given them?
+  static bool takes_codes(const QuantizedTensor& tensor);
   /// out[j] = value of element begin + j.
   void decode(int64_t begin, std::span<float> out) const;
+  /// The same where takes_codes; codes: those of these elements alone.
+  void decode(int64_t begin, std::span<const std::byte> codes, std::span<float> out) const;
 
  private:
   /// Within one line, the first element of which is number `in_line` of it; `first` is the line's first parameter.

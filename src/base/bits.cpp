@@ -1,4 +1,4 @@
-#include "container/bits.hpp"
+#include "base/bits.hpp"
 
 #include <algorithm>
 #include <array>

@@ -1,0 +1,58 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "kernels/decode.hpp"
+#include "scheme/quantized_tensor.hpp"
+
+namespace bitwright {
+
+/// A quantized tensor in as little memory as a file takes for it: each code has its own bits and no more, those of
+/// scales and offsets too, and what is nested stays nested.
+class CompactTensor {
+ public:
+  /// tensor: passes check_sizes.
+  explicit CompactTensor(QuantizedTensor tensor);
+
+  const Scheme& scheme() const { return tensor_.scheme; }
+  const Shape& shape() const { return tensor_.shape; }
+  /// As pack_bits has them; codes of eight bits and more as QuantizedTensor has them, and all of those that the
+  /// kernels cannot decode.
+  std::span<const std::byte> codes() const { return packed_.empty() ? tensor_.codes : packed_; }
+  const CompactTensor* scale() const { return scale_.get(); }
+  const CompactTensor* offset() const { return offset_.get(); }
+  uint64_t bytes() const;  ///< of all its arrays
+  QuantizedTensor unpacked() const;
+
+ private:
+  friend class CompactDecoder;
+  QuantizedTensor parameters() const;  ///< everything but the codes
+
+  QuantizedTensor tensor_;         ///< without scale and offset
+  std::vector<std::byte> packed_;  ///< empty: the codes are tensor_'s
+  std::shared_ptr<const CompactTensor> scale_, offset_;
+};
+
+/// Decodes ranges of it. Holds the decoded parameters, so it is made for one product and forgotten.
+class CompactDecoder {
+ public:
+  /// Keeps a reference.
+  explicit CompactDecoder(const CompactTensor& tensor, const KernelLevel& level = active_kernel_level());
+  CompactDecoder(const CompactDecoder&) = delete;
+  CompactDecoder& operator=(const CompactDecoder&) = delete;
+  /// out[j] = value of element begin + j, bit for bit as RangeDecoder has it. On this thread alone.
+  void decode(int64_t begin, std::span<float> out) const;
+
+ private:
+  const CompactTensor& tensor_;
+  std::optional<DType> plain_;  ///< floats without scale
+  QuantizedTensor header_;      ///< what ranges_ refers to
+  std::optional<RangeDecoder> ranges_;
+};
+
+}  // namespace bitwright
