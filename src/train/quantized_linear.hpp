@@ -30,6 +30,7 @@ class QuantizedLinearBehaviour : public LinearBehaviour {
   torch::Tensor decoded() const;                       ///< f32 [out features, in features]
   /// Another weight of the same shape. The layer's parameter must be attached again.
   void set_weight(QuantizedTensor weight);
+  void set_weight(std::shared_ptr<const CompactTensor> weight) { weight_ = std::move(weight); }
 
  protected:
   /// What is multiplied in the input's place: where activations are quantized too.
