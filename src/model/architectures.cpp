@@ -4,6 +4,8 @@
 #include <array>
 #include <nlohmann/json.hpp>
 
+#include "base/error.hpp"
+
 namespace bitwright {
 
 std::span<const Architecture* const> all_architectures() {
@@ -25,6 +27,16 @@ const Architecture* find_architecture(const Json& config) {
     return type != config.end() && *type == row->model_type;
   });
   return found == all.end() ? nullptr : *found;
+}
+
+ModelConfig read_model_config(const Json& config, const std::string& where) {
+  if (const Architecture* const architecture = find_architecture(config)) return architecture->configure(config, where);
+  std::string known;
+  for (const Architecture* row : all_architectures()) known += (known.empty() ? "" : ", ") + std::string(row->name);
+  throw Error({.code = "unknown-architecture",
+               .what = "cannot run this model",
+               .where = where,
+               .why = "it names no architecture that is supported (" + known + ")"});
 }
 
 }  // namespace bitwright

@@ -31,6 +31,7 @@ ModelConfig configure(const Json& json, const std::string& where) {
   c.most_positions = c.context;
   c.norm = NormKind::layer;
   TensorPlaces& places = c.places;
+  places.prefix = "transformer.";
   places.embedding = "wte";
   places.positions = "wpe";
   places.final_norm = "ln_f";

@@ -31,6 +31,7 @@ ModelConfig configure(const Json& json, const std::string& where) {
                        .step = 3 * c.head_size};
   };
   TensorPlaces& places = c.places;
+  places.prefix = "gpt_neox.";
   places.embedding = "embed_in";
   places.final_norm = "final_layer_norm";
   places.head = "embed_out";

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "kernels/attention.hpp"
@@ -15,6 +16,8 @@ class Rotation {
   void prepare(size_t positions);
   /// Turns the heads of x, `width` numbers together; position < what was prepared.
   void turn(size_t position, float* x, size_t width, size_t head_size) const;
+  std::span<const float> cosine() const { return cosine_; }  ///< [positions prepared][pairs]
+  std::span<const float> sine() const { return sine_; }
 
  private:
   std::vector<double> frequencies_;

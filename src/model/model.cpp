@@ -20,17 +20,6 @@ namespace {
 constexpr size_t kChunk = 256;     // tokens at a time: bounds the memory for activations
 constexpr size_t kRowsATask = 16;  // of loops over single tokens
 
-ModelConfig configure(const Checkpoint& checkpoint) {
-  const Architecture* const architecture = find_architecture(checkpoint.config());
-  if (architecture != nullptr) return architecture->configure(checkpoint.config(), checkpoint.config_path().string());
-  std::string known;
-  for (const Architecture* row : all_architectures()) known += (known.empty() ? "" : ", ") + std::string(row->name);
-  throw Error({.code = "unknown-architecture",
-               .what = "cannot run this model",
-               .where = checkpoint.path().string(),
-               .why = "config.json names no architecture that is supported (" + known + ")"});
-}
-
 /// Activations of up to kChunk tokens.
 struct Activations {
   Activations(const ModelConfig& c, size_t tokens, const InputObserver* told)
@@ -71,7 +60,8 @@ struct Model::Impl {
   void normalise(const float* x, size_t rows, const Norm& with, float* normed) const;
 };
 
-Model::Impl::Impl(const Checkpoint& checkpoint) : config(configure(checkpoint)) {
+Model::Impl::Impl(const Checkpoint& checkpoint)
+    : config(read_model_config(checkpoint.config(), checkpoint.config_path().string())) {
   const TensorPlaces& places = config.places;
   WeightReader reader(checkpoint, places);
   embedding = reader.rows(places.embedding + ".weight", config.vocabulary, config.hidden);

@@ -30,6 +30,8 @@ struct Architecture {
 std::span<const Architecture* const> all_architectures();
 /// Null where config.json names none that is known.
 const Architecture* find_architecture(const Json& config);
+/// Throws Error{"unknown-architecture"} where it is null, and what its `configure` throws.
+ModelConfig read_model_config(const Json& config, const std::string& where);
 
 /// Keys and values of one sequence, f32, for up to `capacity` tokens. Where a model's rotary positions depend on the
 /// sequence's length, the capacity counts as it. Throws Error{"context-full"} where the model has fewer positions.

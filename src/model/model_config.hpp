@@ -39,9 +39,10 @@ struct MatrixPlace {
   int64_t stored = 0, first = 0, run = 0, step = 0;
 };
 
-/// Where an architecture's tensors lie, below the prefix that its checkpoint has ("model.", "transformer.", none …).
+/// Where an architecture's tensors lie, below the prefix that its checkpoint has (`prefix`, another, none …).
 /// An empty name: the model has no such part.
 struct TensorPlaces {
+  std::string prefix = "model.";  ///< what transformers writes; the head has none
   std::string embedding = "embed_tokens", positions{}, final_norm = "norm", head = "lm_head";
   std::string layers = "layers";  ///< layer i is LAYERS.i
   // Names within a layer.

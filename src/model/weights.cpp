@@ -189,8 +189,10 @@ RowSource WeightReader::rows(const std::string& name, int64_t rows, int64_t colu
   return source;
 }
 
+const TensorEntry* WeightReader::find_head() const { return find_by_end(checkpoint_, places_.head + ".weight"); }
+
 std::optional<PackedMatrix> WeightReader::head(int64_t rows, int64_t columns) {
-  const TensorEntry* const entry = find_by_end(checkpoint_, places_.head + ".weight");
+  const TensorEntry* const entry = find_head();
   if (entry == nullptr) return std::nullopt;
   return pack(require(entry->name, {rows, columns}), {.rows = Cut::range(0, rows), .stored = rows, .columns = columns});
 }

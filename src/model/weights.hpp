@@ -56,6 +56,10 @@ class WeightReader {
   /// The output matrix, if one is stored; its prefix may be another one.
   std::optional<PackedMatrix> head(int64_t rows, int64_t columns);
 
+  /// The tensor of this name, prefix and all, for others to read.
+  const TensorEntry& require(const std::string& full_name, const Shape& shape);
+  const std::string& prefix() const { return prefix_; }
+  const TensorEntry* find_head() const;  ///< null: none is stored
   bool has(const std::string& name) const { return checkpoint_.find(prefix_ + name) != nullptr; }
   /// Throws Error{"unsupported-tensor"} if the checkpoint holds a tensor that was not read and that cannot be left out
   /// without changing the result.
@@ -63,7 +67,6 @@ class WeightReader {
 
  private:
   struct Cut;
-  const TensorEntry& require(const std::string& full_name, const Shape& shape);
   PackedMatrix pack(const TensorEntry& entry, const Cut& cut);
   PackedMatrix pack_plain(const TensorEntry& entry, const Cut& cut) const;
   static PackedMatrix pack_floats(const std::vector<float>& all, const Cut& cut);
