@@ -119,9 +119,15 @@ Tensor attended(const Tensor& q, const Tensor& k, const Tensor& v, const ModelCo
 /// A part of the network that is run again in backward().
 struct Recomputed : torch::CustomClassHolder {
   std::function<Tensor(const Tensor&)> run;
+  LayerHooks hooks;
+  size_t layer = 0;
   Tensor random_state;
   bool input_learns = false, autocast = false;
 };
+
+void call(const std::function<void(size_t)>& hook, size_t layer) {
+  if (hook) hook(layer);
+}
 
 Tensor random_state() {
   at::Generator generator = at::detail::getDefaultCPUGenerator();
@@ -162,7 +168,10 @@ class Recompute : public torch::autograd::Function<Recompute> {
     what->autocast = at::autocast::is_cpu_enabled();
     context->save_for_backward({x});
     context->saved_data["what"] = c10::IValue::make_capsule(what);
-    return what->run(x);
+    call(what->hooks.before, what->layer);
+    const Tensor y = what->run(x);
+    call(what->hooks.after, what->layer);
+    return y;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
@@ -171,12 +180,15 @@ class Recompute : public torch::autograd::Function<Recompute> {
     auto& what = static_cast<Recomputed&>(*capsule);
     const Tensor x = context->get_saved_variables()[0].detach().requires_grad_(what.input_learns);
     Tensor y;
+    call(what.hooks.before, what.layer);
     {
       const at::AutoGradMode recorded(true);
       const AsBefore as_before(what);
       y = what.run(x);
     }
     if (y.requires_grad()) torch::autograd::backward({y}, {gradients[0]});
+    y.reset();
+    call(what.hooks.after_backward, what.layer);
     return {x.grad(), Tensor(), Tensor()};
   }
 };
@@ -225,6 +237,7 @@ struct CausalLm::Impl {
   std::map<std::string, Tensor> vectors{};
   Norm final_norm{};
   std::vector<Layer> layers{};
+  std::vector<std::string> layer_paths{};
   torch::nn::Linear head{nullptr};
   std::set<std::string> outputs{};  ///< paths of the linear layers that write to the residual stream
 
@@ -269,7 +282,8 @@ void CausalLm::Impl::build(const std::string& prefix, const std::string& head_pa
   embedding = table(prefix + places.embedding, config.vocabulary);
   if (!places.positions.empty()) positions = table(prefix + places.positions, config.most_positions);
   for (int64_t i = 0; i < config.layers; ++i) {
-    const std::string base = fmt::format("{}{}.{}.", prefix, places.layers, i);
+    layer_paths.push_back(fmt::format("{}{}.{}", prefix, places.layers, i));
+    const std::string base = layer_paths.back() + ".";
     Layer layer;
     layer.kind = config.kinds[static_cast<size_t>(i)];
     layer.attention_norm = norm(base, places.attention_norm, config.hidden);
@@ -445,14 +459,20 @@ Tensor CausalLm::hidden(const Tensor& tokens) {
                  .fix = "use shorter sequences"});
   impl_->prepare_rotations(length);
   Tensor x = impl_->embed(tokens);
-  const bool recompute = impl_->options.recompute_layers && at::GradMode::is_enabled();
+  const LayerHooks& hooks = impl_->options.hooks;
+  const bool recompute = (impl_->options.recompute_layers || hooks.before) && at::GradMode::is_enabled();
   const Tensor learns = recompute ? torch::empty({0}).requires_grad_() : Tensor();
-  for (Layer& layer : impl_->layers) {
+  for (size_t i = 0; i < impl_->layers.size(); ++i) {
+    Layer& layer = impl_->layers[i];
     if (!recompute) {
+      call(hooks.before, i);
       x = impl_->run(layer, x);
+      call(hooks.after, i);
       continue;
     }
     const auto what = c10::make_intrusive<Recomputed>();
+    what->hooks = hooks;
+    what->layer = i;
     what->input_learns = x.requires_grad();
     what->run = [this, &layer](const Tensor& in) { return impl_->run(layer, in); };
     x = Recompute::apply(x, learns, what);
@@ -478,6 +498,7 @@ const Json& CausalLm::config_json() const { return impl_->json; }
 torch::nn::LinearImpl& CausalLm::head() { return *impl_->head; }
 bool CausalLm::tied_head() const { return impl_->head->weight.is_same(impl_->embedding); }
 CausalLmOptions& CausalLm::options() { return impl_->options; }
+std::vector<std::string> CausalLm::layer_paths() const { return impl_->layer_paths; }
 bool CausalLm::stored_transposed(const std::string& parameter) const {
   return parameter.ends_with(".weight") && impl_->transposed.contains(parameter.substr(0, parameter.size() - 7));
 }

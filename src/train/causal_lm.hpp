@@ -19,12 +19,19 @@ namespace bitwright::train {
 using LinearLoader = std::function<bool(const std::string& path, torch::nn::LinearImpl& layer,
                                         const Checkpoint& checkpoint, const TensorEntry& entry, bool transposed)>;
 
+/// Called around each use of a layer; they are counted from 0.
+struct LayerHooks {
+  std::function<void(size_t layer)> before{}, after{};
+  std::function<void(size_t layer)> after_backward{};  ///< in after()'s place, once its parameters have their gradients
+};
+
 struct CausalLmOptions {
   torch::ScalarType compute = torch::kFloat32;   ///< of matrix products: float32 or bfloat16; all else is float32
   torch::ScalarType matrices = torch::kFloat32;  ///< what matrices are kept in; bfloat16 asks for compute in bfloat16
   /// Activations within a layer are not kept for backward(), but computed again there (with the same random numbers).
   /// What is inside gets its gradients from backward(); torch::autograd::grad() cannot ask for them.
   bool recompute_layers = false;
+  LayerHooks hooks{};          ///< all or none; with them layers are computed again in backward() in any case
   uint64_t seed = 0;           ///< of random weights
   LinearLoader load_linear{};  ///< null: all become floats
 };
@@ -58,7 +65,8 @@ class CausalLm : public torch::nn::Module {
   const Json& config_json() const;  ///< config.json
   torch::nn::LinearImpl& head();    ///< its weight may be the embedding's
   bool tied_head() const;
-  CausalLmOptions& options();  ///< compute and recompute_layers may be changed at any time
+  CausalLmOptions& options();  ///< compute, recompute_layers and hooks may be changed at any time
+  std::vector<std::string> layer_paths() const;  ///< "model.layers.0", …
   /// Does a file have this parameter [inputs, outputs], transposed to what it is here (GPT-2)?
   bool stored_transposed(const std::string& parameter) const;
 
