@@ -165,14 +165,6 @@ std::string first_line(const std::exception& error) {
   return printable(text.substr(0, text.find('\n')));
 }
 
-/// Gloo that can close its connections, which ends what the others are waiting for.
-struct Gloo : c10d::ProcessGroupGloo {
-  using c10d::ProcessGroupGloo::ProcessGroupGloo;
-  void close() {
-    for (const auto& context : contexts_) context->closeConnections();
-  }
-};
-
 torch::Tensor bytes_of(const torch::Tensor& tensor) {
   BW_ASSERT(tensor.is_contiguous());
   return tensor.detach().view({-1}).view(torch::kUInt8);
@@ -187,7 +179,6 @@ struct ProcessGroup::Connections {
   torch::Device device{torch::kCPU};
   c10::intrusive_ptr<c10d::Store> store{};  ///< the words of those that leave
   c10::intrusive_ptr<Backend> backend{};
-  c10::intrusive_ptr<Gloo> gloo{};  ///< the same, if it is Gloo
   bool left = false;
 
   void open();
@@ -234,12 +225,11 @@ void ProcessGroup::Connections::open_backend() {
   const char* const interface = std::getenv("GLOO_SOCKET_IFNAME");  // as PyTorch has it
   const bool one_machine =
       place.local_size == place.size || place.address == "localhost" || place.address.starts_with("127.");
-  options->devices.push_back(one_machine            ? Gloo::createDeviceForHostname("127.0.0.1")
-                             : interface != nullptr ? Gloo::createDeviceForInterface(interface)
-                                                    : Gloo::createDefaultDevice());
+  options->devices.push_back(one_machine            ? c10d::ProcessGroupGloo::createDeviceForHostname("127.0.0.1")
+                             : interface != nullptr ? c10d::ProcessGroupGloo::createDeviceForInterface(interface)
+                                                    : c10d::ProcessGroupGloo::createDefaultDevice());
   options->threads = 1;  // operations run in the order of calls
-  gloo = c10::make_intrusive<Gloo>(inner, place.rank, place.size, options);
-  backend = gloo;
+  backend = c10::make_intrusive<c10d::ProcessGroupGloo>(inner, place.rank, place.size, options);
 }
 
 /// Leaves this process's reason where the others find it, and waits a moment for theirs. Returns what can be said of
@@ -282,7 +272,7 @@ std::string ProcessGroup::Connections::write_and_read_reasons(const std::string&
 
 void ProcessGroup::Connections::lost(const std::string& operation, const std::string& message) {
   left = true;
-  if (gloo) gloo->close();
+  backend.reset();  // closes the connections, which ends what others are waiting for
   std::string why = write_and_read_reasons("");
   if (why.empty()) why = fmt::format("{}: {}", operation, message);
   throw Error({.code = "process-lost",
@@ -327,7 +317,7 @@ void ProcessGroup::leave(const std::string& reason) noexcept {
   c.left = true;
   try {
     c.store->set(fmt::format("left/{}", c.place.rank), std::vector<uint8_t>(reason.begin(), reason.end()));
-    if (c.gloo) c.gloo->close();
+    c.backend.reset();
     c.write_and_read_reasons(reason);
   } catch (const std::exception&) {  // rank 0 has gone already, and with it those who would read this
   }
@@ -355,7 +345,9 @@ void ProcessGroup::all_gather(const torch::Tensor& part, const torch::Tensor& wh
     to.copy_(from);
     return;
   }
-  connections_->run("all-gather", [&](Backend& backend) { return backend._allgather_base(to, from); });
+  std::vector<std::vector<torch::Tensor>> parts{to.chunk(size())};
+  std::vector<torch::Tensor> inputs{from};
+  connections_->run("all-gather", [&](Backend& backend) { return backend.allgather(parts, inputs); });
 }
 
 void ProcessGroup::reduce_scatter(const torch::Tensor& whole, const torch::Tensor& part) {

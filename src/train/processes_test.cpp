@@ -432,8 +432,9 @@ void quantize_blocks(Network& network) {
     const Shape shape = weight.sizes().vec();
     const TensorFacts facts = {
         .name = "model.layers.0.mlp.up_proj.weight", .shape = shape, .bytes = 4, .dtype = DType::f32};
-    const Recipe recipe =
-        resolve({.settings = {.method = "nf4"}}, std::span(&facts, 1), find_container("bitsandbytes"));
+    QuantizationRequest request;
+    request.settings.method = "nf4";
+    const Recipe recipe = resolve(request, std::span(&facts, 1), find_container("bitsandbytes"));
     const TensorPlan& plan = recipe.tensors.at(0);
     const std::span<const float> values(weight.data_ptr<float>(), static_cast<size_t>(weight.numel()));
     QuantizedTensor codes =
@@ -550,6 +551,7 @@ TEST(ProcessesWorker, DISABLED_Works) {
     return quantized_base(group);
   }
   try {
+    group->barrier();
     if (name == "error" && group->rank() == 1) {
       group->leave("loss is not a number");
       std::exit(3);
