@@ -41,13 +41,14 @@ struct Product : torch::autograd::Function<Product> {
     context->saved_data["weight"] = torch::IValue::make_capsule(c10::make_intrusive<Kept>(weight));
     const int64_t rows = weight->shape()[0], columns = weight->shape()[1];
     const torch::Tensor x = input.reshape({-1, columns});
-    const torch::Tensor y = torch::empty({x.size(0), rows}, x.options());
+    std::vector<int64_t> sizes = input.sizes().vec();
+    sizes.back() = rows;
+    const torch::Tensor result = torch::empty(sizes, x.options());  // no view: libtorch adds a bias in place
+    const torch::Tensor y = result.view({-1, rows});
     for_each_tile(*weight, x.scalar_type(), [&](int64_t begin, const torch::Tensor& tile) {
       y.narrow(1, begin, tile.size(0)).copy_(at::mm(x, tile.t()));
     });
-    std::vector<int64_t> sizes = input.sizes().vec();
-    sizes.back() = rows;
-    return y.reshape(sizes);
+    return result;
   }
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* context,
