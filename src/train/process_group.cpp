@@ -183,7 +183,16 @@ struct ProcessGroup::Connections {
 
   void open();
   void open_backend();
-  std::string write_and_read_reasons(const std::string& reason);
+  void say(const char* kind, int rank, const std::string& text) const {
+    store->set(fmt::format("{}/{}", kind, rank), std::vector<uint8_t>(text.begin(), text.end()));
+  }
+  std::optional<std::string> heard(const char* kind, int rank) const {
+    const std::string key = fmt::format("{}/{}", kind, rank);
+    if (!store->check({key})) return std::nullopt;
+    const auto bytes = store->get(key);
+    return std::string(bytes.begin(), bytes.end());
+  }
+  std::string verdict(const std::string& reason);
   [[noreturn]] void lost(const std::string& operation, const std::string& message);
   template <class Start>
   void run(const std::string& operation, const Start& start);
@@ -232,48 +241,54 @@ void ProcessGroup::Connections::open_backend() {
   backend = c10::make_intrusive<c10d::ProcessGroupGloo>(inner, place.rank, place.size, options);
 }
 
-/// Leaves this process's reason where the others find it, and waits a moment for theirs. Returns what can be said of
-/// who failed first: a reason that somebody gave, else who has gone without a word.
-std::string ProcessGroup::Connections::write_and_read_reasons(const std::string& reason) {
-  const auto key = [](const char* kind, int rank) { return fmt::format("{}/{}", kind, rank); };
-  std::vector<int> silent;
-  std::string given;
+/// Leaves this process's reason where the others find it. Returns what can be said of who failed first, which rank 0
+/// decides and tells: a reason that somebody gave, else who has gone without a word. Empty: nothing.
+std::string ProcessGroup::Connections::verdict(const std::string& reason) {
+  constexpr milliseconds kSilence(3000);  // all others fail at once when connections close
   try {
-    store->set(key("left", place.rank), std::vector<uint8_t>(reason.begin(), reason.end()));
-    const auto deadline = steady_clock::now() + milliseconds(2000);
-    do {
+    say("left", place.rank, reason);
+    if (place.rank != 0) {
+      store->wait({"verdict"}, 3 * kSilence);
+      const auto bytes = store->get("verdict");
+      store->add("read", 1);
+      return {bytes.begin(), bytes.end()};
+    }
+    std::string found;
+    std::vector<int> silent;
+    int others = place.size - 1;  // who will read this
+    const auto deadline = steady_clock::now() + kSilence;
+    for (bool all = false; !all && found.empty() && steady_clock::now() < deadline;) {
+      std::this_thread::sleep_for(milliseconds(20));
       silent.clear();
-      given.clear();
-      for (int rank = 0; rank < place.size; ++rank) {
-        if (rank == place.rank) continue;
-        if (!store->check({key("left", rank)})) {
+      for (int rank = 0; rank < place.size && found.empty(); ++rank)
+        if (const auto said = heard("left", rank); !said) {
           silent.push_back(rank);
-          continue;
+        } else if (!said->empty()) {
+          found = fmt::format("rank {} stopped: {}", rank, *said);
+          others = place.size - 1 - (rank != 0);  // that one has left
         }
-        const auto bytes = store->get(key("left", rank));
-        if (!bytes.empty() && given.empty())
-          given = fmt::format("rank {} stopped: {}", rank, std::string(bytes.begin(), bytes.end()));
-      }
-      if (silent.empty() || !given.empty()) break;
-      std::this_thread::sleep_for(milliseconds(50));
-    } while (steady_clock::now() < deadline);
-    // Rank 0 keeps the reasons: it goes last.
-    store->add("read", 1);
-    while (place.rank == 0 && store->add("read", 0) < place.size && steady_clock::now() < deadline)
-      std::this_thread::sleep_for(milliseconds(50));
-  } catch (const std::exception&) {
-    silent = {0};  // the store was in its memory
+      all = silent.empty();
+    }
+    if (found.empty() && !silent.empty()) {
+      others -= static_cast<int>(silent.size());
+      found = fmt::format("rank {} ended without a word: killed, out of memory, or its machine is gone",
+                          fmt::join(silent, ", "));
+    }
+    store->set("verdict", std::vector<uint8_t>(found.begin(), found.end()));
+    // The words are in this process's memory: it goes last.
+    while (store->add("read", 0) < others && steady_clock::now() < deadline + kSilence)
+      std::this_thread::sleep_for(milliseconds(20));
+    return found;
+  } catch (const std::exception& error) {
+    if (first_line(error).find("imeout") != std::string::npos) return "";  // rank 0 is at work and has not noticed yet
+    return "rank 0 ended without a word: killed, out of memory, or its machine is gone";
   }
-  if (!given.empty()) return given;
-  if (silent.empty()) return "";
-  return fmt::format("rank {} ended without a word: killed, out of memory, or its machine is gone",
-                     fmt::join(silent, ", "));
 }
 
 void ProcessGroup::Connections::lost(const std::string& operation, const std::string& message) {
-  left = true;
+  const bool parted = std::exchange(left, true);
   backend.reset();  // closes the connections, which ends what others are waiting for
-  std::string why = write_and_read_reasons("");
+  std::string why = parted ? "" : verdict("");
   if (why.empty()) why = fmt::format("{}: {}", operation, message);
   throw Error({.code = "process-lost",
                .what = "training cannot go on without all processes",
@@ -285,7 +300,7 @@ void ProcessGroup::Connections::lost(const std::string& operation, const std::st
 
 template <class Start>
 void ProcessGroup::Connections::run(const std::string& operation, const Start& start) {
-  BW_ASSERT(!left);
+  if (left) lost(operation, "the processes have parted");
   std::string message;
   try {
     const Works works = start(*backend);
@@ -316,9 +331,9 @@ void ProcessGroup::leave(const std::string& reason) noexcept {
   if (c.left || !c.backend) return;
   c.left = true;
   try {
-    c.store->set(fmt::format("left/{}", c.place.rank), std::vector<uint8_t>(reason.begin(), reason.end()));
+    c.say("left", c.place.rank, reason);  // before connections close: who then asks finds it
     c.backend.reset();
-    c.write_and_read_reasons(reason);
+    if (c.place.rank == 0) c.verdict(reason);
   } catch (const std::exception&) {  // rank 0 has gone already, and with it those who would read this
   }
 }
