@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Fails when an #include in SRC/<part>/, or in the public headers of a part (SRC/../include/bitwright/<part>/), points to
-# the part's left or to a neighbour. The order is ARCHITECTURE's.
+# the part's left or to a neighbour. The order is ARCHITECTURE's; torch are the headers of train, which its sources include.
 set -euo pipefail
 src=${1:-$(dirname "${BASH_SOURCE[0]}")/../src}
 
@@ -8,7 +8,7 @@ check() {
   cd "$1"
   find . -type f ! -name '*_test.cpp' -exec awk -v parts="$(find . -mindepth 1 -maxdepth 1 -type d -printf "%f\n")" '
     BEGIN {
-      rows = split("cli http;tune train;quantize;evaluate engine store;recipe;algorithm model tokenizer;checkpoint;" \
+      rows = split("cli http;tune train;torch;quantize;evaluate engine store;recipe;algorithm model tokenizer;checkpoint;" \
                    "container kernels;scheme;base", row, ";")
       for (i = 1; i <= rows; i++) for (n = split(row[i], name, " "); n > 0; n--) rank[name[n]] = i
       n = split(parts, name, "\n")

@@ -425,6 +425,7 @@ int run_command_line(int argc, const char* const* argv) {
   try {
     Parser parser;
     Arguments arguments;
+    arguments.words.assign(argv + 1, argv + argc);
     const Command* command = parser.parse(argc, argv, arguments);
     if (command == nullptr) return static_cast<int>(ExitStatus::done);
     apply_common(arguments);

@@ -14,6 +14,7 @@
 #include "cli/command.hpp"
 #include "cli/installed.hpp"
 #include "cli/page.hpp"
+#include "cli/train.hpp"
 #include "engine/facts.hpp"
 #include "kernels/kernel_level.hpp"
 
@@ -169,6 +170,12 @@ OrderedJson energy_counters(const Installed& installed) {
   return rows;
 }
 
+OrderedJson training() {
+  const auto program = training_program();
+  return finding("train", program.has_value(),
+                 program ? program->string() : "this build has no bitwright-train: libtorch was not found");
+}
+
 OrderedJson run(const Arguments&, std::vector<Warning>&) {
   const Installed installed = Installed::here();
   const std::vector<std::string> sets = instruction_sets();
@@ -183,7 +190,8 @@ OrderedJson run(const Arguments&, std::vector<Warning>&) {
           {"missing_instruction_sets", missing},
           {"kernels", kernels()},
           {"gpu", gpus(installed)},
-          {"libtorch", false},
+          {"libtorch", training_program().has_value()},
+          {"training", training()},
           {"engines", engines(installed)},
           {"libraries", libraries(installed)},
           {"energy_counters", energy_counters(installed)}};
@@ -226,7 +234,10 @@ void print(const OrderedJson& result) {
   const std::string devices = words(result["gpu"]["devices"]);
   fmt::print("GPU              {}; {}\n", devices.empty() ? "none that a driver shows" : devices,
              result["gpu"]["reason"].get<std::string>());
-  fmt::print("libtorch         no (this build has no `train`)\n");
+  const OrderedJson& training = result["training"];
+  const bool trains = training["usable"].get<bool>();
+  fmt::print("train            {} ({})\n", trains ? "yes" : "no",
+             printable(training[trains ? "detail" : "reason"].get<std::string>()));
   print_findings("GPU drivers", result["gpu"]["drivers"]);
   print_findings("engines", result["engines"]);
   print_findings("Python libraries (looked for, never run)", result["libraries"]);

@@ -14,7 +14,7 @@ namespace bitwright {
 namespace {
 
 constexpr std::array<AdapterMethod, 9> kMethods = {{{"bnb_nf4", "bitsandbytes", "bitsandbytes", 4, 0.5},
-                                                    {"bnb_int8", "bitsandbytes", "", 8, 1},
+                                                    {"bnb_int8", "bitsandbytes", "bitsandbytes", 8, 1},
                                                     {"hqq", "hqq", "hqq", 0, 0.5},
                                                     {"mlx_int4", "mlx", "mlx", 4, 0.5},
                                                     {"mlx_int8", "mlx", "mlx", 8, 1},

@@ -16,6 +16,8 @@
 
 namespace bitwright {
 
+class QuantizedFinetuning;
+
 /// What a Trainer needs of a model: any module, and how it is called.
 struct TrainableModel {
   std::shared_ptr<torch::nn::Module> module{};
@@ -23,6 +25,14 @@ struct TrainableModel {
   std::function<torch::Tensor(const torch::Tensor& inputs)> logits{};
   /// Mean cross-entropy of the tokens that follow, in nats; null: from the logits.
   std::function<torch::Tensor(const torch::Tensor& inputs, const torch::Tensor& targets)> loss{};
+  /// Type of its products, before each forward pass; null: bfloat16 is autocast's work.
+  std::function<void(torch::ScalarType type)> set_compute{};
+};
+
+/// One of several processes that train the same model; what averages their gradients is a GradientTransform.
+struct Processes {
+  int64_t rank = 0, size = 1;  ///< process 0 writes files
+  std::function<double(double own)> average{};
 };
 
 /// What one optimizer step did.
@@ -39,7 +49,7 @@ struct StepResult {
 /// What a run ends with: INTERFACES.md "train".
 struct TrainingResult {
   int64_t steps = 0;
-  double loss = 0;  ///< of the last step
+  std::optional<double> loss{};  ///< of the last step; none where no step was left
   std::optional<double> val_loss{};
   std::filesystem::path checkpoint{};  ///< the newest
 };
@@ -50,7 +60,10 @@ struct TrainingResult {
 class Trainer {
  public:
   /// A module of any kind. What of the configuration names files is not looked at.
-  Trainer(TrainableModel model, TrainingConfig config);
+  /// Its parameters that require gradients learn; they are float32. finetuning: the quantized matrices that learn too.
+  /// Seeds libtorch's random numbers.
+  /// Throws Error{"nothing-to-train"}, and as TrainingConfig::check().
+  Trainer(TrainableModel model, TrainingConfig config, std::shared_ptr<QuantizedFinetuning> finetuning = nullptr);
   ~Trainer();
   Trainer(const Trainer&) = delete;
   Trainer& operator=(const Trainer&) = delete;
@@ -72,12 +85,13 @@ class Trainer {
   struct Texts {
     std::vector<int32_t> training, validation;  ///< token ids; validation may be empty
     int64_t sequence_length = 0;
+    int64_t vocabulary = 0;  ///< tokens are below it; 0: not checked
     std::function<std::vector<int32_t>(const std::string& text)> encode{};  ///< for samples; null: none
     std::function<std::string(std::span<const int32_t> tokens)> decode{};
   };
   TrainingResult train(const Texts& texts);
 
-  /// Model, optimizer, step, random numbers and place in the data, whole or not at all. extra: files to add, by name.
+  /// Model, optimizer, step, random numbers and place in the data, whole or not at all.
   void save_checkpoint(const std::filesystem::path& directory) const;
   /// Goes on bit for bit from where that was. Throws Error{"incompatible-checkpoint"}, {"checkpoint-damaged"}.
   void load_checkpoint(const std::filesystem::path& directory);
@@ -85,8 +99,7 @@ class Trainer {
   bool resume();
 
   // Hooks. They are called in the order they were added.
-  /// Sees what goes into and comes out of each linear layer of the training steps. Layers must be what they will stay
-  /// (quantized, adapted) when this is called.
+  /// Sees what goes into and comes out of each linear layer in training steps (with activation_checkpointing twice).
   using ActivationObserver =
       std::function<void(const std::string& path, const torch::Tensor& input, const torch::Tensor& output)>;
   void observe_activations(ActivationObserver observer);
@@ -95,8 +108,12 @@ class Trainer {
   void transform_gradients(GradientTransform transform);
   /// After each optimizer step of train(), evaluation included.
   void after_step(std::function<void(const StepResult& result)> observer);
-  /// What other parts add to checkpoints: files by name in the checkpoint's directory, written and read by these.
+  /// What is written into each checkpoint besides: tokenizer, config.json, quantization_metadata.json.
   void add_files(std::function<void(const std::filesystem::path& directory)> write);
+
+  /// The sequences of a step are divided: this process takes the rank-th of `size` parts, so that the same
+  /// configuration trains the same for every number of processes.
+  void set_processes(Processes processes);
 
   int64_t step() const;
   const TrainingConfig& config() const;

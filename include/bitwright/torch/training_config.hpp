@@ -32,7 +32,8 @@ struct TrainingConfig {
   std::string quantization_type = "static"; ///< of activations, where they are quantized: static, dynamic
   bool enable_quantized_finetuning = false;
   std::string quantization{};  ///< text of the section `quantization` (JSON) as `bitwright quantize` has it; or empty
-  std::string container = "native";  ///< of the exported model where it is quantized
+  std::string container = "native";       ///< of the exported model where it is quantized
+  std::string export_dtype = "float32";    ///< of what is not quantized in it: float32, bfloat16, float16
 
   struct Lora {
     int64_t r = 0;  ///< 0: no adapters

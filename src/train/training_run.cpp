@@ -1,0 +1,198 @@
+#include "train/training_run.hpp"
+
+#include <chrono>
+
+#include "base/mapped_file.hpp"
+#include "base/output.hpp"
+#include "base/threads.hpp"
+#include "bitwright/torch/trainer.hpp"
+#include "model/open_model.hpp"
+#include "quantize/model_files.hpp"
+#include "recipe/config.hpp"
+#include "train/causal_lm.hpp"
+#include "train/dataset.hpp"
+#include "train/export.hpp"
+#include "train/training_checkpoint.hpp"
+#include "train/training_mode.hpp"
+
+namespace bitwright::train {
+namespace {
+
+namespace fs = std::filesystem;
+
+/// The model that is trained, and where its other files come from.
+struct Source {
+  std::optional<Checkpoint> checkpoint{};
+  std::shared_ptr<CausalLm> model{};
+  ExportSource files{};
+  fs::path tokenizer{};
+};
+
+[[noreturn]] void bad_config(const fs::path& where, const std::string& why, const std::string& fix) {
+  throw Error({.code = "bad-value",
+               .what = "bad configuration",
+               .where = where.string(),
+               .why = why,
+               .fix = fix,
+               .status = ExitStatus::usage});
+}
+
+OrderedJson architecture_json(const TrainingConfig& config) {
+  if (config.architecture.starts_with('{')) return parse_ordered_json(config.architecture, "architecture");
+  return parse_ordered_json(read_text_file(config.architecture), config.architecture);
+}
+
+Source open_source(const TrainingConfig& config, const TrainingMode& mode, const fs::path& where) {
+  CausalLmOptions options = {.recompute_layers = config.activation_checkpointing,
+                             .seed = static_cast<uint64_t>(config.seed)};
+  Source source;
+  if (!config.model.empty()) {
+    source.checkpoint.emplace(open_model(config.model));
+    source.checkpoint->verify_digests();
+    options.load_linear = mode.load_linear;
+    source.model = std::make_shared<CausalLm>(*source.checkpoint, options);
+    source.files = export_source(*source.checkpoint);
+    source.tokenizer = config.tokenizer.empty() ? tokenizer_path(*source.checkpoint) : fs::path(config.tokenizer);
+  } else if (!config.architecture.empty()) {
+    if (config.tokenizer.empty())
+      bad_config(where, "there is no tokenizer", "'architecture' begins from nothing: name a model's 'tokenizer'");
+    source.files.config = architecture_json(config);
+    source.model = std::make_shared<CausalLm>(Json(source.files.config), options);
+    source.tokenizer = config.tokenizer;
+  } else {
+    bad_config(where, "there is neither 'model' nor 'architecture'",
+               "name a model to go on from, or a config.json to begin with random weights");
+  }
+  if (!config.tokenizer.empty())
+    source.files.directory = fs::is_directory(source.tokenizer) ? source.tokenizer : source.tokenizer.parent_path();
+  return source;
+}
+
+/// The output directory is new, or holds a run that is gone on with, or one that may be removed.
+void check_output(const TrainingConfig& config, const TrainingRunOptions& options) {
+  const fs::path output = config.output;
+  std::error_code none;
+  if (output.empty()) bad_config(options.config, "'output' is empty", "name a directory");
+  if (!fs::exists(fs::symlink_status(output, none)) || (fs::is_directory(output) && fs::is_empty(output))) return;
+  const bool is_run = fs::is_directory(output) && fs::exists(output / "run.json");
+  if (!is_run)
+    throw Error({.code = "output-exists",
+                 .what = "cannot write output",
+                 .where = output.string(),
+                 .why = "it is there, and no output of `train`",
+                 .fix = "choose another 'output'"});
+  if (options.resume) return;
+  if (!options.force)
+    throw Error({.code = "output-exists",
+                 .what = "cannot write output",
+                 .where = output.string(),
+                 .why = "a run is there already",
+                 .fix = "add --resume to go on with it, --force to start again, or choose another 'output'"});
+  fs::remove_all(output);
+}
+
+TrainableModel trainable(const std::shared_ptr<CausalLm>& model) {
+  return {.module = model,
+          .logits = [model](const torch::Tensor& inputs) { return model->forward(inputs); },
+          .loss = [model](const torch::Tensor& inputs,
+                          const torch::Tensor& targets) { return model->loss(inputs, targets); },
+          .set_compute = [model](torch::ScalarType type) { model->options().compute = type; }};
+}
+
+/// What a checkpoint holds besides what learns, so that it can be read without anything else at hand.
+void add_checkpoint_files(Trainer& trainer, const Source& source, const OrderedJson& quantization) {
+  trainer.add_files([&source, quantization](const fs::path& directory) {
+    write_text_file(directory / "model_config.json", source.files.config.dump(1) + "\n");
+    for (const char* name : {"tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "merges.txt"})
+      if (fs::is_regular_file(source.files.directory / name))
+        fs::copy_file(source.files.directory / name, directory / name);
+    if (quantization.is_null()) return;
+    OrderedJson metadata = {{"format_version", "1.0"}, {"bitwright", BITWRIGHT_VERSION}, {"state", "training"}};
+    metadata.update(quantization);
+    write_text_file(directory / "quantization_metadata.json", metadata.dump(1) + "\n");
+  });
+}
+
+void export_trained(const CausalLm& model, const Source& source, const TrainingConfig& config, const fs::path& output,
+                    const OrderedJson& record) {
+  const std::vector<ExportedTensor> tensors = exported_tensors(model);
+  const bool quantized =
+      std::ranges::any_of(tensors, [](const ExportedTensor& tensor) { return !tensor.floats.defined(); });
+  export_model(tensors, source.files,
+               {.output = {.output = output, .existing = fs::exists(output) ? Existing::replace : Existing::refuse},
+                .container = quantized ? find_container(config.container) : nullptr,
+                .floats = *dtype_from_name(config.export_dtype),
+                .record = record});
+}
+
+}  // namespace
+
+OrderedJson run_training(const TrainingRunOptions& options, std::vector<Warning>& warnings) {
+  const auto start = std::chrono::steady_clock::now();
+  const TrainingConfig config = TrainingConfig::read(options.config, options.set);
+  const TrainingMode& mode = training_mode(config);
+  at::set_num_threads(static_cast<int>(thread_count()));
+  const Source source = open_source(config, mode, options.config);
+  CausalLm& model = *source.model;
+  const Tokenizer tokenizer(source.tokenizer);
+  const Protocol protocol = protocol_of(config, tokenizer, model.config().context);
+  TokenTexts tokens = read_texts(config, tokenizer, protocol);
+  check_output(config, options);
+
+  torch::manual_seed(static_cast<uint64_t>(config.seed));
+  const Prepared prepared = mode.prepare ? mode.prepare(model, config, warnings) : Prepared();
+  Trainer trainer(trainable(source.model), config, prepared.finetuning);
+  add_checkpoint_files(trainer, source, prepared.quantization);
+  if (options.resume && !trainer.resume())
+    warnings.push_back({"NO_CHECKPOINT", fmt::format("there is no checkpoint in {}: training begins", config.output)});
+  const Trainer::Texts texts = {.training = std::move(tokens.training),
+                                .validation = std::move(tokens.validation),
+                                .sequence_length = protocol.context,
+                                .vocabulary = model.config().vocabulary,
+                                .encode = [&](const std::string& text) { return tokenizer.encode(text); },
+                                .decode = [&](std::span<const int32_t> ids) { return tokenizer.decode(ids); }};
+  const TrainingResult trained = trainer.train(texts);
+
+  const bool validates = static_cast<int64_t>(texts.validation.size()) > texts.sequence_length;
+  const auto validate = [&] { return trainer.evaluate(texts.validation, texts.sequence_length, config.eval_windows); };
+  const TokenDataset data(texts.training, texts.sequence_length, static_cast<uint64_t>(config.seed));
+  OrderedJson result = {{"steps", trained.steps}, {"loss", nullptr}, {"val_loss", nullptr}};
+  if (trained.loss) result["loss"] = *trained.loss;
+  if (trained.val_loss)
+    result["val_loss"] = *trained.val_loss;
+  else if (validates)
+    result["val_loss"] = validate();
+  result["checkpoint"] = trained.checkpoint.string();
+  const fs::path adapter = fs::path(config.output) / "adapter", exported = fs::path(config.output) / "model";
+  bool has_model = true;
+  if (mode.finish != nullptr) {
+    has_model = mode.finish({.model = model,
+                             .config = config,
+                             .calibrate =
+                                 [&] {
+                                   const torch::NoGradGuard no_gradients;
+                                   constexpr int64_t kWindows = 32;
+                                   for (int64_t i = 0; i < kWindows; i += config.batch_size)
+                                     model.forward(data.batch(i, config.batch_size).narrow(1, 0, data.length()));
+                                 },
+                             .loss = validates ? std::function<double()>(validate) : nullptr,
+                             .adapter = adapter,
+                             .result = result,
+                             .warnings = warnings});
+    if (has_model && validates) result["val_loss"] = validate();  // of what is exported
+  }
+  const OrderedJson record = {{"run_id", trainer.run_id()},
+                              {"config_hash", config.hash()},
+                              {"mode", mode.name},
+                              {"steps", trained.steps},
+                              {"val_loss", result["val_loss"]}};
+  if (has_model) export_trained(model, source, config, exported, record);
+  result["model"] = (has_model ? exported : adapter).string();
+  result["mode"] = mode.name;
+  result["run_id"] = trainer.run_id();
+  result["config_hash"] = config.hash();
+  result["seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return result;
+}
+
+}  // namespace bitwright::train
