@@ -87,6 +87,11 @@ std::shared_ptr<QuantizedLinearBehaviour> quantized_base(const torch::nn::Linear
   return std::dynamic_pointer_cast<QuantizedLinearBehaviour>(behaviour);
 }
 
+/// Norms, biases and learned scales are none.
+bool is_matrix(const std::string& name, const Tensor& parameter) {
+  return parameter.dim() >= 2 && name.ends_with("weight");
+}
+
 int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 }  // namespace
@@ -186,7 +191,7 @@ ParallelModel::ParallelModel(std::shared_ptr<ProcessGroup> group, std::shared_pt
     for (const Named& parameters : of_units)
       for (const auto& [name, parameter] : parameters) {
         group_->broadcast(parameter);
-        if (parameter.requires_grad()) trained_.push_back({name, parameter, parameter.dim() >= 2});
+        if (parameter.requires_grad()) trained_.push_back({name, parameter, is_matrix(name, parameter)});
       }
     return;
   }
@@ -240,7 +245,8 @@ void ParallelModel::split_unit(const std::string& path, Named parameters) {
         Named chosen;
         for (const auto& parameter : parameters) {
           const Tensor& p = parameter.second;
-          if (p.requires_grad() == learns && (p.dim() >= 2) == matrices && p.scalar_type() == type && p.numel() > 0)
+          if (p.requires_grad() == learns && is_matrix(parameter.first, p) == matrices && p.scalar_type() == type &&
+              p.numel() > 0)
             chosen.push_back(parameter);
         }
         if (chosen.empty()) continue;
@@ -280,7 +286,8 @@ void ParallelModel::add_flat(Split& unit, bool resident, Named parameters) {
   if (resident) flat.resident = whole;
   if (flat.learns) {
     flat.index = trained_.size();
-    trained_.push_back({flat.parameters.front().first + "…", flat.shard, flat.parameters.front().second.dim() >= 2});
+    const auto& [name, parameter] = flat.parameters.front();
+    trained_.push_back({fmt::format("shard.{}", flat.index), flat.shard, is_matrix(name, parameter)});
   }
   unit.flats.push_back(std::move(flat));
 }
@@ -350,36 +357,61 @@ void ParallelModel::after_step() {
   for (const Tensor& buffer : module_->buffers()) group_->broadcast(buffer);  // observed ranges
 }
 
-ParallelModel::Named ParallelModel::whole(size_t index, const Tensor& state) const {
-  if (sharding_ == Sharding::none) return {{trained_.at(index).name, state}};
+const ParallelModel::Flat& ParallelModel::flat_of(size_t index) const {
   for (const auto& unit : units_)
     for (const Flat& flat : unit->flats)
-      if (flat.learns && flat.index == index) {
-        const Tensor all = torch::empty({flat.each * group_->size()}, state.options().requires_grad(false));
-        group_->all_gather(state.detach(), all);
-        return flat.cut(all);
-      }
+      if (flat.learns && flat.index == index) return flat;
   BW_ASSERT(false);
-  return {};
+  return units_.front()->flats.front();
 }
 
-Tensor ParallelModel::part(size_t index, const std::function<Tensor(const std::string&)>& find) const {
+size_t ParallelModel::index_of(const std::string& state) const {
+  size_t index = 0;
+  while (index < trained_.size() && !state.ends_with(trained_[index].name)) ++index;
+  BW_ASSERT(index < trained_.size());
+  return index;
+}
+
+std::vector<std::string> ParallelModel::names(size_t index) const {
+  if (sharding_ == Sharding::none) return {trained_.at(index).name};
+  std::vector<std::string> names;
+  for (const auto& [name, parameter] : flat_of(index).parameters) names.push_back(name);
+  return names;
+}
+
+ParallelModel::States ParallelModel::whole(const States& parts, bool keep) const {
   const torch::NoGradGuard no_gradients;
-  if (sharding_ == Sharding::none) return find(trained_.at(index).name);
-  for (const auto& unit : units_)
-    for (const Flat& flat : unit->flats) {
-      if (!flat.learns || flat.index != index) continue;
-      Tensor all;
-      for (size_t i = 0; i < flat.parameters.size(); ++i) {
-        const Tensor found = find(flat.parameters[i].first);
-        BW_ASSERT(found.defined() && found.numel() == flat.parameters[i].second.numel());
-        if (!all.defined()) all = torch::zeros({flat.each * group_->size()}, found.options().requires_grad(false));
-        all.narrow(0, flat.begins[i], found.numel()).copy_(found.detach().reshape({-1}));
-      }
-      return all.narrow(0, flat.each * group_->rank(), flat.each).clone();
+  States out;
+  for (const auto& [key, state] : parts) {
+    if (sharding_ == Sharding::none) {
+      if (keep) out[key] = state.detach().clone();
+      continue;
     }
-  BW_ASSERT(false);
-  return {};
+    const size_t index = index_of(key);
+    const Flat& flat = flat_of(index);
+    const Tensor all = torch::empty({flat.each * group_->size()}, state.options().requires_grad(false));
+    group_->all_gather(state.detach(), all);
+    if (!keep) continue;
+    const std::string prefix = key.substr(0, key.size() - trained_[index].name.size());
+    for (const auto& [name, tensor] : flat.cut(all)) out[prefix + name] = tensor;
+  }
+  return out;
+}
+
+void ParallelModel::take(const States& whole, const States& parts) const {
+  const torch::NoGradGuard no_gradients;
+  for (const auto& [key, state] : parts) {
+    if (sharding_ == Sharding::none) {
+      Tensor(state).copy_(whole.at(key));
+      continue;
+    }
+    const size_t index = index_of(key);
+    const Flat& flat = flat_of(index);
+    const std::string prefix = key.substr(0, key.size() - trained_[index].name.size());
+    const Tensor all = torch::zeros({flat.each * group_->size()}, state.options().requires_grad(false));
+    for (const auto& [name, place] : flat.cut(all)) Tensor(place).copy_(whole.at(prefix + name));
+    Tensor(state).copy_(all.narrow(0, flat.each * group_->rank(), flat.each));
+  }
 }
 
 void ParallelModel::for_each_parameter(const std::function<void(const std::string&, const Tensor&)>& use) {

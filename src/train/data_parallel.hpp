@@ -3,6 +3,7 @@
 #include <torch/torch.h>
 
 #include <functional>
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
@@ -21,7 +22,7 @@ enum class Sharding {
 struct Trained {
   std::string name{};
   torch::Tensor tensor{};
-  bool matrices = true;  ///< what is decayed: parameters of two and more dimensions
+  bool decays = true;  ///< a matrix: norms, biases and learned scales are not drawn to zero
 };
 
 /// A module that several processes train on different sequences, such that each step is what one process would do with
@@ -58,12 +59,15 @@ class ParallelModel {
   /// What the optimizer changed reaches all processes.
   void after_step();
 
-  using Named = std::vector<std::pair<std::string, torch::Tensor>>;
-  /// `state` has the shape of trained()[index].tensor (the parameters, a moment): what it is for each parameter of the
-  /// module, by its name. All processes call it, all get it.
-  Named whole(size_t index, const torch::Tensor& state) const;
-  /// The inverse, for any number of processes: this process's part. find: null tensors are refused by an assertion.
-  torch::Tensor part(size_t index, const std::function<torch::Tensor(const std::string& name)>& find) const;
+  /// The parameters that trained()[index] is, or is a part of.
+  std::vector<std::string> names(size_t index) const;
+  /// Tensors of the shapes of trained(), by a prefix and their names ("m." + name: a moment).
+  using States = std::map<std::string, torch::Tensor>;
+  /// The same of whole parameters, by the prefix and the parameters' names, copied. All processes call it; those that
+  /// do not `keep` it get none.
+  States whole(const States& parts, bool keep) const;
+  /// The inverse, from any number of processes' whole: this process's parts are copied into `parts`.
+  void take(const States& whole, const States& parts) const;
   /// Of parameters that are not trained and of the others: use(name, tensor), unit by unit, in every process. The
   /// tensor is gone afterwards. Packed codes are no parameters here.
   void for_each_parameter(const std::function<void(const std::string& name, const torch::Tensor& whole)>& use);
@@ -74,7 +78,10 @@ class ParallelModel {
   struct Flat;
   struct Codes;
   struct Split;
+  using Named = std::vector<std::pair<std::string, torch::Tensor>>;
 
+  const Flat& flat_of(size_t index) const;
+  size_t index_of(const std::string& state) const;
   void split_unit(const std::string& path, Named parameters);
   void add_flat(Split& unit, bool resident, Named parameters);
   void reduce(Flat& flat);

@@ -255,7 +255,7 @@ std::string ProcessGroup::Connections::verdict(const std::string& reason) {
     }
     std::string found;
     std::vector<int> silent;
-    int others = place.size - 1;  // who will read this
+    int64_t mute = 0;
     const auto deadline = steady_clock::now() + kSilence;
     for (bool all = false; !all && found.empty() && steady_clock::now() < deadline;) {
       std::this_thread::sleep_for(milliseconds(20));
@@ -265,18 +265,22 @@ std::string ProcessGroup::Connections::verdict(const std::string& reason) {
           silent.push_back(rank);
         } else if (!said->empty()) {
           found = fmt::format("rank {} stopped: {}", rank, *said);
-          others = place.size - 1 - (rank != 0);  // that one has left
         }
       all = silent.empty();
     }
     if (found.empty() && !silent.empty()) {
-      others -= static_cast<int>(silent.size());
+      mute = static_cast<int64_t>(silent.size());
       found = fmt::format("rank {} ended without a word: killed, out of memory, or its machine is gone",
                           fmt::join(silent, ", "));
     }
     store->set("verdict", std::vector<uint8_t>(found.begin(), found.end()));
-    // The words are in this process's memory: it goes last.
-    while (store->add("read", 0) < others && steady_clock::now() < deadline + kSilence)
+    // The words are in this process's memory: it goes last. Who leaves by itself does not read them.
+    const auto gone = [&] {
+      int64_t count = store->add("read", 0);
+      for (int rank = 1; rank < place.size; ++rank) count += !heard("left", rank).value_or("").empty();
+      return count;
+    };
+    while (gone() + mute < place.size - 1 && steady_clock::now() < deadline + kSilence)
       std::this_thread::sleep_for(milliseconds(20));
     return found;
   } catch (const std::exception& error) {
@@ -399,6 +403,15 @@ void ProcessGroup::barrier() {
   const torch::Tensor one = torch::ones({1}, torch::TensorOptions(device()));
   all_reduce(one);
 }
+
+double ProcessGroup::mean(double mine) {
+  if (size() == 1) return mine;
+  const torch::Tensor sum = torch::full({1}, mine, torch::kDouble).to(device());
+  all_reduce(sum);
+  return sum.item<double>() / size();
+}
+
+bool ProcessGroup::any(bool mine) { return mean(mine ? 1 : 0) > 0; }
 
 std::string ProcessGroup::broadcast_text(const std::string& text) {
   if (size() == 1) return text;

@@ -69,6 +69,8 @@ class ProcessGroup {
   /// part: [n]; whole: [size * n], becomes all parts in the order of ranks.
   void all_gather(const torch::Tensor& part, const torch::Tensor& whole);
   void barrier();
+  bool any(bool mine);       ///< is it so in one process at least?
+  double mean(double mine);  ///< over the processes
   /// The text of rank 0.
   std::string broadcast_text(const std::string& text);
 

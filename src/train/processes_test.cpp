@@ -370,7 +370,7 @@ struct Trial {
     for (const bool matrices : {true, false}) {
       std::vector<Tensor> parameters;
       for (const Trained& trained : parallel.trained())
-        if (trained.matrices == matrices) parameters.push_back(trained.tensor);
+        if (trained.decays == matrices) parameters.push_back(trained.tensor);
       optimizer.add_group(parameters, {.lr = 3e-3, .weight_decay = matrices ? 0.1 : 0});
     }
   }
@@ -479,17 +479,24 @@ void quantized_base(const std::shared_ptr<ProcessGroup>& group) {
 
 constexpr int64_t kSteps = 40, kEvery = 5;
 
+ParallelModel::States states(Trial& trial) {
+  ParallelModel::States out;
+  for (const Trained& trained : trial.parallel.trained())
+    for (const AdamW::Parameter& p : trial.optimizer.parameters())
+      if (p.weight.is_same(trained.tensor)) {
+        out["weight." + trained.name] = p.weight;
+        out["m." + trained.name] = p.m;
+        out["v." + trained.name] = p.v;
+      }
+  return out;
+}
+
 /// Whole tensors by name, as every number of processes can read them.
 void save(Trial& trial, int64_t steps, const std::filesystem::path& path) {
   torch::serialize::OutputArchive archive;
   archive.write("steps", torch::tensor(steps));
-  for (const AdamW::Parameter& p : trial.optimizer.parameters()) {
-    size_t index = 0;
-    while (!trial.parallel.trained()[index].tensor.is_same(p.weight)) ++index;
-    for (const auto& [kind, state] : {std::pair("weight", p.weight), {"m", p.m}, {"v", p.v}})
-      for (const auto& [name, tensor] : trial.parallel.whole(index, state))
-        archive.write(fmt::format("{}/{}", kind, name), tensor.detach().clone());
-  }
+  for (const auto& [name, tensor] : trial.parallel.whole(states(trial), trial.parallel.group().rank() == 0))
+    archive.write(name, tensor.clone());
   if (trial.parallel.group().rank() != 0) return;
   archive.save_to(path.string() + ".partial");
   std::filesystem::rename(path.string() + ".partial", path);
@@ -499,22 +506,13 @@ int64_t load(Trial& trial, const std::filesystem::path& path) {
   if (!std::filesystem::exists(path)) return 0;
   torch::serialize::InputArchive archive;
   archive.load_from(path.string());
-  Tensor steps;
-  archive.read("steps", steps);
-  const torch::NoGradGuard no_gradients;
-  for (AdamW::Parameter& p : trial.optimizer.parameters()) {
-    size_t index = 0;
-    while (!trial.parallel.trained()[index].tensor.is_same(p.weight)) ++index;
-    for (const auto& [kind, state] : {std::pair("weight", p.weight), {"m", p.m}, {"v", p.v}})
-      state.copy_(trial.parallel.part(index, [&, &kind = kind](const std::string& name) {
-        Tensor tensor;
-        archive.read(fmt::format("{}/{}", kind, name), tensor);
-        return tensor;
-      }));
-    p.step = steps.item<int64_t>();
-  }
+  ParallelModel::States whole;
+  for (const std::string& name : archive.keys()) archive.read(name, whole[name]);
+  trial.parallel.take(whole, states(trial));
   trial.parallel.after_step();  // what is whole everywhere
-  return steps.item<int64_t>();
+  const auto steps = whole.at("steps").item<int64_t>();
+  for (AdamW::Parameter& p : trial.optimizer.parameters()) p.step = steps;
+  return steps;
 }
 
 /// Appends a line "STEP LOSS" for each step to FOLDER/log.
