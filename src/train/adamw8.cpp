@@ -87,7 +87,7 @@ void AdamW8::step(double gradient_scale) {
 }
 
 void AdamW8::zero_grad() {
-  for (Parameter& p : parameters_) p.weight.mutable_grad() = {};
+  for (Parameter& p : parameters_) p.weight.mutable_grad() = torch::Tensor();
 }
 
 }  // namespace bitwright::train

@@ -92,7 +92,7 @@ void check(const QuantizedFinetuningConfig& c) {
     bad_config("gradients cannot be of this type", "kBFloat16 or kFloat32");
 }
 
-ContainerRequest request_of(const QuantizedFinetuningConfig& c) {
+ContainerRequest request_for(const QuantizedFinetuningConfig& c) {
   ContainerRequest out;
   QuantizationSettings& s = out.request.settings;
   s.quant_type = "int";
@@ -160,7 +160,7 @@ class Finetuning : public QuantizedFinetuning {
   Finetuning(torch::nn::Module& module, const QuantizedFinetuningConfig& config, const ContainerRequest& request)
       : config_(config) {
     check(config);
-    const ModulePlan plan = planned(module, request);
+    const ModulePlan plan = plan_module(module, request.request, request.container);
     // Nothing is changed before all layers are known to be fit for it.
     for (const LayerPlan& each : plan.layers)
       if (auto weight = weight_of(module, each)) add(each, std::move(*weight));
@@ -187,7 +187,7 @@ class Finetuning : public QuantizedFinetuning {
   }
 
   void zero_grad() override {
-    for (Layer& layer : layers_) layer.learning->gradient() = {};
+    for (Layer& layer : layers_) layer.learning->gradient() = torch::Tensor();
   }
 
   void set_learning_rate(double rate) override {
@@ -248,11 +248,6 @@ class Finetuning : public QuantizedFinetuning {
   }
 
  private:
-  static ModulePlan planned(const torch::nn::Module& module, const ContainerRequest& request) {
-    ModulePlan plan = plan_module(module, request.request, request.container);
-    return plan;
-  }
-
   /// Its codes, if it is to learn: those that it has, or of its floats.
   static std::optional<QuantizedTensor> weight_of(const torch::nn::Module& module, const LayerPlan& each) {
     if (!each.plan.scheme) return std::nullopt;
@@ -384,7 +379,7 @@ namespace bitwright {
 
 std::shared_ptr<QuantizedFinetuning> enable_quantized_finetuning(torch::nn::Module& module,
                                                                  const QuantizedFinetuningConfig& config) {
-  return train::enable_quantized_finetuning(module, config, train::request_of(config));
+  return train::enable_quantized_finetuning(module, config, train::request_for(config));
 }
 
 }  // namespace bitwright

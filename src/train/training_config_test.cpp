@@ -1,5 +1,6 @@
 #include "bitwright/torch/training_config.hpp"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include "base/error.hpp"
@@ -99,7 +100,7 @@ TEST(TrainingConfig, WrongKeysAndValuesAreOneClearLine) {
   expect_contains(configs.error("quantization: {method: int5}\n"), "'int5' is not known; valid: none, int8");
   expect_contains(configs.error("batch_size: 0\n"), "batch_size: '0' is not between 1 and");
   expect_contains(configs.error("batch_size: 1.5\n"), "is no whole number");
-  expect_contains(configs.error("learning_rate: nan\n"), "learning_rate: 'nan' is no");
+  expect_contains(configs.error("learning_rate: nan\n"), "is not between 0 and");
   expect_contains(configs.error("learning_rate: -1\n"), "is not between 0 and");
   expect_contains(configs.error("betas: [0.9]\n"), "is no list of 2 numbers");
   expect_contains(configs.error("betas: [0.9, 1.5]\n"), "is not between 0 and");
