@@ -28,8 +28,8 @@ class CompactTensor {
   const CompactTensor* offset() const { return offset_.get(); }
   uint64_t bytes() const;  ///< of all its arrays
   QuantizedTensor unpacked() const;
-  /// The same tensor with other codes, in as many bytes as codes() has; or with none, for as long as they are elsewhere:
-  /// then all it can do is this.
+  /// The same tensor with other codes, in as many bytes as codes() has; or with none, for as long as they are
+  /// elsewhere: then all it can do is this.
   CompactTensor with_codes(std::vector<std::byte> codes) const;
 
  private:
@@ -37,8 +37,8 @@ class CompactTensor {
   friend class CompactDecoder;
   QuantizedTensor parameters() const;  ///< everything but the codes
 
-  QuantizedTensor tensor_;         ///< without scale and offset
-  bool bits_packed_ = false;       ///< the codes are packed_; otherwise tensor_'s
+  QuantizedTensor tensor_;    ///< without scale and offset
+  bool bits_packed_ = false;  ///< the codes are packed_; otherwise tensor_'s
   std::vector<std::byte> packed_;
   std::shared_ptr<const CompactTensor> scale_, offset_;
 };
