@@ -57,6 +57,7 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
 }
 
 void print(const OrderedJson& result) {
+  if (result.contains("rank")) return;  // one of several processes, of which rank 0 prints
   const auto loss = [&](const char* key) {
     return result[key].is_null() ? std::string("not measured") : fmt::format("{:.4f}", result[key].get<double>());
   };

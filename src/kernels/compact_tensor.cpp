@@ -29,6 +29,7 @@ std::optional<DType> plain_float(const Scheme& scheme) {
 CompactTensor::CompactTensor(QuantizedTensor tensor)
     : tensor_(std::move(tensor)), scale_(compact(tensor_.scale)), offset_(compact(tensor_.offset)) {
   if (tensor_.scheme.element->bits < 8 && RangeDecoder::takes_codes(tensor_)) {
+    bits_packed_ = true;
     packed_ = pack_bits(tensor_.codes, tensor_.scheme.element->bits);
     std::vector<std::byte>().swap(tensor_.codes);  // assigning {} would keep the memory
   }
@@ -53,8 +54,18 @@ QuantizedTensor CompactTensor::parameters() const {
 QuantizedTensor CompactTensor::unpacked() const {
   QuantizedTensor all = parameters();
   const auto count = static_cast<uint64_t>(element_count(shape()));
-  all.codes = packed_.empty() ? tensor_.codes : unpack_bits(packed_, scheme().element->bits, count);
+  all.codes = !bits_packed_ ? tensor_.codes : unpack_bits(packed_, scheme().element->bits, count);
   return all;
+}
+
+CompactTensor CompactTensor::with_codes(std::vector<std::byte> codes) const {
+  CompactTensor other;
+  other.tensor_ = {.scheme = scheme(), .shape = shape(), .group_index = tensor_.group_index};
+  other.scale_ = scale_;
+  other.offset_ = offset_;
+  other.bits_packed_ = bits_packed_;
+  (bits_packed_ ? other.packed_ : other.tensor_.codes) = std::move(codes);
+  return other;
 }
 
 CompactDecoder::CompactDecoder(const CompactTensor& tensor, const KernelLevel& level)
@@ -67,7 +78,7 @@ CompactDecoder::CompactDecoder(const CompactTensor& tensor, const KernelLevel& l
 }
 
 std::optional<DecodedGroups> CompactDecoder::packed_groups() const {
-  if (plain_ || tensor_.packed_.empty()) return std::nullopt;
+  if (plain_ || !tensor_.bits_packed_) return std::nullopt;
   return ranges_->groups();
 }
 
@@ -79,7 +90,7 @@ void CompactDecoder::decode(int64_t begin, std::span<float> out) const {
     const size_t bytes = size_bytes(*plain_);
     return to_f32(*plain_, codes.subspan(first * bytes, out.size() * bytes), out);
   }
-  if (tensor_.packed_.empty())
+  if (!tensor_.bits_packed_)
     return header_.codes.empty() ? ranges_->decode(begin, codes.subspan(first, out.size()), out)
                                  : ranges_->decode(begin, out);
   const auto bits = static_cast<size_t>(tensor_.scheme().element->bits);

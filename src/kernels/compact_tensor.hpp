@@ -23,18 +23,23 @@ class CompactTensor {
   const Shape& shape() const { return tensor_.shape; }
   /// As pack_bits has them; codes of eight bits and more as QuantizedTensor has them, and all of those that the
   /// kernels cannot decode.
-  std::span<const std::byte> codes() const { return packed_.empty() ? tensor_.codes : packed_; }
+  std::span<const std::byte> codes() const { return bits_packed_ ? packed_ : tensor_.codes; }
   const CompactTensor* scale() const { return scale_.get(); }
   const CompactTensor* offset() const { return offset_.get(); }
   uint64_t bytes() const;  ///< of all its arrays
   QuantizedTensor unpacked() const;
+  /// The same tensor with other codes, in as many bytes as codes() has; or with none, for as long as they are
+  /// elsewhere: then all it can do is this.
+  CompactTensor with_codes(std::vector<std::byte> codes) const;
 
  private:
+  CompactTensor() = default;
   friend class CompactDecoder;
   QuantizedTensor parameters() const;  ///< everything but the codes
 
-  QuantizedTensor tensor_;         ///< without scale and offset
-  std::vector<std::byte> packed_;  ///< empty: the codes are tensor_'s
+  QuantizedTensor tensor_;    ///< without scale and offset
+  bool bits_packed_ = false;  ///< the codes are packed_; otherwise tensor_'s
+  std::vector<std::byte> packed_;
   std::shared_ptr<const CompactTensor> scale_, offset_;
 };
 

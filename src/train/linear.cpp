@@ -73,6 +73,11 @@ struct Registry : torch::nn::Module {
 
 }  // namespace
 
+const Handle& LinearBehaviour::base() const {
+  static const Handle none;
+  return none;
+}
+
 void attach(torch::nn::LinearImpl& linear, const std::shared_ptr<LinearBehaviour>& behaviour,
             const torch::Tensor& parameter) {
   Registry::of(linear)["weight"] = parameter;

@@ -23,6 +23,8 @@ class LinearBehaviour {
   /// Returns [..., out features]. Called where autograd still records: what is returned has a history where the
   /// operations of libtorch (or a torch::autograd::Function) give it one. May be called from several threads at once.
   virtual torch::Tensor forward(const torch::Tensor& input, const torch::Tensor& bias) = 0;
+  /// What it adds to: an adapter's frozen layer. Null: nothing, or plain floats.
+  virtual const std::shared_ptr<LinearBehaviour>& base() const;
 };
 
 /// From now on `behaviour` computes this layer. `parameter` becomes the module's parameter "weight", which optimizers

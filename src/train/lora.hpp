@@ -18,7 +18,7 @@ class LoraBehaviour : public LinearBehaviour {
                 const LoraConfig& config);
   torch::Tensor forward(const torch::Tensor& input, const torch::Tensor& bias) override;
 
-  const std::shared_ptr<LinearBehaviour>& base() const { return base_; }
+  const std::shared_ptr<LinearBehaviour>& base() const override { return base_; }
   const torch::Tensor& weight() const { return weight_; }  ///< undefined where there is a base
   const torch::nn::Linear& a() const { return a_; }
   const torch::nn::Linear& b() const { return b_; }

@@ -14,6 +14,7 @@
 #include "bitwright/torch/finetuning.hpp"
 #include "evaluate/score.hpp"
 #include "model/model.hpp"
+#include "train/data_parallel.hpp"
 #include "train/dataset.hpp"
 #include "train/linear.hpp"
 #include "train/optimizer.hpp"
@@ -138,40 +139,54 @@ struct Trainer::Impl {
   std::shared_ptr<QuantizedFinetuning> finetuning{};
   std::unique_ptr<train::Optimizer> optimizer{};
   std::string run_id = train::new_run_id();
-  int64_t step = 0, windows = 0, tokens = 0;  ///< done, read, predicted
-  int64_t total_steps = 0;                    ///< of the schedule
-  std::string text_digest{};                  ///< of what is trained on
-  Processes processes{};
+  int64_t step = 0, windows = 0, tokens = 0;         ///< done, read, predicted
+  int64_t total_steps = 0;                           ///< of the schedule
+  std::string text_digest{};                         ///< of what is trained on
+  std::shared_ptr<train::ParallelModel> parallel{};  ///< null: one process alone
 
   std::vector<ActivationObserver> activation_observers{};
   std::vector<GradientTransform> gradient_transforms{};
   std::vector<std::function<void(const StepResult&)>> step_observers{};
   std::vector<std::function<void(const fs::path&)>> file_writers{};
 
-  Impl(TrainableModel trained, TrainingConfig configuration, std::shared_ptr<QuantizedFinetuning> quantized);
+  Impl(TrainableModel trained, TrainingConfig configuration, std::shared_ptr<QuantizedFinetuning> quantized,
+       std::shared_ptr<train::ParallelModel> processes);
   Tensor loss(const Tensor& inputs, const Tensor& targets) const;
   double learning_rate() const;
   double accumulate(const Tensor& batch);
   double update(double lr);
   std::map<std::string, Tensor> gradients() const;
+  void average_gradients();
+  std::optional<ErrorReport> interruption() const;
   NamedTensors learnt() const;
+  NamedTensors whole(const NamedTensors& parts, bool keep) const;
+  void load(const NamedTensors& stored, const NamedTensors& parts, const fs::path& where) const;
+  std::vector<std::pair<std::string, int64_t*>> optimizer_steps() const;
   void load_optimizer(const NamedTensors& state, const train::RunFacts& facts, const fs::path& where);
-  bool writes() const { return processes.rank == 0; }
+  int64_t rank() const { return parallel ? parallel->group().rank() : 0; }
+  int64_t size() const { return parallel ? parallel->group().size() : 1; }
+  bool split() const { return parallel && parallel->sharding() == train::Sharding::parameters; }
+  bool writes() const { return rank() == 0; }
 };
 
 Trainer::Impl::Impl(TrainableModel trained, TrainingConfig configuration,
-                    std::shared_ptr<QuantizedFinetuning> quantized)
+                    std::shared_ptr<QuantizedFinetuning> quantized, std::shared_ptr<train::ParallelModel> processes)
     : model(std::move(trained)),
       config(std::move(configuration)),
       finetuning(std::move(quantized)),
-      total_steps(config.max_steps) {
+      total_steps(config.max_steps),
+      parallel(std::move(processes)) {
   config.check();
   BW_ASSERT(model.module != nullptr && model.logits != nullptr);
   std::vector<train::NamedParameter> parameters;
-  for (const auto& item : model.module->named_parameters()) {
-    const Tensor& tensor = item.value();
-    if (tensor.requires_grad())
-      parameters.push_back({item.key(), tensor, tensor.dim() >= 2 && item.key().ends_with("weight")});
+  if (parallel) {
+    for (const train::Trained& t : parallel->trained()) parameters.push_back({t.name, t.tensor, t.decays});
+  } else {
+    for (const auto& item : model.module->named_parameters()) {
+      const Tensor& tensor = item.value();
+      if (tensor.requires_grad())
+        parameters.push_back({item.key(), tensor, tensor.dim() >= 2 && item.key().ends_with("weight")});
+    }
   }
   if (parameters.empty() && !finetuning)
     throw Error({.code = "nothing-to-train",
@@ -219,10 +234,32 @@ double Trainer::Impl::accumulate(const Tensor& batch) {
       value = loss(part.narrow(1, 0, length).contiguous(), part.narrow(1, 1, length).contiguous());
     }
     mean += share * value.item<double>();
-    if (!std::isfinite(mean)) break;
+    if (!std::isfinite(mean) && !split()) break;  // where layers are split, all processes must pass through them
     (value * share).backward();
   }
-  return processes.average ? processes.average(mean) : mean;
+  return parallel ? parallel->group().mean(mean) : mean;
+}
+
+/// Over the processes.
+void Trainer::Impl::average_gradients() {
+  if (!parallel) return;
+  parallel->finish_gradients();
+  if (!finetuning) return;
+  for (Tensor gradient : finetuning->gradients()) {
+    parallel->group().all_reduce(gradient);
+    gradient.div_(size());
+  }
+}
+
+/// All processes stop at the same step.
+std::optional<ErrorReport> Trainer::Impl::interruption() const {
+  const bool own = take_interruption();
+  if (parallel ? !parallel->group().any(own) : !own) return std::nullopt;
+  return ErrorReport{.code = "interrupted",
+                     .what = "interrupted",
+                     .why = own ? "" : "another process was",
+                     .status = ExitStatus::interrupted,
+                     .resumable = true};
 }
 
 std::map<std::string, Tensor> Trainer::Impl::gradients() const {
@@ -237,11 +274,12 @@ std::map<std::string, Tensor> Trainer::Impl::gradients() const {
 
 /// Clips and steps. Returns the gradients' norm before clipping; where that is not finite nothing has changed.
 double Trainer::Impl::update(double lr) {
+  average_gradients();
   std::map<std::string, Tensor> all = gradients();
   for (const GradientTransform& transform : gradient_transforms) transform(all);
   std::vector<Tensor> weights;
   for (const train::NamedParameter& parameter : optimizer->parameters()) weights.push_back(parameter.tensor);
-  double squares = std::pow(train::gradient_norm(weights), 2);
+  double squares = std::pow(split() ? parallel->gradient_norm() : train::gradient_norm(weights), 2);
   if (finetuning)
     for (const Tensor& gradient : finetuning->gradients())
       squares += std::pow(gradient.to(torch::kFloat32).norm().item<double>(), 2);
@@ -249,6 +287,7 @@ double Trainer::Impl::update(double lr) {
   if (!std::isfinite(norm)) return norm;
   const double scale = config.max_grad_norm > 0 && norm > config.max_grad_norm ? config.max_grad_norm / norm : 1;
   optimizer->step(lr, scale);
+  if (parallel) parallel->after_step();
   if (finetuning) {
     for (const Tensor& gradient : finetuning->gradients())
       if (scale != 1) gradient.mul_(scale);
@@ -257,9 +296,10 @@ double Trainer::Impl::update(double lr) {
   return norm;
 }
 
-Trainer::Trainer(TrainableModel model, TrainingConfig config, std::shared_ptr<QuantizedFinetuning> finetuning)
-    : impl_(std::make_unique<Impl>(std::move(model), std::move(config), std::move(finetuning))) {
-  torch::manual_seed(static_cast<uint64_t>(impl_->config.seed));
+Trainer::Trainer(TrainableModel model, TrainingConfig config, std::shared_ptr<QuantizedFinetuning> finetuning,
+                 std::shared_ptr<train::ParallelModel> parallel)
+    : impl_(std::make_unique<Impl>(std::move(model), std::move(config), std::move(finetuning), std::move(parallel))) {
+  torch::manual_seed(static_cast<uint64_t>(impl_->config.seed + impl_->rank()));
 }
 
 Trainer::~Trainer() = default;
@@ -284,9 +324,9 @@ StepResult Trainer::training_step(const Tensor& tokens) {
   result.grad_norm = t.update(lr);
   if (!std::isfinite(result.grad_norm)) not_finite(result.step, "the gradients' norm", t.config.output);
   t.optimizer->zero_grad();  // their memory is not held until the next step
-  result.tokens = tokens.size(0) * (tokens.size(1) - 1) * t.processes.size;
+  result.tokens = tokens.size(0) * (tokens.size(1) - 1) * t.size();
   ++t.step;
-  t.windows += tokens.size(0) * t.processes.size;
+  t.windows += tokens.size(0) * t.size();
   t.tokens += result.tokens;
   const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   result.tokens_per_second = static_cast<double>(result.tokens) / std::max(seconds, 1e-9);
@@ -338,13 +378,32 @@ std::vector<int32_t> Trainer::sample(std::span<const int32_t> prompt, int64_t co
   return drawn;
 }
 
-/// What learns and what the module remembers. What is frozen belongs to the model that training began with.
+/// What is frozen belongs to the model that training began with.
 NamedTensors Trainer::Impl::learnt() const {
   NamedTensors tensors;
-  for (const auto& item : model.module->named_parameters())
-    if (item.value().requires_grad()) tensors[item.key()] = item.value();
-  for (const auto& item : model.module->named_buffers()) tensors[item.key()] = item.value();
+  for (const train::NamedParameter& parameter : optimizer->parameters()) tensors[parameter.name] = parameter.tensor;
   return tensors;
+}
+
+/// Where parameters are split: what they are together, for those that keep it.
+NamedTensors Trainer::Impl::whole(const NamedTensors& parts, bool keep) const {
+  return split() ? parallel->whole(parts, keep) : parts;
+}
+
+void Trainer::Impl::load(const NamedTensors& stored, const NamedTensors& parts, const fs::path& where) const {
+  const NamedTensors target = whole(parts, true);
+  train::copy_tensors(stored, target, where);
+  if (split()) parallel->take(target, parts);
+}
+
+/// By the names of parameters, whichever of them are counted together.
+std::vector<std::pair<std::string, int64_t*>> Trainer::Impl::optimizer_steps() const {
+  std::vector<std::pair<std::string, int64_t*>> all;
+  const auto counts = optimizer->steps();
+  if (!split()) return {counts.begin(), counts.end()};
+  for (size_t i = 0; i < parallel->trained().size(); ++i)
+    for (const std::string& name : parallel->names(i)) all.emplace_back(name, counts.at(parallel->trained()[i].name));
+  return all;
 }
 
 constexpr const char* kRandom = "random.cpu";
@@ -352,18 +411,21 @@ constexpr std::string_view kFinetuning = "finetuning.";
 
 void Trainer::save_checkpoint(const fs::path& directory) const {
   const Impl& t = *impl_;
-  for (const auto& [name, tensor] : t.learnt())
+  NamedTensors learnt = t.whole(t.learnt(), t.writes()), moments = t.whole(t.optimizer->state(), t.writes());
+  if (!t.writes()) return;
+  for (const auto& item : t.model.module->named_buffers()) learnt[item.key()] = item.value();
+  for (const auto& [name, tensor] : learnt)
     if (tensor.is_floating_point() && !tensor.isfinite().all().item<bool>())
       not_finite(t.step, fmt::format("'{}'", name), t.config.output);
   train::TrainingState state = {
-      .facts = train::run_facts(t.config, t.run_id), .model = t.learnt(), .optimizer = t.optimizer->state()};
+      .facts = train::run_facts(t.config, t.run_id), .model = std::move(learnt), .optimizer = std::move(moments)};
   state.facts["step"] = t.step;
   state.facts["windows"] = t.windows;
   state.facts["tokens"] = t.tokens;
   state.facts["total_steps"] = t.total_steps;
   state.facts["text_sha256"] = t.text_digest;
   OrderedJson& steps = state.facts["optimizer_steps"] = OrderedJson::object();
-  for (const auto& [name, count] : t.optimizer->steps()) steps[name] = *count;
+  for (const auto& [name, count] : t.optimizer_steps()) steps[name] = *count;
   if (t.finetuning)
     for (const auto& [name, tensor] : t.finetuning->state()) state.optimizer[std::string(kFinetuning) + name] = tensor;
   auto generator = at::detail::getDefaultCPUGenerator();
@@ -384,14 +446,14 @@ void Trainer::Impl::load_optimizer(const NamedTensors& state, const train::RunFa
       quantized[name.substr(kFinetuning.size())] = tensor;
     else if (name != kRandom)
       moments[name] = tensor;
-  train::copy_tensors(moments, optimizer->state(), where);
+  load(moments, optimizer->state(), where);
   if (finetuning) finetuning->load_state(quantized);
-  for (const auto& [name, count] : optimizer->steps()) {
+  for (const auto& [name, count] : optimizer_steps()) {
     const auto made = facts.optimizer_steps.find(name);
     *count = made == facts.optimizer_steps.end() ? facts.step : made->second;
   }
   const auto random = state.find(kRandom);
-  if (random == state.end()) return;
+  if (random == state.end() || !writes()) return;  // the others' are their own, and new
   auto generator = at::detail::getDefaultCPUGenerator();
   const std::lock_guard lock(generator.mutex());
   generator.set_state(random->second);
@@ -403,8 +465,15 @@ void Trainer::load_checkpoint(const fs::path& directory) {
   const train::RunFacts facts = train::read_run_facts(state.facts, directory);
   if (const std::string key = incompatible_key(facts.config, t.config); !key.empty())
     train::fail_incompatible(facts.config, t.config, key, directory);
-  train::copy_tensors(state.model, t.learnt(), directory);
+  NamedTensors learnt = state.model, buffers, stored_buffers;
+  for (const auto& item : t.model.module->named_buffers()) {
+    buffers[item.key()] = item.value();
+    stored_buffers.insert(learnt.extract(item.key()));
+  }
+  train::copy_tensors(stored_buffers, buffers, directory);
+  t.load(learnt, t.learnt(), directory);
   t.load_optimizer(state.optimizer, facts, directory);
+  if (t.parallel) t.parallel->after_step();  // of what is split, what every process has whole
   t.run_id = facts.run_id;
   t.step = facts.step;
   t.windows = facts.windows;
@@ -437,15 +506,8 @@ TrainingResult Trainer::train(const Texts& texts) {
                  .why = "its tokens are not those that training began with",
                  .fix = "give the same text, tokenizer and sequence length, or start again in another output"});
   t.text_digest = data.digest();
-  const int64_t all_rows = c.batch_size * c.gradient_accumulation_steps, rows = all_rows / t.processes.size;
-  if (rows * t.processes.size != all_rows)
-    throw Error({.code = "batch-not-divisible",
-                 .what = "cannot train",
-                 .where = "batch_size",
-                 .why = fmt::format("the {} sequences of a step cannot be divided among {} processes", all_rows,
-                                    t.processes.size),
-                 .fix = "let batch_size times gradient_accumulation_steps be a multiple of the processes",
-                 .status = ExitStatus::usage});
+  const int64_t all_rows = c.batch_size * c.gradient_accumulation_steps;
+  const train::Rows rows = t.parallel ? train::rows_of(t.parallel->group(), all_rows) : train::Rows{0, all_rows};
   t.total_steps = c.max_steps > 0 ? c.max_steps : train::steps_of_epochs(c.epochs, data.windows(), all_rows);
   std::optional<train::RunDirectory> directory;
   if (t.writes()) directory.emplace(c, t.run_id, t.step, t.total_steps);
@@ -454,9 +516,9 @@ TrainingResult Trainer::train(const Texts& texts) {
   int64_t saved = t.step > 0 ? t.step : -1;
   const auto save = [&] {
     result.checkpoint = train::checkpoint_path(c.output, t.step);
-    if (saved == t.step || !t.writes()) return;
+    if (saved == t.step || !(t.writes() || t.split())) return;
     save_checkpoint(result.checkpoint);
-    train::rotate_checkpoints(c.output, c.keep_checkpoints);
+    if (t.writes()) train::rotate_checkpoints(c.output, c.keep_checkpoints);
     saved = t.step;
   };
   const auto validate = [&]() -> std::optional<double> {
@@ -464,23 +526,21 @@ TrainingResult Trainer::train(const Texts& texts) {
     return evaluate(texts.validation, texts.sequence_length, c.eval_windows);
   };
   while (t.step < t.total_steps) {
-    if (take_interruption()) {
+    if (const auto interruption = t.interruption()) {
       save();
-      throw Error({.code = "interrupted",
-                   .what = "interrupted",
-                   .where = fmt::format("step {}", t.step),
-                   .fix = fmt::format("add --resume to go on from {}", result.checkpoint.string()),
-                   .status = ExitStatus::interrupted,
-                   .resumable = true});
+      ErrorReport report = *interruption;
+      report.where = fmt::format("step {}", t.step);
+      report.fix = fmt::format("add --resume to go on from {}", result.checkpoint.string());
+      throw Error(report);
     }
-    StepResult step = training_step(data.batch(t.windows + t.processes.rank * rows, rows));
+    StepResult step = training_step(data.batch(t.windows + rows.first, rows.count));
     if (t.step == t.total_steps || is_due(c.eval_every, t.step)) step.val_loss = validate();
     if (directory) directory->add(step, t.tokens);
     for (const auto& observer : t.step_observers) observer(step);
-    if (directory && texts.encode && is_due(c.sample_every, t.step)) {
+    if ((directory || t.split()) && texts.encode && is_due(c.sample_every, t.step)) {
       const std::vector<int32_t> prompt = texts.encode(c.sample_prompt);
       const auto drawn = sample(prompt, c.sample_tokens, c.sample_temperature, texts.sequence_length);
-      directory->add_sample(t.step, c.sample_prompt, texts.decode(drawn));
+      if (directory) directory->add_sample(t.step, c.sample_prompt, texts.decode(drawn));
     }
     if (t.step < t.total_steps && is_due(c.checkpoint_every, t.step)) save();
     result.steps = t.step;
@@ -503,7 +563,6 @@ void Trainer::after_step(std::function<void(const StepResult& result)> observer)
 void Trainer::add_files(std::function<void(const fs::path& directory)> write) {
   impl_->file_writers.push_back(std::move(write));
 }
-void Trainer::set_processes(Processes processes) { impl_->processes = std::move(processes); }
 
 int64_t Trainer::step() const { return impl_->step; }
 const TrainingConfig& Trainer::config() const { return impl_->config; }

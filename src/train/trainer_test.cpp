@@ -481,24 +481,5 @@ TEST(TrainingCheckpoint, OldFormatsAreRead) {
   }
 }
 
-// Each of two processes takes half of what one reads.
-TEST(Trainer, ProcessesDivideTheWindows) {
-  const TemporaryDirectory directory;
-  TrainingConfig c = config_for(directory / "out");
-  c.max_steps = 1;
-  const TokenDataset data(texts().training, 8, 0);
-  for (int64_t rank = 0; rank < 2; ++rank) {
-    Trainer trainer(trainable(make_net()), c);
-    int64_t averaged = 0;
-    trainer.set_processes({.rank = rank, .size = 2, .average = [&](double loss) { return ++averaged, loss; }});
-    trainer.train(texts());
-    EXPECT_EQ(averaged, 1);
-    EXPECT_EQ(std::filesystem::exists(directory / "out"), true);  // by process 0
-    EXPECT_EQ(train::list_checkpoints(directory / "out").size(), 1u);
-  }
-  const Json state = Json::parse(test::read_file(train::checkpoint_path(directory / "out", 1) / "training.json"));
-  EXPECT_EQ(state["windows"], 6);
-}
-
 }  // namespace
 }  // namespace bitwright

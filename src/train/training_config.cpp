@@ -89,6 +89,7 @@ std::vector<Key> make_keys() {
       {.path = "max_grad_norm", .field = FIELD(max_grad_norm), .least = 0, .most = 1e9, .changeable = true},
       {.path = "dtype", .field = FIELD(dtype), .values = {"float32", "bfloat16"}, .changeable = true},
       {.path = "activation_checkpointing", .field = FIELD(activation_checkpointing), .changeable = true},
+      {.path = "sharding", .field = FIELD(sharding), .values = {"none", "parameters"}, .changeable = true},
       {.path = "seed", .field = FIELD(seed), .least = 0, .most = kMost},
       {.path = "eval_every", .field = FIELD(eval_every), .least = 0, .most = kMost, .changeable = true},
       {.path = "eval_windows", .field = FIELD(eval_windows), .least = 0, .most = kMost, .changeable = true},

@@ -10,6 +10,7 @@
 #include "quantize/model_files.hpp"
 #include "recipe/config.hpp"
 #include "train/causal_lm.hpp"
+#include "train/data_parallel.hpp"
 #include "train/dataset.hpp"
 #include "train/export.hpp"
 #include "train/training_checkpoint.hpp"
@@ -127,9 +128,40 @@ void export_trained(const CausalLm& model, const Source& source, const TrainingC
 
 }  // namespace
 
-OrderedJson run_training(const TrainingRunOptions& options, std::vector<Warning>& warnings) {
+namespace {
+
+/// How this process takes part in training the model; null: it is alone.
+std::shared_ptr<ParallelModel> in_parallel(const std::shared_ptr<ProcessGroup>& group,
+                                           const std::shared_ptr<CausalLm>& model, const TrainingConfig& config,
+                                           const Prepared& prepared) {
+  const bool split = config.sharding == "parameters";
+  if (group->size() == 1 && !split) return nullptr;
+  const auto refuse = [](const std::string& key, const std::string& why, const std::string& fix) {
+    throw Error({.code = "bad-value",
+                 .what = "bad configuration",
+                 .where = key,
+                 .why = why,
+                 .fix = fix,
+                 .status = ExitStatus::usage});
+  };
+  if (split && prepared.finetuning)
+    refuse("sharding", "quantized weights that learn are whole in every process", "set it to none");
+  if (split && config.optimizer != "adamw")
+    refuse("optimizer", fmt::format("{}'s blocks are not split between processes", config.optimizer),
+           "use adamw, or sharding: none");
+  const auto parallel = std::make_shared<ParallelModel>(group, model, split ? Sharding::parameters : Sharding::none,
+                                                        model->layer_paths());
+  if (split)
+    model->options().hooks = {.before = [parallel](size_t layer) { parallel->before(layer); },
+                              .after = [parallel](size_t layer) { parallel->after(layer); },
+                              .after_backward = [parallel](size_t layer) { parallel->after_backward(layer); }};
+  return parallel;
+}
+
+/// The same in every process until the model is trained; what comes then is rank 0's.
+OrderedJson run_as_one(const TrainingRunOptions& options, const TrainingConfig& config,
+                       const std::shared_ptr<ProcessGroup>& group, std::vector<Warning>& warnings) {
   const auto start = std::chrono::steady_clock::now();
-  const TrainingConfig config = TrainingConfig::read(options.config, options.set);
   const TrainingMode& mode = training_mode(config);
   at::set_num_threads(static_cast<int>(thread_count()));
   const Source source = open_source(config, mode, options.config);
@@ -137,11 +169,13 @@ OrderedJson run_training(const TrainingRunOptions& options, std::vector<Warning>
   const Tokenizer tokenizer(source.tokenizer);
   const Protocol protocol = protocol_of(config, tokenizer, model.config().context);
   TokenTexts tokens = read_texts(config, tokenizer, protocol);
-  check_output(config, options);
+  if (group->rank() == 0) check_output(config, options);
+  group->barrier();
 
   torch::manual_seed(static_cast<uint64_t>(config.seed));
   const Prepared prepared = mode.prepare ? mode.prepare(model, config, warnings) : Prepared();
-  Trainer trainer(trainable(source.model), config, prepared.finetuning);
+  const std::shared_ptr<ParallelModel> parallel = in_parallel(group, source.model, config, prepared);
+  Trainer trainer(trainable(source.model), config, prepared.finetuning, parallel);
   add_checkpoint_files(trainer, source, prepared.quantization);
   if (options.resume && !trainer.resume())
     warnings.push_back({"NO_CHECKPOINT", fmt::format("there is no checkpoint in {}: training begins", config.output)});
@@ -152,6 +186,11 @@ OrderedJson run_training(const TrainingRunOptions& options, std::vector<Warning>
                                 .encode = [&](const std::string& text) { return tokenizer.encode(text); },
                                 .decode = [&](std::span<const int32_t> ids) { return tokenizer.decode(ids); }};
   const TrainingResult trained = trainer.train(texts);
+  if (parallel) {
+    parallel->join_on_first();
+    model.options().hooks = {};
+    if (group->rank() != 0) return {{"steps", trained.steps}, {"rank", group->rank()}};
+  }
 
   const bool validates = static_cast<int64_t>(texts.validation.size()) > texts.sequence_length;
   const auto validate = [&] { return trainer.evaluate(texts.validation, texts.sequence_length, config.eval_windows); };
@@ -193,6 +232,22 @@ OrderedJson run_training(const TrainingRunOptions& options, std::vector<Warning>
   result["config_hash"] = config.hash();
   result["seconds"] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   return result;
+}
+
+}  // namespace
+
+OrderedJson run_training(const TrainingRunOptions& options, std::vector<Warning>& warnings) {
+  const TrainingConfig config = TrainingConfig::read(options.config, options.set);
+  const ProcessPlace place = place_from_environment();
+  if (place.local_size > 1)  // they share the machine's cores
+    set_thread_count(std::max<size_t>(1, thread_count() / static_cast<size_t>(place.local_size)));
+  const auto group = ProcessGroup::join(place);
+  try {
+    return run_as_one(options, config, group, warnings);
+  } catch (const Error& error) {
+    group->leave(error.what());
+    throw;
+  }
 }
 
 }  // namespace bitwright::train

@@ -17,6 +17,9 @@
 namespace bitwright {
 
 class QuantizedFinetuning;
+namespace train {
+class ParallelModel;
+}
 
 /// What a Trainer needs of a model: any module, and how it is called.
 struct TrainableModel {
@@ -27,12 +30,6 @@ struct TrainableModel {
   std::function<torch::Tensor(const torch::Tensor& inputs, const torch::Tensor& targets)> loss{};
   /// Type of its products, before each forward pass; null: bfloat16 is autocast's work.
   std::function<void(torch::ScalarType type)> set_compute{};
-};
-
-/// One of several processes that train the same model; what averages their gradients is a GradientTransform.
-struct Processes {
-  int64_t rank = 0, size = 1;  ///< process 0 writes files
-  std::function<double(double own)> average{};
 };
 
 /// What one optimizer step did.
@@ -63,7 +60,10 @@ class Trainer {
   /// Its parameters that require gradients learn; they are float32. finetuning: the quantized matrices that learn too.
   /// Seeds libtorch's random numbers.
   /// Throws Error{"nothing-to-train"}, and as TrainingConfig::check().
-  Trainer(TrainableModel model, TrainingConfig config, std::shared_ptr<QuantizedFinetuning> finetuning = nullptr);
+  /// parallel: one of several processes that train the module. The sequences of a step are divided among them, so that
+  /// the same configuration trains the same for every number of processes; process 0 writes the files.
+  Trainer(TrainableModel model, TrainingConfig config, std::shared_ptr<QuantizedFinetuning> finetuning = nullptr,
+          std::shared_ptr<train::ParallelModel> parallel = nullptr);
   ~Trainer();
   Trainer(const Trainer&) = delete;
   Trainer& operator=(const Trainer&) = delete;
@@ -110,10 +110,6 @@ class Trainer {
   void after_step(std::function<void(const StepResult& result)> observer);
   /// What is written into each checkpoint besides: tokenizer, config.json, quantization_metadata.json.
   void add_files(std::function<void(const std::filesystem::path& directory)> write);
-
-  /// The sequences of a step are divided: this process takes the rank-th of `size` parts, so that the same
-  /// configuration trains the same for every number of processes.
-  void set_processes(Processes processes);
 
   int64_t step() const;
   const TrainingConfig& config() const;

@@ -59,6 +59,7 @@ struct TrainingConfig {
   double max_grad_norm = 1;         ///< 0: gradients are not clipped
   std::string dtype = "float32";    ///< of matrix products: float32, bfloat16 (weights stay float32)
   bool activation_checkpointing = false;
+  std::string sharding = "none";  ///< of several processes: none, parameters (and gradients, optimizer state)
   int64_t seed = 0;
 
   int64_t eval_every = 0;    ///< steps; 0: at the end only
