@@ -108,7 +108,3 @@ OrderedJson parse_ordered_json(std::string_view text, const std::string& where) 
 }
 
 }  // namespace bitwright
-
-// For precompiled.hpp.
-template class nlohmann::basic_json<>;
-template class nlohmann::basic_json<nlohmann::ordered_map>;
