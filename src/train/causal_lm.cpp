@@ -488,7 +488,6 @@ torch::nn::LinearImpl& CausalLm::head() { return *impl_->head; }
 bool CausalLm::tied_head() const { return impl_->head->weight.is_same(impl_->embedding); }
 std::vector<std::string> CausalLm::layer_paths() const { return impl_->layer_paths; }
 CausalLmOptions& CausalLm::options() { return impl_->options; }
-std::vector<std::string> CausalLm::layer_paths() const { return impl_->layer_paths; }
 bool CausalLm::stored_transposed(const std::string& parameter) const {
   return parameter.ends_with(".weight") && impl_->transposed.contains(parameter.substr(0, parameter.size() - 7));
 }
