@@ -84,9 +84,9 @@ double step_of(CausalLm& model, Optimizer& optimizer, int64_t tokens) {
 
 /// All of libtorch and oneDNN that a step runs is in memory, and what they keep for themselves.
 void warm_up() {
-  const Json config = {{"model_type", "llama"},       {"hidden_size", 64},          {"intermediate_size", 128},
-                       {"num_hidden_layers", 2},      {"num_attention_heads", 2},   {"num_key_value_heads", 1},
-                       {"vocab_size", 256},           {"rms_norm_eps", 1e-5},       {"max_position_embeddings", 64},
+  const Json config = {{"model_type", "llama"},       {"hidden_size", 64},        {"intermediate_size", 128},
+                       {"num_hidden_layers", 2},      {"num_attention_heads", 2}, {"num_key_value_heads", 1},
+                       {"vocab_size", 256},           {"rms_norm_eps", 1e-5},     {"max_position_embeddings", 64},
                        {"tie_word_embeddings", false}};
   CausalLmOptions options;
   options.compute = torch::kBFloat16;
@@ -144,7 +144,8 @@ int measure_memory(const std::string& path, const std::string& optimizer_name, s
   line("base", base, "codes, scales and norms, embedding and head among them, as they are stored");
   line("adapters", adapters, "A and B, float32");
   line("optimizer", state, optimizer_name.c_str());
-  line("activations", activations, "tensors of libtorch at most in a step, but for those that stay; gradients among them");
+  line("activations", activations,
+       "tensors of libtorch at most in a step, but for those that stay; gradients among them");
   line("needed", needed, "the sum of the four");
   line("peak", peak, "VmHWM less libtorch itself");
   line("of it while loading", loaded, "");

@@ -84,8 +84,7 @@ class Reader {
     std::vector<std::string> all;
     if (found == nullptr) return all;
     const auto is_text = [](const OrderedJson& item) { return item.is_string(); };
-    if (!found->is_array() || !std::ranges::all_of(*found, is_text))
-      fail(fmt::format("'{}' is no list of names", key));
+    if (!found->is_array() || !std::ranges::all_of(*found, is_text)) fail(fmt::format("'{}' is no list of names", key));
     for (const OrderedJson& item : *found) all.push_back(item.get<std::string>());
     return all;
   }
@@ -108,13 +107,15 @@ void refuse_other_kinds(const Reader& reader) {
   const std::string name = reader.text("init_lora_weights");
   for (const std::string_view other : kChangeTheBase)
     if (name.starts_with(other))
-      reader.fail(fmt::format("init_lora_weights is '{}': it belongs to a base that was changed with it",
-                              printable(name)),
-                  "save it with path_initial_model_for_weight_conversion");
+      reader.fail(
+          fmt::format("init_lora_weights is '{}': it belongs to a base that was changed with it", printable(name)),
+          "save it with path_initial_model_for_weight_conversion");
 }
 
 /// A text is a regular expression of Python's, but for this one.
-bool is_expression(const OrderedJson* value) { return value != nullptr && value->is_string() && *value != "all-linear"; }
+bool is_expression(const OrderedJson* value) {
+  return value != nullptr && value->is_string() && *value != "all-linear";
+}
 
 }  // namespace
 

@@ -29,8 +29,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
       keys.push_back(array.name);
       for (const std::byte b : array.data) sum += std::to_integer<uint64_t>(b);
     }
-    for (const std::string& path : bitwright::peft_layers(keys))
-      sum += bitwright::peft_key(path, "lora_B").size();
+    for (const std::string& path : bitwright::peft_layers(keys)) sum += bitwright::peft_key(path, "lora_B").size();
   } catch (const bitwright::Error&) {
   }
   return sum == UINT64_MAX ? 1 : 0;

@@ -143,8 +143,7 @@ class Rows {
                           .row_stride = some,
                           .column_stride = 1};
     multiply(slope, head(chunk), loss_.dhidden + first * inputs, inputs, chunk > 0);
-    if (loss_.dhead != nullptr)
-      multiply(slope.transposed(), hidden, loss_.dhead + word * inputs, inputs, first > 0);
+    if (loss_.dhead != nullptr) multiply(slope.transposed(), hidden, loss_.dhead + word * inputs, inputs, first > 0);
   }
 
   const HeadLoss& loss_;

@@ -79,8 +79,7 @@ Factors read_factors(const std::filesystem::path& file) {
   Factors factors;
   for (const TensorEntry& entry : checkpoint.tensors()) {
     if (entry.quantized() || entry.shape.size() != 2)
-      refuse(file,
-                  fmt::format("'{}' is {}, not a matrix of floats", printable(entry.name), to_string(entry.shape)));
+      refuse(file, fmt::format("'{}' is {}, not a matrix of floats", printable(entry.name), to_string(entry.shape)));
     const std::vector<float> values = checkpoint.read_f32(entry);
     factors.emplace(entry.name, torch::tensor(values).reshape(entry.shape));
   }
@@ -99,14 +98,13 @@ void check_factors(const Factors& factors, const torch::nn::Module& model, const
   for (const auto& [key, tensor] : factors)
     if (!expected.contains(key))
       refuse(file, fmt::format("'{}' belongs to no layer that its configuration targets", printable(key)),
-                  "is it an adapter of this model?");
+             "is it an adapter of this model?");
   for (const auto& [key, shape] : expected) {
     const auto found = factors.find(key);
-    if (found == factors.end())
-      refuse(file, fmt::format("'{}' is missing", key), "is it an adapter of this model?");
+    if (found == factors.end()) refuse(file, fmt::format("'{}' is missing", key), "is it an adapter of this model?");
     if (found->second.sizes() != torch::IntArrayRef(shape))
       refuse(file, fmt::format("'{}' is {}, the model's layer and r make it {}", key,
-                                    to_string(found->second.sizes().vec()), to_string(shape)));
+                               to_string(found->second.sizes().vec()), to_string(shape)));
     if (!torch::isfinite(found->second).all().item<bool>()) refuse(file, fmt::format("'{}' is not finite", key));
   }
 }

@@ -72,7 +72,8 @@ class TensorMemory {
 
   void* mapped(size_t size) {
     // Newest first: its pages may still be in a cache. There are few.
-    const auto found = std::find_if(kept_.rbegin(), kept_.rend(), [&](const Block& block) { return block.size == size; });
+    const auto found =
+        std::find_if(kept_.rbegin(), kept_.rend(), [&](const Block& block) { return block.size == size; });
     if (found != kept_.rend()) {
       void* const data = found->data;
       kept_bytes_ -= size;
