@@ -15,8 +15,8 @@ struct HeadLoss {
   float* dhidden = nullptr;
   float* dhead = nullptr;
 
-  /// The mean of -log softmax(logits)[target]. Logits of some rows at a time, in float32; what becomes of them is
-  /// multiplied with in the type of `hidden`.
+  /// The mean of -log softmax(logits)[target]. Logits of some rows and words at a time, in float32; what becomes of
+  /// them is kept, and multiplied with, in the type of `hidden`.
   double compute() const;
 };
 
