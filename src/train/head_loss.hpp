@@ -10,8 +10,8 @@ namespace bitwright::train {
 struct HeadLoss {
   Matrix hidden;  ///< [rows, inputs]
   Matrix head;    ///< [words, inputs], of the same type
-  /// Where the head is not kept in that type: writes some of its words to `out`, and head.data is null. Then logits are
-  /// computed again for the gradient, and never kept.
+  /// Where the head is not kept in that type: writes some of its words to `out`, and head.data is null. The head learns
+  /// nothing then. Called from several threads.
   std::function<void(int64_t first, int64_t count, void* out)> words{};
   const int64_t* targets;
   float cap;  ///< of the logits; 0: none
@@ -20,8 +20,8 @@ struct HeadLoss {
   float* dhidden = nullptr;
   float* dhead = nullptr;
 
-  /// The mean of -log softmax(logits)[target]. Logits of some rows at a time, in float32; what becomes of them is
-  /// multiplied with in the type of `hidden`.
+  /// The mean of -log softmax(logits)[target]. Logits of some rows and words at a time, in float32; what becomes of
+  /// them is kept, and multiplied with, in the type of `hidden`.
   double compute() const;
 };
 

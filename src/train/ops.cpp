@@ -268,39 +268,44 @@ Matrix matrix(const Tensor& x) {
           .column_stride = 1};
 }
 
-struct Linear16 : torch::autograd::Function<Linear16> {
-  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-    const Tensor x16 = rounded(x), weight16 = rounded(weight), added = bias ? floats(*bias) : Tensor();
+/// In the type that products are computed in.
+Tensor operand(const Tensor& x, bool bf16) { return bf16 ? rounded(x) : floats(x); }
+
+struct Linear : torch::autograd::Function<Linear> {
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
+                        bool bf16) {
+    const Tensor in = operand(x, bf16), w = operand(weight, bf16), added = bias ? floats(*bias) : Tensor();
     context->saved_data["bias"] = added.defined();
-    context->save_for_backward({x16, weight16});
+    context->save_for_backward({in, w});
     std::vector<int64_t> sizes = x.sizes().vec();
     sizes.back() = weight.size(0);
     Tensor y = torch::empty(sizes, torch::kFloat);
-    multiply(matrix(x16), matrix(weight16).transposed(), data(y), weight.size(0), false,
+    multiply(matrix(in), matrix(w).transposed(), data(y), weight.size(0), false,
              added.defined() ? data(added) : nullptr);
     return y;
   }
   static Tensors backward(AutogradContext* context, const Tensors& dys) {
     const Tensors saved = context->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], dy = floats(dys[0]), dy16 = rounded(dy);
+    const Tensor &x = saved[0], &weight = saved[1], dy = floats(dys[0]);
+    const Tensor slope = operand(dy, x.scalar_type() == torch::kBFloat16);
     Tensor dx, dweight, dbias;
     if (context->needs_input_grad(0)) {
       dx = like(x);
-      multiply(matrix(dy16), matrix(weight), data(dx), last(x));
+      multiply(matrix(slope), matrix(weight), data(dx), last(x));
     }
     if (context->needs_input_grad(1)) {
       dweight = like(weight);
-      multiply(matrix(dy16).transposed(), matrix(x), data(dweight), last(x));
+      multiply(matrix(slope).transposed(), matrix(x), data(dweight), last(x));
     }
     if (context->saved_data["bias"].toBool() && context->needs_input_grad(2)) dbias = dy.reshape({-1, last(dy)}).sum(0);
-    return {dx, dweight, dbias};
+    return {dx, dweight, dbias, {}};
   }
 };
 
 struct HeadCrossEntropy : torch::autograd::Function<HeadCrossEntropy> {
   static Tensor forward(AutogradContext* context, const Tensor& hidden, const Tensor& head, const Tensor& targets,
                         double cap, bool bf16, bool gradient, bool head_learns) {
-    const Tensor x = bf16 ? rounded(hidden) : floats(hidden), w = bf16 ? rounded(head) : floats(head);
+    const Tensor x = operand(hidden, bf16), w = operand(head, bf16);
     HeadLoss loss = {
         .hidden = matrix(x), .head = matrix(w), .targets = targets.data_ptr<int64_t>(), .cap = static_cast<float>(cap)};
     if (gradient) {
@@ -408,9 +413,11 @@ Tensor gated(Activation activation, const Tensor& gate, const Tensor& up) {
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias, Compute compute) {
   if (is_stand_in(weight)) return torch::linear(x, weight, bias);
   const NoAutocast guard;
-  if (compute == Compute::f32) return torch::linear(x, weight, bias);
+  const bool bf16 = compute == Compute::bf16;
+  if (!bf16 && (x.scalar_type() != torch::kFloat || weight.scalar_type() != torch::kFloat))
+    return torch::linear(x, weight, bias);
   TORCH_CHECK(weight.dim() == 2 && weight.size(1) == last(x), "x: [..., in]; weight: [out, in]");
-  return Linear16::apply(x, weight, maybe(bias));
+  return Linear::apply(x, weight, maybe(bias), bf16);
 }
 
 Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& head, const Tensor& targets, double cap,
