@@ -114,6 +114,12 @@ torch::Tensor QuantizedLinearBehaviour::decoded() const {
   return all;
 }
 
+std::shared_ptr<QuantizedLinearBehaviour> quantized_weight_of(const torch::nn::LinearImpl& linear) {
+  std::shared_ptr<LinearBehaviour> behaviour = behaviour_of(linear);
+  while (behaviour != nullptr && behaviour->base() != nullptr) behaviour = behaviour->base();
+  return std::dynamic_pointer_cast<QuantizedLinearBehaviour>(behaviour);
+}
+
 torch::Tensor decoded(const QuantizedTensor& tensor) {
   torch::Tensor all = torch::empty(tensor.shape, torch::kFloat32);
   bitwright::decode(tensor, {all.data_ptr<float>(), static_cast<size_t>(all.numel())});
