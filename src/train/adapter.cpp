@@ -250,13 +250,9 @@ void save_quantized_model(const torch::nn::Module& model, const std::filesystem:
   const Container& container = writable(format);
   std::vector<ExportedTensor> tensors = exported_tensors(model);
   turn_as_in_files(model, files.config, tensors);
-  const auto is_quantized = [](const ExportedTensor& tensor) {
-    return tensor.quantized.weight != nullptr && !tensor.quantized.weight->scheme.is_plain();
-  };
-  export_model(tensors, {.config = files.config, .directory = files.directory},
-               {.output = {.output = path},
-                .container = std::ranges::any_of(tensors, is_quantized) ? &container : nullptr,
-                .floats = std::nullopt});
+  export_model(
+      tensors, {.config = files.config, .directory = files.directory},
+      {.output = {.output = path}, .container = has_quantized(tensors) ? &container : nullptr, .floats = std::nullopt});
 }
 
 QuantizationInfo load_quantized_model(torch::nn::Module& model, const std::filesystem::path& path) {

@@ -131,8 +131,9 @@ class Source {
   const ExportedTensor& tensor_;
 };
 
+/// The one number that all activations share; its shape is each container's own.
 bool equal(const std::shared_ptr<const QuantizedTensor>& a, const std::shared_ptr<const QuantizedTensor>& b) {
-  return a == nullptr || b == nullptr ? a == b : *a == *b;
+  return a == nullptr || b == nullptr ? a == b : decode(*a) == decode(*b);
 }
 /// A container whose owner always rounds activations as they come says so of layers that have nothing of the kind.
 bool keeps(const std::optional<ActivationScheme>& written, const std::optional<ActivationScheme>& meant) {
@@ -353,6 +354,12 @@ std::vector<ExportedTensor> exported_tensors(const torch::nn::Module& module) {
   if (const auto* const model = dynamic_cast<const CausalLm*>(&module))
     for (ExportedTensor& tensor : out) tensor.transposed = model->stored_transposed(tensor.name);
   return out;
+}
+
+bool has_quantized(const std::vector<ExportedTensor>& tensors) {
+  return std::ranges::any_of(tensors, [](const ExportedTensor& tensor) {
+    return tensor.quantized.weight != nullptr && !tensor.quantized.weight->scheme.is_plain();
+  });
 }
 
 ExportSource export_source(const Checkpoint& checkpoint) {

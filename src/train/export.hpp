@@ -40,6 +40,9 @@ struct ExportedTensor {
 /// alone would compute something else (an adapter, fake quantization): merge or convert first.
 std::vector<ExportedTensor> exported_tensors(const torch::nn::Module& module);
 
+/// Does any of them need a container? Frozen matrices in bfloat16 do not.
+bool has_quantized(const std::vector<ExportedTensor>& tensors);
+
 /// What belongs to a model beside its tensors.
 struct ExportSource {
   OrderedJson config;                 ///< config.json; what it says of quantization is replaced

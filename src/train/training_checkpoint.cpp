@@ -18,6 +18,7 @@ namespace fs = std::filesystem;
 
 constexpr const char* kFacts = "training.json";
 constexpr const char* kModel = "model.safetensors";
+constexpr const char* kQuantization = "quantization_metadata.json";
 constexpr const char* kOptimizer = "trainer.safetensors";
 constexpr std::string_view kFormat = "bitwright-training";
 
@@ -59,6 +60,21 @@ void check_files(const fs::path& directory, const OrderedJson& facts) {
   }
 }
 
+/// What was quantized, if anything was: of a version that this program knows.
+void check_quantization(const fs::path& path) {
+  if (!fs::exists(path)) return;
+  const OrderedJson metadata = parse_ordered_json(read_text_file(path), path.string());
+  const OrderedJson version = metadata.is_object() ? metadata.value("format_version", OrderedJson()) : OrderedJson();
+  if (!version.is_string()) damaged(path, "it has no format_version");
+  const auto& text = version.get_ref<const std::string&>();
+  if (!text.starts_with("1."))
+    throw Error({.code = "newer-checkpoint",
+                 .what = "cannot read checkpoint",
+                 .where = path.string(),
+                 .why = fmt::format("it has format {}, this program knows 1", printable(text)),
+                 .fix = "use the version of bitwright that wrote it, or a newer one"});
+}
+
 }  // namespace
 
 void write_tensors(const fs::path& path, const NamedTensors& tensors) {
@@ -91,6 +107,8 @@ void write_training_state(const fs::path& directory, const TrainingState& state,
   OrderedJson facts = {{"format", kFormat}, {"format_version", kTrainingFormat}};
   facts.update(state.facts);
   facts["files"] = digests_of(output.staging());
+  if (const fs::path quantization = output.staging() / kQuantization; fs::exists(quantization))
+    facts["files"][kQuantization] = {{"bytes", fs::file_size(quantization)}, {"sha256", MappedFile(quantization).digest()}};
   write_text_file(output.staging() / kFacts, facts.dump(1) + "\n");
   output.commit();
 }
@@ -129,6 +147,7 @@ TrainingState read_training_state(const fs::path& directory) {
   state.facts = parse_ordered_json(read_text_file(path), path.string());
   check_training_facts(state.facts, path);
   check_files(directory, state.facts);
+  check_quantization(directory / kQuantization);
   state.model = read_tensors(directory / kModel);
   state.optimizer = read_tensors(directory / kOptimizer);
   return state;

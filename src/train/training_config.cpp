@@ -224,6 +224,8 @@ void read_object(TrainingConfig& config, const OrderedJson& object, const std::s
 
 void check_quantization(const TrainingConfig& config, const std::string& where) {
   OrderedJson section = {{"quantization", parse_ordered_json(config.quantization, where)}};
+  if (!section["quantization"].is_object())
+    fail(where, fmt::format("quantization: '{}' is no section", printable(config.quantization)));
   check_config(section, where);
 }
 

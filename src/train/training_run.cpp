@@ -120,11 +120,9 @@ void add_checkpoint_files(Trainer& trainer, const Source& source, const OrderedJ
 void export_trained(const CausalLm& model, const Source& source, const TrainingConfig& config, const fs::path& output,
                     const OrderedJson& record) {
   const std::vector<ExportedTensor> tensors = exported_tensors(model);
-  const bool quantized =
-      std::ranges::any_of(tensors, [](const ExportedTensor& tensor) { return !tensor.floats.defined(); });
   export_model(tensors, source.files,
                {.output = {.output = output, .existing = fs::exists(output) ? Existing::replace : Existing::refuse},
-                .container = quantized ? find_container(config.container) : nullptr,
+                .container = has_quantized(tensors) ? find_container(config.container) : nullptr,
                 .floats = *dtype_from_name(config.export_dtype),
                 .record = record});
 }
@@ -173,6 +171,7 @@ OrderedJson run_as_one(const TrainingRunOptions& options, const TrainingConfig& 
   const Protocol protocol = protocol_of(config, tokenizer, model.config().context);
   TokenTexts tokens = read_texts(config, tokenizer, protocol);
   check_tokens(tokens.training, protocol.context, model.config().vocabulary);
+  if (!tokens.validation.empty()) check_tokens(tokens.validation, 0, model.config().vocabulary);
   const bool removes = group->rank() == 0 && check_output(config, options);
   group->barrier();
 
