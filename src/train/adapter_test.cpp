@@ -332,7 +332,7 @@ TEST(SpecificationD, D8_MatricesThatFilesHaveTransposed) {
   const auto same = make(2);
   load_quantized_model(*same, dir / "floats");
   expect_equal(*module, *same);
-  for (const char* format : {"native", "bitsandbytes", "compressed-tensors"}) {
+  for (const char* format : {"native", "bitsandbytes"}) {
     SCOPED_TRACE(format);
     const auto quantized = make(1), back = make(3);
     quantize_model_ptq(*quantized, {.type = "weight_only", .format = format});

@@ -108,7 +108,8 @@ void write_training_state(const fs::path& directory, const TrainingState& state,
   facts.update(state.facts);
   facts["files"] = digests_of(output.staging());
   if (const fs::path quantization = output.staging() / kQuantization; fs::exists(quantization))
-    facts["files"][kQuantization] = {{"bytes", fs::file_size(quantization)}, {"sha256", MappedFile(quantization).digest()}};
+    facts["files"][kQuantization] = {{"bytes", fs::file_size(quantization)},
+                                     {"sha256", MappedFile(quantization).digest()}};
   write_text_file(output.staging() / kFacts, facts.dump(1) + "\n");
   output.commit();
 }
