@@ -41,8 +41,12 @@ class Rows {
       : loss_(loss),
         words_(loss.head.rows),
         chunks_((words_ + kWords - 1) / kWords),
-        terms_(new float[static_cast<size_t>(most * words_)]),
-        capped_(new float[static_cast<size_t>(loss.cap > 0 && loss.dhidden != nullptr ? most * words_ : 0)]),
+        keeps_(loss.dhidden != nullptr && !loss.words),
+        terms_(new float[static_cast<size_t>(most * (keeps_ ? words_ : kWords))]),
+        capped_(new float[static_cast<size_t>(
+            loss.cap > 0 && loss.dhidden != nullptr ? most * (keeps_ ? words_ : kWords) : 0)]),
+        decoded_(new float[static_cast<size_t>(
+            loss.words ? (loss.hidden.bf16 ? kWords / 2 : kWords) * loss.hidden.columns : 0)]),
         rounded_(new uint16_t[static_cast<size_t>(loss.hidden.bf16 ? most * kWords : 0)]),
         pieces_(static_cast<size_t>(most * chunks_)),
         wanted_(static_cast<size_t>(most)) {}
@@ -51,23 +55,39 @@ class Rows {
   void compute(int64_t first, int64_t count, float weight, double* losses) {
     const Matrix hidden = rows_of(loss_.hidden, first, count);
     const int64_t* const targets = loss_.targets + first;
-    for (int64_t chunk = 0; chunk < chunks_; ++chunk) exponentials(hidden, targets, chunk);
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) exponentials(hidden, targets, chunk, false);
     at::parallel_for(0, count, 16, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) losses[row] = join(row, targets[row], weight);
     });
     if (loss_.dhidden == nullptr) return;
-    for (int64_t chunk = 0; chunk < chunks_; ++chunk) gradients(hidden, targets, chunk, weight, first);
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk) {
+      if (!keeps_) exponentials(hidden, targets, chunk, true);
+      gradients(hidden, targets, chunk, weight, first);
+    }
   }
 
  private:
   int64_t words_of(int64_t chunk) const { return std::min(kWords, words_ - chunk * kWords); }
+  int64_t place(int64_t chunk, int64_t rows) const { return keeps_ ? chunk * kWords * rows : 0; }
   Piece& piece(int64_t row, int64_t chunk) { return pieces_[static_cast<size_t>(row * chunks_ + chunk)]; }
 
-  /// logits - the piece's largest, and e to that.
-  void exponentials(const Matrix& hidden, const int64_t* targets, int64_t chunk) {
-    const int64_t some = words_of(chunk), at = chunk * kWords * hidden.rows;
+  /// The chunk's part of the head; where it is decoded, valid until the next one's is.
+  Matrix head(int64_t chunk) {
+    const int64_t first = chunk * kWords, some = words_of(chunk);
+    if (!loss_.words) return rows_of(loss_.head, first, some);
+    if (chunk != decoded_chunk_) loss_.words(first, some, decoded_.get());
+    decoded_chunk_ = chunk;
+    Matrix result = loss_.head;
+    result.data = decoded_.get();
+    result.rows = some;
+    return result;
+  }
+
+  /// logits - the piece's largest, and e to that. again: all pieces are joined.
+  void exponentials(const Matrix& hidden, const int64_t* targets, int64_t chunk, bool again) {
+    const int64_t some = words_of(chunk), at = place(chunk, hidden.rows);
     const KernelLevel& level = active_kernel_level();
-    multiply(hidden, rows_of(loss_.head, chunk * kWords, some).transposed(), terms_.get() + at, some);
+    multiply(hidden, head(chunk).transposed(), terms_.get() + at, some);
     at::parallel_for(0, hidden.rows, 16, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const std::span logits(terms_.get() + at + row * some, static_cast<size_t>(some));
@@ -76,7 +96,8 @@ class Rows {
         const int64_t target = targets[row] - chunk * kWords;
         if (target >= 0 && target < some) wanted_[static_cast<size_t>(row)] = logits[static_cast<size_t>(target)];
         const float largest = largest_of(logits.data(), logits.size());
-        piece(row, chunk) = {.largest = largest, .sum = 1 / level.softmax_terms(logits.data(), logits.size(), 1)};
+        const float sum = 1 / level.softmax_terms(logits.data(), logits.size(), 1);
+        if (!again) piece(row, chunk) = {.largest = largest, .sum = sum};
       }
     });
   }
@@ -95,7 +116,8 @@ class Rows {
   }
 
   void gradients(const Matrix& hidden, const int64_t* targets, int64_t chunk, float weight, int64_t first) {
-    const int64_t some = words_of(chunk), word = chunk * kWords, at = word * hidden.rows, inputs = hidden.columns;
+    const int64_t some = words_of(chunk), word = chunk * kWords, at = place(chunk, hidden.rows);
+    const int64_t inputs = hidden.columns;
     at::parallel_for(0, hidden.rows, 16, [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const std::span d(terms_.get() + at + row * some, static_cast<size_t>(some));
@@ -120,13 +142,16 @@ class Rows {
                           .columns = some,
                           .row_stride = some,
                           .column_stride = 1};
-    multiply(slope, rows_of(loss_.head, word, some), loss_.dhidden + first * inputs, inputs, chunk > 0);
-    multiply(slope.transposed(), hidden, loss_.dhead + word * inputs, inputs, first > 0);
+    multiply(slope, head(chunk), loss_.dhidden + first * inputs, inputs, chunk > 0);
+    if (loss_.dhead != nullptr) multiply(slope.transposed(), hidden, loss_.dhead + word * inputs, inputs, first > 0);
   }
 
   const HeadLoss& loss_;
   int64_t words_, chunks_;
+  bool keeps_;  ///< all chunks' terms, from the loss to the gradient
   std::unique_ptr<float[]> terms_, capped_;
+  std::unique_ptr<float[]> decoded_;  // words of the head, in the type of what they are multiplied with
+  int64_t decoded_chunk_ = -1;
   std::unique_ptr<uint16_t[]> rounded_;
   std::vector<Piece> pieces_;  // [row][chunk]
   std::vector<float> wanted_;  // the target's logit

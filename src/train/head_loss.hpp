@@ -1,5 +1,7 @@
 #pragma once
 
+#include <functional>
+
 #include "train/dense.hpp"
 
 namespace bitwright::train {
@@ -8,10 +10,13 @@ namespace bitwright::train {
 struct HeadLoss {
   Matrix hidden;  ///< [rows, inputs]
   Matrix head;    ///< [words, inputs], of the same type
+  /// Where the head is not kept in that type: writes some of its words to `out`, and head.data is null. Then logits are
+  /// computed again for the gradient, and never kept.
+  std::function<void(int64_t first, int64_t count, void* out)> words{};
   const int64_t* targets;
   float cap;  ///< of the logits; 0: none
 
-  // The gradients of what compute() returns, written; all of them or none.
+  // The gradients of what compute() returns, written; null: they are not wanted (that of the head alone, or both).
   float* dhidden = nullptr;
   float* dhead = nullptr;
 

@@ -299,15 +299,15 @@ struct Linear16 : torch::autograd::Function<Linear16> {
 
 struct HeadCrossEntropy : torch::autograd::Function<HeadCrossEntropy> {
   static Tensor forward(AutogradContext* context, const Tensor& hidden, const Tensor& head, const Tensor& targets,
-                        double cap, bool bf16, bool gradient) {
+                        double cap, bool bf16, bool gradient, bool head_learns) {
     const Tensor x = bf16 ? rounded(hidden) : floats(hidden), w = bf16 ? rounded(head) : floats(head);
     HeadLoss loss = {
         .hidden = matrix(x), .head = matrix(w), .targets = targets.data_ptr<int64_t>(), .cap = static_cast<float>(cap)};
     if (gradient) {
-      const Tensor dhidden = like(x), dhead = like(w);
-      if (rows(x) == 0) dhead.zero_();
+      const Tensor dhidden = like(x), dhead = head_learns ? like(w) : Tensor();
+      if (head_learns && rows(x) == 0) dhead.zero_();
       loss.dhidden = data(dhidden);
-      loss.dhead = data(dhead);
+      if (head_learns) loss.dhead = data(dhead);
       context->saved_data["hidden"] = dhidden;
       context->saved_data["head"] = dhead;
     }
@@ -319,11 +319,48 @@ struct HeadCrossEntropy : torch::autograd::Function<HeadCrossEntropy> {
     context->saved_data.clear();
     if (dy[0].item<float>() != 1) {
       dhidden.mul_(dy[0]);
-      dhead.mul_(dy[0]);
+      if (dhead.defined()) dhead.mul_(dy[0]);
     }
-    return {dhidden, dhead, {}, {}, {}, {}};
+    return {dhidden, dhead, {}, {}, {}, {}, {}};
   }
 };
+
+struct FrozenHeadCrossEntropy : torch::autograd::Function<FrozenHeadCrossEntropy> {
+  static Tensor forward(AutogradContext* context, const Tensor& hidden, const FrozenHead& head, const Tensor& targets,
+                        double cap, bool bf16, bool gradient) {
+    const Tensor x = bf16 ? rounded(hidden) : floats(hidden);
+    Matrix shape = matrix(x);
+    shape.data = nullptr;
+    shape.rows = head.words;
+    HeadLoss loss = {.hidden = matrix(x),
+                     .head = shape,
+                     .words = [&](int64_t first, int64_t count, void* out) { head.write(first, count, bf16, out); },
+                     .targets = targets.data_ptr<int64_t>(),
+                     .cap = static_cast<float>(cap)};
+    if (gradient) {
+      const Tensor dhidden = like(x);
+      loss.dhidden = data(dhidden);
+      context->saved_data["hidden"] = dhidden;
+    }
+    return torch::tensor(loss.compute(), torch::kFloat);
+  }
+  static Tensors backward(AutogradContext* context, const Tensors& dy) {
+    TORCH_CHECK(context->saved_data.count("hidden") != 0, "the gradients of this loss are made once, and were taken");
+    const Tensor dhidden = context->saved_data["hidden"].toTensor();
+    context->saved_data.clear();
+    if (dy[0].item<float>() != 1) dhidden.mul_(dy[0]);
+    return {dhidden, {}, {}, {}, {}, {}};
+  }
+};
+
+/// Targets as the loss reads them, checked.
+Tensor checked_targets(const Tensor& targets, int64_t rows, int64_t words) {
+  const Tensor wanted = targets.to(torch::kLong).contiguous();
+  TORCH_CHECK(wanted.numel() == rows, "one target for each row of `hidden`");
+  TORCH_CHECK(wanted.eq(kIgnored).logical_or_(wanted.ge(0).logical_and_(wanted.lt(words))).all().item<bool>(),
+              "a target is a word's number or ", kIgnored);
+  return wanted;
+}
 
 /// Is it what linear.hpp puts in a weight's place?
 bool is_stand_in(const Tensor& weight) { return !weight.has_storage(); }
@@ -378,14 +415,21 @@ Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias, Compute
 
 Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& head, const Tensor& targets, double cap,
                             Compute compute) {
-  const Tensor wanted = targets.to(torch::kLong).contiguous();
-  TORCH_CHECK(head.dim() == 2 && head.size(1) == last(hidden) && wanted.numel() == rows(hidden),
-              "hidden: [..., inputs]; head: [words, inputs]; one target for each row");
-  TORCH_CHECK(wanted.eq(kIgnored).logical_or_(wanted.ge(0).logical_and_(wanted.lt(head.size(0)))).all().item<bool>(),
-              "a target is a word's number or ", kIgnored);
+  TORCH_CHECK(head.dim() == 2 && head.size(1) == last(hidden), "hidden: [..., inputs]; head: [words, inputs]");
+  const Tensor wanted = checked_targets(targets, rows(hidden), head.size(0));
   const NoAutocast guard;
-  const bool gradient = torch::GradMode::is_enabled() && (hidden.requires_grad() || head.requires_grad());
-  return HeadCrossEntropy::apply(hidden, head, wanted, cap, compute == Compute::bf16, gradient);
+  const bool learns = head.requires_grad();
+  const bool gradient = torch::GradMode::is_enabled() && (hidden.requires_grad() || learns);
+  return HeadCrossEntropy::apply(hidden, head, wanted, cap, compute == Compute::bf16, gradient, learns);
+}
+
+Tensor linear_cross_entropy(const Tensor& hidden, const FrozenHead& head, const Tensor& targets, double cap,
+                            Compute compute) {
+  TORCH_CHECK(head.inputs == last(hidden), "hidden: [..., inputs], as the head has them");
+  const Tensor wanted = checked_targets(targets, rows(hidden), head.words);
+  const NoAutocast guard;
+  const bool gradient = torch::GradMode::is_enabled() && hidden.requires_grad();
+  return FrozenHeadCrossEntropy::apply(hidden, head, wanted, cap, compute == Compute::bf16, gradient);
 }
 
 void keep_pages() {

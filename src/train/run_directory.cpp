@@ -84,7 +84,8 @@ RunFacts read_run_facts(const OrderedJson& facts, const fs::path& where) {
                      .step = count(facts.at("step"), "step"),
                      .windows = count(facts.at("windows"), "windows"),
                      .tokens = count(facts.at("tokens"), "tokens"),
-                     .optimizer_steps = {}};
+                     .optimizer_steps = {},
+                     .base_sha256 = facts.value("base_sha256", std::string())};
     if (!facts.at("optimizer_steps").is_object()) fail("'optimizer_steps' is no mapping");
     for (const auto& [name, value] : facts.at("optimizer_steps").items())
       read.optimizer_steps[name] = count(value, name);
