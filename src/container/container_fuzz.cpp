@@ -34,6 +34,8 @@ Arrays make_arrays(const std::string& state) {
   add(arrays, "n.codes", DType::u8, {2, 32});
   add(arrays, "n.scales", DType::f16, {2, 2});
   add(arrays, "n.zeros", DType::u8, {2, 1});
+  add(arrays, "n.input.scales", DType::f32, {1});
+  add(arrays, "n.input.zeros", DType::i8, {1});
   add(arrays, "m.weight", DType::u32, {2, 8});
   add(arrays, "m.scales", DType::bf16, {2, 2});
   add(arrays, "m.biases", DType::bf16, {2, 2});

@@ -30,15 +30,6 @@ bool is_sized(const SchemeChoice& choice) {
   return choice.granularity == "group" || choice.granularity == "flat" || choice.granularity == "block";
 }
 
-bool can_transpose(const Scheme& scheme) {
-  if (scheme.element->kind == ElementKind::block_code) return false;
-  return std::ranges::all_of(std::array{&scheme.scale, &scheme.offset}, [](const std::optional<Parameter>* p) {
-    if (!p->has_value()) return true;
-    const Grouping::Kind kind = (*p)->grouping.kind;
-    return (kind == Grouping::Kind::tensor || kind == Grouping::Kind::axis) && can_transpose(*(*p)->scheme);
-  });
-}
-
 /// Group sizes to try for a choice: the container's own, the source's, and the usual ones.
 std::set<int64_t> sizes_for(const Container& container, const SchemeChoice& choice, const Scheme& from,
                             const Shape& shape) {

@@ -37,6 +37,17 @@ std::vector<std::byte> transposed(std::span<const std::byte> elements, int64_t r
   return out;
 }
 
+bool can_transpose(const Scheme& scheme) {
+  if (scheme.element->kind == ElementKind::block_code) return false;
+  for (const auto& parameter : {scheme.scale, scheme.offset}) {
+    if (!parameter) continue;
+    const Grouping::Kind kind = parameter->grouping.kind;
+    if (kind != Grouping::Kind::tensor && kind != Grouping::Kind::axis) return false;
+    if (!can_transpose(*parameter->scheme)) return false;
+  }
+  return true;
+}
+
 Scheme transposed(const Scheme& scheme) {
   Scheme out = scheme;
   out.scale = transposed(scheme.scale);

@@ -7,11 +7,10 @@
 #include <set>
 
 #include "base/error.hpp"
-#include "base/output.hpp"
-#include "checkpoint/safetensors.hpp"
 #include "engine/backends.hpp"
 #include "model/open_model.hpp"
-#include "quantize/model_files.hpp"
+#include "scheme/transposed.hpp"
+#include "train/export.hpp"
 #include "train/linear.hpp"
 #include "train/quantized_module.hpp"
 
@@ -21,111 +20,6 @@ namespace {
 using namespace train;
 
 // ---- Files ----
-
-/// A module's tensors on their way into a file.
-struct PackedModule {
-  std::vector<NamedArray> arrays;
-  std::vector<StoredTensor> quantized;
-  std::vector<std::string> kept;  ///< linear layers in floats
-};
-
-std::optional<DType> stored_dtype(torch::ScalarType type) {
-  constexpr std::array<std::pair<torch::ScalarType, DType>, 9> kTypes = {{{torch::kFloat, DType::f32},
-                                                                          {torch::kHalf, DType::f16},
-                                                                          {torch::kBFloat16, DType::bf16},
-                                                                          {torch::kDouble, DType::f64},
-                                                                          {torch::kLong, DType::i64},
-                                                                          {torch::kInt, DType::i32},
-                                                                          {torch::kChar, DType::i8},
-                                                                          {torch::kByte, DType::u8},
-                                                                          {torch::kBool, DType::boolean}}};
-  const auto* const found = std::ranges::find(kTypes, type, &std::pair<torch::ScalarType, DType>::first);
-  return found == kTypes.end() ? std::nullopt : std::optional(found->second);
-}
-
-NamedArray plain_array(const std::string& name, const torch::Tensor& tensor) {
-  const std::optional<DType> dtype = stored_dtype(tensor.scalar_type());
-  if (!dtype)
-    throw Error({.code = "not-exportable",
-                 .what = "cannot save the model",
-                 .where = name,
-                 .why = "no file has numbers of its type"});
-  const torch::Tensor data = tensor.detach().to(torch::kCPU).contiguous();
-  const auto* const bytes = static_cast<const std::byte*>(data.data_ptr());
-  return {.spec = {.name = name, .dtype = *dtype, .shape = tensor.sizes().vec()},
-          .data = {bytes, bytes + data.nbytes()}};
-}
-
-void pack_layer(const std::string& path, const torch::nn::LinearImpl& layer, const Container& container,
-                PackedModule& out) {
-  const auto quantized = behaviour_as<QuantizedLinearBehaviour>(layer);
-  const std::string name = weight_name(path);
-  if (quantized == nullptr || quantized->scheme().is_plain()) {
-    const torch::Tensor floats = quantized != nullptr ? quantized->decoded() : parameter_of(layer);
-    if (!floats.is_floating_point() || floats.sizes() != layer.weight.sizes())
-      throw Error({.code = "not-exportable",
-                   .what = "cannot save the model",
-                   .where = path,
-                   .why = "its parameter is no matrix of floats"});
-    out.arrays.push_back(plain_array(name, floats));
-    out.kept.push_back(path);
-    return;
-  }
-  const StoredTensor stored = {.name = name,
-                               .shape = layer.weight.sizes().vec(),
-                               .scheme = quantized->scheme(),
-                               .value_dtype = train::dtype_of(layer.weight.scalar_type()),
-                               .linear = quantized->linear()};
-  const Fit fit = container.fit(stored.scheme, stored.shape);
-  if (fit.verdict == Verdict::impossible)
-    throw Error({.code = "does-not-fit", .what = "cannot save the model", .where = path, .why = fit.reason});
-  std::ranges::move(container.pack(stored, quantized->weight()->unpacked()), std::back_inserter(out.arrays));
-  out.quantized.push_back(stored);
-}
-
-PackedModule pack_module(const torch::nn::Module& module, const Container& container) {
-  PackedModule out;
-  std::set<std::string> weights;
-  for_each_linear(module, [&](const std::string& path, torch::nn::LinearImpl& layer) {
-    pack_layer(path, layer, container, out);
-    weights.insert(weight_name(path));
-  });
-  const auto add = [&](const auto& named) {
-    for (const auto& item : named)
-      if (!weights.contains(item.key())) out.arrays.push_back(plain_array(item.key(), item.value()));
-  };
-  add(module.named_parameters());
-  add(module.named_buffers());
-  if (container.fit_model != nullptr)
-    if (const Fit fit = container.fit_model(out.quantized); fit.verdict == Verdict::impossible)
-      throw Error({.code = "does-not-fit", .what = "cannot save the model", .why = fit.reason});
-  // Wide numbers first: each begins at a multiple of its size.
-  std::ranges::stable_sort(out.arrays, std::ranges::greater(),
-                           [](const NamedArray& array) { return size_bytes(array.spec.dtype); });
-  return out;
-}
-
-/// The JSON files of the model, config.json among them. record: what quantization_metadata.json gets beside the layers.
-std::map<std::string, OrderedJson> documents_of(const PackedModule& packed, const Container& container,
-                                                const ModelFiles& files, const OrderedJson& record) {
-  std::map<std::string, OrderedJson> documents;
-  OrderedJson config = files.config;
-  drop_quantization(config);
-  if (!packed.quantized.empty())
-    container.write_metadata({.tensors = packed.quantized, .kept = packed.kept, .record = record},
-                             {.config = config, .files = documents});
-  documents["config.json"] = std::move(config);
-  return documents;
-}
-
-void write_weights(const std::filesystem::path& path, const PackedModule& packed, const Container& container,
-                   const std::map<std::string, OrderedJson>& documents) {
-  std::vector<ArraySpec> specs;
-  for (const NamedArray& array : packed.arrays) specs.push_back(array.spec);
-  SafetensorsWriter writer(path, std::move(specs), documents, container.weights_format);
-  for (const NamedArray& array : packed.arrays) writer.add(array.data);
-  writer.finish();
-}
 
 const Container& writable(const std::string& format) {
   const Container* const container = find_container(format);
@@ -139,29 +33,50 @@ const Container& writable(const std::string& format) {
   return *container;
 }
 
+/// What a model's files have [inputs, outputs] though it is a linear layer's (GPT-2).
+void turn_as_in_files(const torch::nn::Module& module, const OrderedJson& config,
+                      std::vector<ExportedTensor>& tensors) {
+  const Json plain = config;
+  std::set<std::string, std::less<>> weights;
+  for_each_linear(module, [&](const std::string& path, torch::nn::LinearImpl&) { weights.insert(weight_name(path)); });
+  for (ExportedTensor& tensor : tensors)
+    if (weights.contains(tensor.name) && has_inputs_first(plain, tensor.name)) tensor.transposed = true;
+}
+
 // ---- Loading ----
 
 [[noreturn]] void fail(const Checkpoint& checkpoint, const char* code, const std::string& why) {
   throw Error({.code = code, .what = "cannot load the model", .where = checkpoint.path().string(), .why = why});
 }
 
-const TensorEntry& require(const Checkpoint& checkpoint, const std::string& name, torch::IntArrayRef shape) {
+/// A tensor as the module has it.
+struct Found {
+  const TensorEntry& entry;
+  bool turned;  ///< the file has its transpose
+};
+/// of_linear: the module has it [outputs, inputs], whatever the model's files have.
+Found require(const Checkpoint& checkpoint, const std::string& name, torch::IntArrayRef shape, bool of_linear) {
   const TensorEntry* const entry = checkpoint.find(name);
   if (entry == nullptr) fail(checkpoint, "missing-tensor", fmt::format("there is no tensor '{}'", printable(name)));
+  const bool inputs_first = of_linear && has_inputs_first(checkpoint.config(), name);
   Shape stored = entry->shape;
-  if (entry->transposed) std::swap(stored.at(0), stored.at(1));
+  const bool turned = entry->transposed != inputs_first && stored.size() == 2;
+  if (turned) std::swap(stored[0], stored[1]);
   if (stored != shape.vec())
     fail(checkpoint, "wrong-shape",
          fmt::format("tensor '{}' has the shape {}, the module asks for {}", printable(name), to_string(stored),
                      to_string(shape.vec())));
-  if (entry->transposed) fail(checkpoint, "unsupported-tensor", fmt::format("'{}' is stored transposed", name));
+  if (turned && entry->quantized() && !can_transpose(entry->scheme))
+    fail(checkpoint, "unsupported-tensor",
+         fmt::format("'{}' is stored transposed, in groups that a linear layer's rows have not", printable(name)));
   checkpoint.require_decoded(*entry);
-  return *entry;
+  return {*entry, turned};
 }
 
-torch::Tensor read_floats(const Checkpoint& checkpoint, const TensorEntry& entry) {
-  const std::vector<float> values = checkpoint.read_f32(entry);
-  return torch::tensor(values, torch::kFloat).reshape(entry.shape);
+torch::Tensor read_floats(const Checkpoint& checkpoint, const Found& found) {
+  const std::vector<float> values = checkpoint.read_f32(found.entry);
+  const torch::Tensor floats = torch::tensor(values, torch::kFloat).reshape(found.entry.shape);
+  return found.turned ? floats.t().contiguous() : floats;
 }
 
 /// What will be done to the module, made before anything is.
@@ -172,13 +87,15 @@ struct Loaded {
 
 void load_layer(const Checkpoint& checkpoint, const std::string& path, torch::nn::LinearImpl& layer, Loaded& out) {
   const std::string name = weight_name(path);
-  const TensorEntry& entry = require(checkpoint, name, layer.weight.sizes());
+  const Found found = require(checkpoint, name, layer.weight.sizes(), true);
   out.used.insert(name);
-  if (entry.quantized()) {
-    auto quantized = std::make_shared<QuantizedLayer>(checkpoint.read(entry), entry.linear);
+  if (found.entry.quantized()) {
+    QuantizedTensor weight = checkpoint.read(found.entry);
+    if (found.turned) weight = transposed(weight);
+    auto quantized = std::make_shared<QuantizedLayer>(std::move(weight), found.entry.linear);
     out.steps.push_back([&layer, quantized] { attach_quantized(layer, quantized); });
   } else {
-    const torch::Tensor floats = read_floats(checkpoint, entry).to(layer.weight.scalar_type());
+    const torch::Tensor floats = read_floats(checkpoint, found).to(layer.weight.scalar_type());
     out.steps.push_back([&layer, floats] { detach(layer, floats.clone().requires_grad_()); });
   }
 }
@@ -189,9 +106,9 @@ void load_others(const Checkpoint& checkpoint, const torch::OrderedDict<std::str
     if (out.used.contains(item.key())) continue;
     if (!is_required && checkpoint.find(item.key()) == nullptr) continue;
     const torch::Tensor to = item.value();
-    const TensorEntry& entry = require(checkpoint, item.key(), to.sizes());
+    const Found found = require(checkpoint, item.key(), to.sizes(), false);
     out.used.insert(item.key());
-    out.steps.push_back([to, floats = read_floats(checkpoint, entry)] {
+    out.steps.push_back([to, floats = read_floats(checkpoint, found)] {
       const torch::NoGradGuard no_gradients;
       to.copy_(floats);
     });
@@ -331,19 +248,11 @@ void prepare_model_for_training(torch::nn::Module& model) {
 void save_quantized_model(const torch::nn::Module& model, const std::filesystem::path& path, const std::string& format,
                           const ModelFiles& files) {
   const Container& container = writable(format);
-  const PackedModule packed = pack_module(model, container);
-  if (path.extension() == ".safetensors") {
-    WholeFile file(path, false);
-    write_weights(file.staging(), packed, container, documents_of(packed, container, files, OrderedJson::object()));
-    return file.commit();
-  }
-  OutputDirectory directory(path, Existing::refuse);
-  write_weights(directory.staging() / "model.safetensors", packed, container, {});
-  if (!files.directory.empty()) copy_side_files(Checkpoint(files.directory), directory.staging());
-  const OrderedJson record = {{"files", digests_of(directory.staging())}};
-  for (const auto& [name, document] : documents_of(packed, container, files, record))
-    write_text_file(directory.staging() / name, document.dump(2) + "\n");
-  directory.commit();
+  std::vector<ExportedTensor> tensors = exported_tensors(model);
+  turn_as_in_files(model, files.config, tensors);
+  export_model(
+      tensors, {.config = files.config, .directory = files.directory},
+      {.output = {.output = path}, .container = has_quantized(tensors) ? &container : nullptr, .floats = std::nullopt});
 }
 
 QuantizationInfo load_quantized_model(torch::nn::Module& model, const std::filesystem::path& path) {

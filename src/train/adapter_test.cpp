@@ -3,6 +3,8 @@
 #include <gtest/gtest.h>
 
 #include <iostream>
+#include <map>
+#include <set>
 
 #include "base/error.hpp"
 #include "bitwright/engine/backends.hpp"
@@ -68,6 +70,30 @@ TEST(SpecificationD, D1_EachMethodQuantizesAsItsLibrary) {
   ToyModule module = toy_module();
   EXPECT_EQ(quantize_model(module, exact("none")).bits, 0);
   EXPECT_FALSE(is_model_quantized(module));
+}
+
+/// The table of SPECIFICATION D3, word for word.
+TEST(SpecificationD, D3_WhichBackendRunsWhichMethod) {
+  const std::set<std::string> bnb = {"bnb_nf4", "bnb_int8"}, hqq = {"hqq"}, mlx = {"mlx_int4", "mlx_int8"},
+                              quanto = {"quanto_int2", "quanto_int4", "quanto_int8"};
+  const auto both = [](std::initializer_list<std::set<std::string>> sets) {
+    std::set<std::string> all = {"none"};
+    for (const auto& set : sets) all.insert(set.begin(), set.end());
+    return all;
+  };
+  const std::map<std::string, std::set<std::string>> matrix = {{"cuda", both({bnb, hqq, quanto})},
+                                                               {"mps", both({hqq, mlx, quanto})},
+                                                               {"mlx", both({hqq, mlx})},
+                                                               {"cpu", both({hqq, quanto})}};
+  const std::set<std::string> all = both({bnb, hqq, mlx, quanto});
+  EXPECT_EQ(adapter_methods().size(), all.size());
+  for (const auto& [backend, runs] : matrix)
+    for (const std::string& method : all) {
+      SCOPED_TRACE(backend + " " + method);
+      EXPECT_EQ(backend_runs(backend, method), runs.contains(method));
+      const auto adapter = create_quantization_adapter(backend, exact(method));
+      EXPECT_EQ(adapter->name() == "Fallback", !runs.contains(method) || method == "none");
+    }
 }
 
 /// Every backend with every method: who runs it, and that what falls back says so and gives the same model.
@@ -275,6 +301,50 @@ TEST(SpecificationD, D8_FilesOfHqqAndMlxLoad) {
   const torch::Tensor values = torch::linear(torch::eye(64), first->weight).t();
   for (int64_t i = 0; i < 128; ++i)  // bytes count up, the low nibble first; times 1, less 0.5
     EXPECT_EQ(values[i / 64][i % 64].item<float>(), static_cast<float>(((i / 2) >> (i % 2 * 4)) & 15) - 0.5F);
+}
+
+/// GPT-2's files have the matrices of its linear layers [inputs, outputs], square ones too.
+TEST(SpecificationD, D8_MatricesThatFilesHaveTransposed) {
+  const test::TemporaryDirectory dir;
+  const auto make = [](uint64_t seed) {
+    torch::manual_seed(seed);
+    auto root = std::make_shared<Tree>(), block = root->register_module("h", std::make_shared<Tree>());
+    block->register_module("c_attn", torch::nn::Linear(64, 192));
+    block->register_module("c_proj", torch::nn::Linear(64, 64));
+    root->register_module("head", torch::nn::Linear(64, 64));
+    return root;
+  };
+  const ModelFiles gpt2 = {.config = {{"model_type", "gpt2"}}};
+  const auto expect_equal = [](const Tree& a, const Tree& b) {
+    for (const std::string path : {"h.c_attn", "h.c_proj", "head"}) {
+      const auto layer = [&](const Tree& tree) { return tree.named_modules()[path]->as<torch::nn::Linear>(); };
+      const torch::Tensor x = torch::eye(64);
+      EXPECT_TRUE(torch::equal(layer(a)->forward(x), layer(b)->forward(x))) << path;
+    }
+  };
+  const auto module = make(1);
+  save_quantized_model(*module, dir / "floats", "native", gpt2);
+  const Checkpoint written(dir / "floats");
+  EXPECT_EQ(written.find("h.c_attn.weight")->shape, (Shape{64, 192}));
+  EXPECT_EQ(written.find("head.weight")->shape, (Shape{64, 64}));
+  const torch::Tensor square = torch::tensor(written.read_f32(*written.find("h.c_proj.weight"))).reshape({64, 64});
+  EXPECT_TRUE(torch::equal(square, module->named_parameters()["h.c_proj.weight"].detach().t()));
+  const auto same = make(2);
+  load_quantized_model(*same, dir / "floats");
+  expect_equal(*module, *same);
+  for (const char* format : {"native", "bitsandbytes"}) {
+    SCOPED_TRACE(format);
+    const auto quantized = make(1), back = make(3);
+    quantize_model_ptq(*quantized, {.type = "weight_only", .format = format});
+    const std::string code = code_of([&] { save_quantized_model(*quantized, dir / format, format, gpt2); });
+    if (code != "none") {  // refused by name, or kept
+      EXPECT_EQ(code, "does-not-fit");
+      EXPECT_NE(std::string(format), "native");
+      continue;
+    }
+    load_quantized_model(*back, dir / format);
+    expect_equal(*quantized, *back);
+  }
 }
 
 TEST(SpecificationD, D8_StatusSaysWhatIsUsableHere) {

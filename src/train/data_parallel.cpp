@@ -8,6 +8,7 @@
 #include <unordered_set>
 
 #include "base/error.hpp"
+#include "train/export.hpp"
 #include "train/linear.hpp"
 #include "train/quantized_linear.hpp"
 
@@ -79,12 +80,6 @@ void own_memory(Tensor tensor) {
   const size_t bytes = static_cast<size_t>(tensor.numel()) * static_cast<size_t>(tensor.element_size());
   if (!tensor.is_contiguous() || tensor.storage_offset() != 0 || tensor.storage().nbytes() != bytes)
     tensor.set_data(tensor.detach().clone(at::MemoryFormat::Contiguous));
-}
-
-std::shared_ptr<QuantizedLinearBehaviour> quantized_base(const torch::nn::LinearImpl& linear) {
-  std::shared_ptr<LinearBehaviour> behaviour = behaviour_of(linear);
-  while (behaviour != nullptr && behaviour->base() != nullptr) behaviour = behaviour->base();
-  return std::dynamic_pointer_cast<QuantizedLinearBehaviour>(behaviour);
 }
 
 /// Norms, biases and learned scales are none.
@@ -209,8 +204,8 @@ void ParallelModel::split_unit(const std::string& path, Named parameters) {
     if (resident || !name.starts_with(path + ".") || behaviour_of(linear) == nullptr) return;
     const Tensor weight = parameter_of(linear);
     if (weight.is_floating_point()) return;
-    const auto quantized = quantized_base(linear);
-    if (quantized == nullptr)
+    const auto quantized = quantized_weight_of(linear);
+    if (quantized == nullptr || std::dynamic_pointer_cast<StoresQuantized>(quantized) != nullptr)
       throw Error({.code = "cannot-shard",
                    .what = "cannot split the model between processes",
                    .where = name,

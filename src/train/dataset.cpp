@@ -37,19 +37,24 @@ class Random {
 
 }  // namespace
 
-TokenDataset::TokenDataset(std::span<const int32_t> tokens, int64_t length, uint64_t seed, int64_t vocabulary)
-    : size_(static_cast<int64_t>(tokens.size())), length_(length), seed_(seed) {
-  BW_ASSERT(length > 0);
-  if (size_ <= length)
-    fail("text-too-short", fmt::format("the text has {} tokens, a window takes {} and one to predict", size_, length),
+void check_tokens(std::span<const int32_t> tokens, int64_t length, int64_t vocabulary) {
+  if (std::ssize(tokens) <= length)
+    fail("text-too-short",
+         fmt::format("the text has {} tokens, a window takes {} and one to predict", tokens.size(), length),
          "give a longer text or a smaller data.sequence_length");
   const auto [least, most] = std::ranges::minmax(tokens);
   if (least < 0 || (vocabulary > 0 && most >= vocabulary))
     fail("vocabulary-mismatch",
          fmt::format("the text has token {}, the model {} tokens", least < 0 ? least : most, vocabulary),
          "use the tokenizer that belongs to the model");
+}
+
+TokenDataset::TokenDataset(std::span<const int32_t> tokens, int64_t length, uint64_t seed, int64_t vocabulary)
+    : size_(static_cast<int64_t>(tokens.size())), length_(length), seed_(seed) {
+  BW_ASSERT(length > 0);
+  check_tokens(tokens, length, vocabulary);
   windows_ = std::max<int64_t>(1, (size_ - length) / length);
-  if (most <= std::numeric_limits<uint16_t>::max())
+  if (std::ranges::max(tokens) <= std::numeric_limits<uint16_t>::max())
     narrow_.assign(tokens.begin(), tokens.end());
   else
     wide_.assign(tokens.begin(), tokens.end());

@@ -13,6 +13,10 @@
 
 namespace bitwright::train {
 
+/// Throws Error{"text-too-short"} for fewer than length + 1 tokens, {"vocabulary-mismatch"} for negative ones and those
+/// beyond `vocabulary` (0: not checked).
+void check_tokens(std::span<const int32_t> tokens, int64_t length, int64_t vocabulary);
+
 /// A stream of tokens, cut into windows that come in a random order, without end. Which window is the i-th depends on
 /// the seed and i alone, so a position is one number, and resuming, accumulation and any number of processes read the
 /// same windows.
@@ -22,8 +26,7 @@ namespace bitwright::train {
 /// goes on with the next one's: no batch is ever short.
 class TokenDataset {
  public:
-  /// Windows of `length` inputs, whose targets are one token further. Throws Error{"text-too-short"} for fewer than
-  /// length + 1 tokens, {"vocabulary-mismatch"} for negative ones and those beyond `vocabulary` (0: not checked).
+  /// Windows of `length` inputs, whose targets are one token further. Throws as check_tokens().
   TokenDataset(std::span<const int32_t> tokens, int64_t length, uint64_t seed, int64_t vocabulary = 0);
 
   int64_t tokens() const { return size_; }

@@ -6,6 +6,7 @@
 #include "base/output.hpp"
 #include "base/threads.hpp"
 #include "checkpoint/checkpoint.hpp"
+#include "checkpoint/safetensors.hpp"
 #include "kernels/decode.hpp"
 #include "kernels/encode.hpp"
 #include "quantize/model_files.hpp"
@@ -14,24 +15,14 @@
 #include "scheme/transposed.hpp"
 #include "train/causal_lm.hpp"
 #include "train/linear.hpp"
+#include "train/plan.hpp"
 #include "train/quantized_linear.hpp"
+#include "train/tensor_types.hpp"
 
 namespace bitwright::train {
 namespace {
 
 namespace fs = std::filesystem;
-
-constexpr std::string_view kWeight = ".weight";
-
-struct TypePair {
-  torch::ScalarType torch;
-  DType dtype;
-};
-constexpr TypePair kTypes[] = {{torch::kFloat32, DType::f32},   {torch::kFloat16, DType::f16},
-                               {torch::kBFloat16, DType::bf16}, {torch::kFloat64, DType::f64},
-                               {torch::kInt64, DType::i64},     {torch::kInt32, DType::i32},
-                               {torch::kInt16, DType::i16},     {torch::kInt8, DType::i8},
-                               {torch::kUInt8, DType::u8},      {torch::kBool, DType::boolean}};
 
 [[noreturn]] void not_exportable(const std::string& name, const std::string& why, const std::string& fix) {
   throw Error({.code = "not-exportable", .what = "cannot write the model", .where = name, .why = why, .fix = fix});
@@ -48,25 +39,25 @@ constexpr TypePair kTypes[] = {{torch::kFloat32, DType::f32},   {torch::kFloat16
 ExportedTensor linear_weight(const std::string& name, const torch::nn::LinearImpl& linear) {
   const std::shared_ptr<LinearBehaviour> behaviour = behaviour_of(linear);
   if (behaviour == nullptr) return {.name = name, .floats = linear.weight};
+  const DType value_dtype = dtype_of(linear.weight.scalar_type());
   const auto stores = std::dynamic_pointer_cast<StoresQuantized>(behaviour);
   if (const auto frozen = behaviour_as<QuantizedLinearBehaviour>(linear); frozen != nullptr && stores == nullptr)
     return {.name = name,
             .quantized = {.weight = std::make_shared<QuantizedTensor>(frozen->weight()->unpacked()),
-                          .activations = frozen->linear()}};
+                          .activations = frozen->linear()},
+            .value_dtype = value_dtype};
   if (stores == nullptr)
     not_exportable(name, "what computes the layer has no form in a file (an adapter, or quantization that is learned)",
                    "merge or convert the model first");
-  ExportedTensor out = {.name = name, .quantized = stores->stored()};
+  ExportedTensor out = {.name = name, .quantized = stores->stored(), .value_dtype = value_dtype};
   if (out.quantized.weight == nullptr) not_exportable(name, "the layer has no quantized weight", "quantize it first");
   return out;
 }
 
-torch::ScalarType torch_type(DType dtype) { return std::ranges::find(kTypes, dtype, &TypePair::dtype)->torch; }
-
 /// A tensor in the type and order that the file has.
 class Source {
  public:
-  Source(const ExportedTensor& tensor, const Container* container, DType floats) : tensor_(tensor) {
+  Source(const ExportedTensor& tensor, const Container* container, std::optional<DType> floats) : tensor_(tensor) {
     if (tensor.quantized.weight != nullptr)
       prepare_quantized(container, floats);
     else
@@ -82,7 +73,7 @@ class Source {
   std::vector<std::byte> plain() const {
     torch::Tensor numbers = tensor_.floats;
     if (!numbers.defined()) numbers = decoded();
-    numbers = numbers.detach().to(torch::kCPU, torch_type(facts.dtype));
+    numbers = numbers.detach().to(torch::kCPU, tensor_type(facts.dtype).value());
     if (tensor_.transposed) numbers = numbers.t();
     numbers = numbers.contiguous();
     const auto* const data = static_cast<const std::byte*>(numbers.data_ptr());
@@ -103,19 +94,16 @@ class Source {
   std::shared_ptr<const QuantizedTensor> quantized{};  ///< as the container stores it; null: plain
 
  private:
-  void prepare_quantized(const Container* container, DType floats) {
+  void prepare_quantized(const Container* container, std::optional<DType> floats) {
     facts.shape = tensor_.quantized.weight->shape;
-    facts.dtype = floats;
+    facts.dtype = floats.value_or(tensor_.value_dtype);
     facts.inputs_first = tensor_.transposed;
     if (tensor_.transposed) std::swap(facts.shape[0], facts.shape[1]);
     // What is frozen in floats of its own type is stored as all floats are.
     if (container == nullptr || tensor_.quantized.weight->scheme.is_plain()) return;
     quantized = tensor_.quantized.weight;
     if (tensor_.transposed && !is_stored_transposed(facts, *container)) {
-      const auto turns = [](const std::optional<Parameter>& p) {
-        return !p || p->grouping.kind == Grouping::Kind::tensor || p->grouping.kind == Grouping::Kind::axis;
-      };
-      if (!turns(quantized->scheme.scale) || !turns(quantized->scheme.offset))
+      if (!can_transpose(quantized->scheme))
         does_not_fit(tensor_.name, *container,
                      "the model's files have this matrix transposed, where its groups are none");
       quantized = std::make_shared<const QuantizedTensor>(transposed(*quantized));
@@ -126,10 +114,10 @@ class Source {
       does_not_fit(tensor_.name, *container, "its owner keeps such a matrix in floats");
   }
 
-  void prepare_plain(DType floats) {
-    const auto* const type = std::ranges::find(kTypes, tensor_.floats.scalar_type(), &TypePair::torch);
-    if (type == std::end(kTypes)) not_exportable(tensor_.name, "no file holds its type", "convert it");
-    facts.dtype = info(type->dtype).is_float ? floats : type->dtype;
+  void prepare_plain(std::optional<DType> floats) {
+    const std::optional<DType> own = stored_dtype(tensor_.floats.scalar_type());
+    if (!own) not_exportable(tensor_.name, "no file holds its type", "convert it");
+    facts.dtype = info(*own).is_float ? floats.value_or(*own) : *own;
     facts.shape = tensor_.floats.sizes().vec();
     if (tensor_.transposed) std::swap(facts.shape[0], facts.shape[1]);
     plan.reason = facts.shape.size() < 2 ? std::string(kNotMatrix) : "trained in floats";
@@ -143,8 +131,9 @@ class Source {
   const ExportedTensor& tensor_;
 };
 
+/// The one number that all activations share; its shape is each container's own.
 bool equal(const std::shared_ptr<const QuantizedTensor>& a, const std::shared_ptr<const QuantizedTensor>& b) {
-  return a == nullptr || b == nullptr ? a == b : *a == *b;
+  return a == nullptr || b == nullptr ? a == b : decode(*a) == decode(*b);
 }
 /// A container whose owner always rounds activations as they come says so of layers that have nothing of the kind.
 bool keeps(const std::optional<ActivationScheme>& written, const std::optional<ActivationScheme>& meant) {
@@ -161,13 +150,7 @@ class Exporter {
     for (const Source& each : sources_) facts_.push_back(each.facts);
     config_ = source.config.is_null() ? OrderedJson::object() : source.config;
     drop_quantization(config_);
-    bool typed = false;
-    for (const char* key : {"torch_dtype", "dtype"})
-      if (config_.contains(key)) {
-        config_[key] = info(options.floats).name;
-        typed = true;
-      }
-    if (!typed) config_["torch_dtype"] = info(options.floats).name;
+    if (options.floats) say_type(info(*options.floats).name);
     lay_out_arrays();
     metadata(OrderedJson::object());  // what cannot be written is refused before there is any work
   }
@@ -188,7 +171,48 @@ class Exporter {
     output.commit();
   }
 
+  /// All of it in one file, as much in memory.
+  void run_in_one_file() {
+    std::vector<std::vector<NamedArray>> packed(sources_.size());
+    struct Place {
+      size_t tensor, array;
+    };
+    std::vector<Place> order;
+    for (size_t i = 0; i < sources_.size(); ++i) {
+      if (sources_[i].quantized != nullptr) packed[i] = container_->pack(stored(i), *sources_[i].quantized);
+      for (size_t a = 0; a < arrays_[i].size(); ++a) order.push_back({i, a});
+    }
+    const auto spec = [&](const Place& place) -> const ArraySpec& { return arrays_[place.tensor][place.array]; };
+    // Wide numbers first: each begins at a multiple of its size.
+    std::ranges::stable_sort(order, std::ranges::greater(),
+                             [&](const Place& place) { return size_bytes(spec(place).dtype); });
+    std::vector<ArraySpec> specs;
+    for (const Place& place : order) specs.push_back(spec(place));
+    WholeFile file(options_.output.output, options_.output.existing == Existing::replace);
+    SafetensorsWriter writer(file.staging(), std::move(specs), metadata(OrderedJson::object()),
+                             container_ == nullptr ? "pt" : container_->weights_format);
+    for (const Place& place : order) {
+      throw_if_interrupted();
+      if (sources_[place.tensor].quantized == nullptr)
+        writer.add(sources_[place.tensor].plain());
+      else
+        writer.add(packed[place.tensor][place.array].data);
+    }
+    writer.finish();
+    file.commit();
+  }
+
  private:
+  void say_type(std::string_view name) {
+    bool said = false;
+    for (const char* key : {"torch_dtype", "dtype"})
+      if (config_.contains(key)) {
+        config_[key] = name;
+        said = true;
+      }
+    if (!said) config_["torch_dtype"] = name;
+  }
+
   void lay_out_arrays() {
     if (container_ == nullptr) {
       for (const TensorFacts& facts : facts_) arrays_.push_back({{facts.name, facts.dtype, facts.shape}});
@@ -332,6 +356,12 @@ std::vector<ExportedTensor> exported_tensors(const torch::nn::Module& module) {
   return out;
 }
 
+bool has_quantized(const std::vector<ExportedTensor>& tensors) {
+  return std::ranges::any_of(tensors, [](const ExportedTensor& tensor) {
+    return tensor.quantized.weight != nullptr && !tensor.quantized.weight->scheme.is_plain();
+  });
+}
+
 ExportSource export_source(const Checkpoint& checkpoint) {
   return {.config = read_config(checkpoint),
           .directory = checkpoint.facts() == nullptr ? model_directory(checkpoint) : fs::path()};
@@ -341,7 +371,11 @@ void export_model(const std::vector<ExportedTensor>& tensors, const ExportSource
                   const ExportOptions& options) {
   const bool whole_file = options.container != nullptr && !options.container->model_file.empty();
   if (whole_file) return export_by_conversion(tensors, source, options);
-  Exporter(tensors, source, options).run();
+  Exporter exporter(tensors, source, options);
+  if (options.output.output.extension() == ".safetensors")
+    exporter.run_in_one_file();
+  else
+    exporter.run();
 }
 
 }  // namespace bitwright::train

@@ -101,7 +101,7 @@ TEST(FakeQuantize, WhatASearchedRangeLeavesOutHasNoGradient) {
 }
 
 /// PyTorch's own operations are the definition.
-TEST(FakeQuantize, GivenScalesAreThoseOfPyTorch) {
+TEST(SpecificationC, C7_GivenScalesAreThoseOfPyTorch) {
   torch::manual_seed(1);
   for (const int bits : {8, 4, 3, 2})
     for (const bool is_signed : {true, false}) {
@@ -128,7 +128,7 @@ TEST(FakeQuantize, GivenScalesAreThoseOfPyTorch) {
     }
 }
 
-TEST(FakeQuantize, AsPyTorchWroteThemDown) {
+TEST(SpecificationC, C7_FakeQuantizationAsPyTorchWroteItDown) {
   int cases = 0;
   for (const test::GoldenCase& c : test::golden_cases("torch_native", "grad")) {
     SCOPED_TRACE(c.name);

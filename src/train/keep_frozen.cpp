@@ -10,16 +10,6 @@
 namespace bitwright::train {
 namespace {
 
-bool can_be_transposed(const Scheme& scheme) {
-  for (const auto& parameter : {scheme.scale, scheme.offset}) {
-    if (!parameter) continue;
-    const Grouping::Kind kind = parameter->grouping.kind;
-    if (kind != Grouping::Kind::tensor && kind != Grouping::Kind::axis) return false;
-    if (!can_be_transposed(*parameter->scheme)) return false;
-  }
-  return true;
-}
-
 /// What was freed on the way to a packed layer goes back to the system: glibc would keep it, and touch ever more pages.
 void give_back_memory() {
 #ifdef __GLIBC__
@@ -41,7 +31,7 @@ QuantizedTensor read_matrix(const Checkpoint& checkpoint, const TensorEntry& ent
 
 bool keep_quantized(const std::string& /*path*/, torch::nn::LinearImpl& layer, const Checkpoint& checkpoint,
                     const TensorEntry& entry, bool transposed) {
-  if (!entry.quantized() || (transposed && !can_be_transposed(entry.scheme))) return false;
+  if (!entry.quantized() || (transposed && !can_transpose(entry.scheme))) return false;
   QuantizedTensor weight = read_matrix(checkpoint, entry);
   if (transposed) weight = bitwright::transposed(weight);
   attach_quantized(layer,

@@ -5,18 +5,14 @@
 #include "base/error.hpp"
 #include "base/nearest.hpp"
 #include "engine/backends.hpp"
+#include "train/config_choice.hpp"
 #include "train/linear.hpp"
 
 namespace bitwright {
 namespace {
 
-[[noreturn]] void bad_config(const std::string& why, const std::string& fix = {}) {
-  throw Error({.code = "bad-value",
-               .what = "bad configuration",
-               .where = "QuantizationConfig",
-               .why = why,
-               .fix = fix,
-               .status = ExitStatus::usage});
+[[noreturn]] void bad(const std::string& why, const std::string& fix = {}) {
+  train::bad_config("QuantizationConfig", why, fix);
 }
 
 const AdapterMethod& method_named(const std::string& name) {
@@ -25,7 +21,7 @@ const AdapterMethod& method_named(const std::string& name) {
   if (found != methods.end()) return *found;
   std::vector<std::string> known;
   for (const AdapterMethod& method : methods) known.emplace_back(method.name);
-  bad_config(fmt::format("method '{}' is not known", printable(name)), suggest(name, known));
+  bad(fmt::format("method '{}' is not known", printable(name)), suggest(name, known));
 }
 
 template <class T>
@@ -50,10 +46,10 @@ OrderedJson to_json(const QuantizationConfig& c) {
 }
 
 QuantizationConfig quantization_config_from_json(const OrderedJson& json) {
-  if (!json.is_object()) bad_config("it is no mapping");
+  if (!json.is_object()) bad("it is no mapping");
   for (const Diagnostic& issue : validate_quantization_config(json, "cpu"))
     if (issue.code == "UNKNOWN_KEY" || issue.code == "INVALID_VALUE")
-      bad_config(issue.message, issue.instead.empty() ? "" : issue.instead.front());
+      bad(issue.message, issue.instead.empty() ? "" : issue.instead.front());
   QuantizationConfig c;
   take(json, "method", c.method);
   take(json, "bits", c.bits);
@@ -82,7 +78,7 @@ QuantizationSettings settings_of(const AdapterMethod& method, const Quantization
     return s;
   }
   s.bits = method.bits != 0 ? method.bits : c.bits != 0 ? c.bits : 4;
-  if (c.bits != 0 && *s.bits != c.bits) bad_config(fmt::format("{} has {} bits, not {}", method.name, *s.bits, c.bits));
+  if (c.bits != 0 && *s.bits != c.bits) bad(fmt::format("{} has {} bits, not {}", method.name, *s.bits, c.bits));
   s.quant_type = "int";
   if (method.name == "bnb_nf4") {
     s.quant_type = c.quant_type;
@@ -95,12 +91,12 @@ QuantizationSettings settings_of(const AdapterMethod& method, const Quantization
 /// Layers of one model are of one library: its file could not be read otherwise.
 LayerRule rule_of(const QuantizationConfig& whole, const std::string& pattern, const OrderedJson& given) {
   const AdapterMethod& own = method_named(whole.method);
-  if (!given.is_object()) bad_config(fmt::format("layer_configs '{}' is no mapping", printable(pattern)));
+  if (!given.is_object()) bad(fmt::format("layer_configs '{}' is no mapping", printable(pattern)));
   constexpr std::array<std::string_view, 5> kKeys = {"method", "bits", "group_size", "quant_type", "double_quant"};
   for (const auto& [key, value] : given.items())
     if (std::ranges::find(kKeys, key) == kKeys.end())
-      bad_config(fmt::format("layer_configs '{}': there is no '{}'", printable(pattern), printable(key)),
-                 suggest(key, std::vector<std::string>(kKeys.begin(), kKeys.end())));
+      bad(fmt::format("layer_configs '{}': there is no '{}'", printable(pattern), printable(key)),
+          suggest(key, std::vector<std::string>(kKeys.begin(), kKeys.end())));
   try {
     QuantizationConfig c = whole;
     take(given, "method", c.method);
@@ -109,14 +105,14 @@ LayerRule rule_of(const QuantizationConfig& whole, const std::string& pattern, c
     take(given, "double_quant", c.double_quant);
     AdapterMethod method = method_named(c.method);
     if (method.library != own.library && method.name != "none")
-      bad_config(fmt::format("layer_configs '{}': {} is not of {}, as {} is", printable(pattern), method.name,
-                             own.library, own.name));
+      bad(fmt::format("layer_configs '{}': {} is not of {}, as {} is", printable(pattern), method.name, own.library,
+                      own.name));
     // "bits" alone stays with the library: 8 bits in a model of mlx_int4.
     if (given.contains("bits")) c.bits = given["bits"].get<int64_t>();
     if (!given.contains("method") && method.bits != 0 && c.bits != 0) method.bits = static_cast<int>(c.bits);
     return {.pattern = pattern, .settings = settings_of(method, c)};
   } catch (const Json::exception& error) {
-    bad_config(fmt::format("layer_configs '{}': {}", printable(pattern), error.what()));
+    bad(fmt::format("layer_configs '{}': {}", printable(pattern), error.what()));
   }
 }
 

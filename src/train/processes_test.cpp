@@ -16,10 +16,14 @@
 #include <thread>
 
 #include "base/error.hpp"
+#include "bitwright/torch/finetuning.hpp"
+#include "bitwright/torch/trainer.hpp"
 #include "recipe/recipe.hpp"
+#include "tests/support.hpp"
 #include "train/adamw.hpp"
 #include "train/data_parallel.hpp"
 #include "train/quantized_linear.hpp"
+#include "train/training_run.hpp"
 
 extern char** environ;
 
@@ -537,13 +541,111 @@ std::vector<std::pair<int64_t, double>> read_log(const std::filesystem::path& fo
   return out;
 }
 
+// ---- What learns in other ways than floats ----
+
+/// Gradients that are used up in backward() cannot be averaged.
+void update_in_backward(const std::shared_ptr<ProcessGroup>& group) {
+  const auto network = std::make_shared<Network>(1);
+  const auto tuning = enable_quantized_finetuning(*network, {.update_in_backward = true});
+  const auto parallel = std::make_shared<ParallelModel>(group, network);
+  TrainingConfig config;
+  config.max_grad_norm = 0;
+  const TrainableModel model = {.module = network, .logits = [](const Tensor& tokens) { return tokens; }};
+  try {
+    Trainer(model, config, tuning, parallel);
+    ADD_FAILURE() << "no error";
+  } catch (const Error& error) {
+    EXPECT_NE(std::string(error.what()).find("update_in_backward: 2 processes average gradients"), std::string::npos)
+        << error.what();
+  }
+  group->barrier();
+}
+
+/// A configuration of `bitwright train` in a folder of its own.
+void write_config(const std::filesystem::path& folder, const std::string& how) {
+  std::filesystem::create_directories(folder);
+  const std::string text = test::read_file(test::example_model() / "tinystories_valid.txt").substr(0, 12000);
+  test::write_file(folder / "text", text);
+  test::write_file(folder / "config.yaml", fmt::format(R"(
+architecture: {{architectures: [LlamaForCausalLM], model_type: llama, hidden_size: 64, intermediate_size: 128,
+  num_hidden_layers: 2, num_attention_heads: 4, num_key_value_heads: 2, vocab_size: 4096, max_position_embeddings: 64,
+  rms_norm_eps: 1.0e-5, hidden_act: silu, tie_word_embeddings: true}}
+tokenizer: {}
+data: {{text: {}, sequence_length: 16}}
+max_steps: 6
+batch_size: 4
+learning_rate: 1.0e-3
+eval_windows: 4
+output: {}
+{}
+)",
+                                                       test::example_model().string(), (folder / "text").string(),
+                                                       (folder / "out").string(), how));
+}
+
+struct Curve {
+  std::vector<double> losses;
+  double validation = 0;
+};
+Curve curve_of(const std::filesystem::path& folder) {
+  Curve curve;
+  std::istringstream file(test::read_file(folder / "out" / "loss.jsonl"));
+  for (std::string line; std::getline(file, line);) {
+    const Json json = Json::parse(line);
+    curve.losses.push_back(json["loss"]);
+    curve.validation = json.value("val_loss", 0.0);
+  }
+  return curve;
+}
+
+/// Two processes learn what one does, each way of dividing the model.
+void expect_same_learning(const std::string& name, const std::string& how, const std::string& made) {
+  const auto alone = scratch(name + "-alone");
+  write_config(alone, how);
+  std::vector<Warning> warnings;
+  run_training({.config = alone / "config.yaml"}, warnings);
+  const Curve expected = curve_of(alone);
+  ASSERT_EQ(expected.losses.size(), 6U);
+  for (const char* sharding : {"none", "parameters"}) {
+    SCOPED_TRACE(sharding);
+    const auto folder = scratch(name + "-" + sharding);
+    write_config(folder, how + fmt::format("sharding: {}\n", sharding));
+    Processes processes("run", 2, folder);
+    for (size_t rank = 0; rank < 2; ++rank) ASSERT_EQ(processes.wait(rank), 0) << processes.output(rank);
+    const Curve curve = curve_of(folder);
+    ASSERT_EQ(curve.losses.size(), 6U);
+    for (size_t i = 0; i < 6; ++i) EXPECT_NEAR(curve.losses[i], expected.losses[i], 2e-4 * expected.losses[i]) << i;
+    EXPECT_NEAR(curve.validation, expected.validation, 1e-3 * expected.validation);
+    EXPECT_TRUE(std::filesystem::exists(folder / "out" / made));
+    std::filesystem::remove_all(folder);
+  }
+  std::filesystem::remove_all(alone);
+}
+
+TEST(ProcessesLearning, Qat) {
+  expect_same_learning("qat", "quantization_mode: qat\nquantization: {method: int8, weight_only: true}\n",
+                       "model/model.safetensors");
+}
+TEST(ProcessesLearning, Lora) { expect_same_learning("lora", "lora: {r: 4}\n", "adapter/adapter_model.safetensors"); }
+TEST(ProcessesLearning, Qlora) {
+  expect_same_learning("qlora", "quantization: {method: nf4}\nlora: {r: 4, merge: requantize}\n",
+                       "model/model.safetensors");
+}
+TEST(ProcessesLearning, UpdatesInBackwardAreRefused) { expect_success("update_in_backward", 2); }
+
 TEST(ProcessesWorker, DISABLED_Works) {
   const char* const work = std::getenv("BITWRIGHT_TEST_WORKER");
   if (work == nullptr) GTEST_SKIP() << "started by the tests of several processes";
-  const auto group = ProcessGroup::join(place_from_environment(), {.join = std::chrono::seconds(120)});
   const std::string name = work;
   const std::filesystem::path folder = std::getenv("BITWRIGHT_TEST_FOLDER");
+  if (name == "run") {  // which joins the others itself
+    std::vector<Warning> warnings;
+    run_training({.config = folder / "config.yaml"}, warnings);
+    return;
+  }
+  const auto group = ProcessGroup::join(place_from_environment(), {.join = std::chrono::seconds(120)});
   if (name == "operations") return operations(group);
+  if (name == "update_in_backward") return update_in_backward(group);
   if (name == "training") {
     curves(group);
     memory(group);

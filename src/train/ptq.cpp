@@ -5,8 +5,10 @@
 #include <map>
 
 #include "base/error.hpp"
+#include "bitwright/torch/qat.hpp"
 #include "recipe/config.hpp"
-#include "scheme/range.hpp"
+#include "train/config_choice.hpp"
+#include "train/fake_quantized_linear.hpp"
 #include "train/linear.hpp"
 #include "train/observer.hpp"
 #include "train/quantized_module.hpp"
@@ -16,26 +18,7 @@ namespace {
 
 using namespace train;
 
-[[noreturn]] void bad_config(const std::string& why, const std::string& fix = {}) {
-  throw Error({.code = "bad-value",
-               .what = "bad configuration",
-               .where = "PtqConfig",
-               .why = why,
-               .fix = fix,
-               .status = ExitStatus::usage});
-}
-
-/// One of `known`, or an error that lists them.
-template <class Value, size_t count>
-Value choose(const char* key, const std::string& given,
-             const std::array<std::pair<std::string_view, Value>, count>& known) {
-  std::string names;
-  for (const auto& [name, value] : known) {
-    if (name == given) return value;
-    names += (names.empty() ? "" : ", ") + std::string(name);
-  }
-  bad_config(fmt::format("{}: '{}' is not known; valid: {}", key, printable(given), names));
-}
+constexpr const char* kWhere = "PtqConfig";
 
 enum class Inputs : uint8_t { fixed, dynamic, floats };
 constexpr std::array<std::pair<std::string_view, Inputs>, 3> kTypes = {
@@ -45,34 +28,32 @@ constexpr std::array<std::pair<std::string_view, RangeEstimate>, 3> kEstimates =
      {"moving_average", RangeEstimate::moving_average},
      {"percentile", RangeEstimate::percentile}}};
 
-Inputs inputs_of(const PtqConfig& config) { return choose("type", config.type, kTypes); }
+Inputs inputs_of(const PtqConfig& config) { return choose(kWhere, "type", config.type, kTypes); }
 
 const Container* container_of(const PtqConfig& config) {
   const Container* const container = find_container(config.format);
-  if (container == nullptr) bad_config(fmt::format("format: there is no container '{}'", printable(config.format)));
+  if (container == nullptr)
+    bad_config(kWhere, fmt::format("format: there is no container '{}'", printable(config.format)));
   return container;
 }
 
 /// The same words as in a configuration file, so that they are checked and mean the same.
-QuantizationRequest request_of(const PtqConfig& c, const Container& container) {
+QuantizationRequest request_of(const PtqConfig& c) {
   OrderedJson scheme = {{"bits", c.bits}, {"quant_type", c.quant_type}};
   if (c.granularity) scheme["granularity"] = *c.granularity;
   if (c.group_size) scheme["group_size"] = *c.group_size;
   if (c.symmetric) scheme["symmetric"] = *c.symmetric;
   OrderedJson config = {{"quantization", {{"scheme", scheme}, {"skip_modules", c.skip_modules}}}};
   if (!c.layer_configs.empty()) config["quantization"]["layer_configs"] = c.layer_configs;
-  check_config(config, "PtqConfig");
-  QuantizationRequest request = read_request(config);
-  // Calibrated inputs are nothing a container chooses by: they are laid over what it makes of the weights.
-  if (container.make_linear != nullptr) request.settings.weight_only = inputs_of(c) == Inputs::floats;
-  return request;
+  check_config(config, kWhere);
+  return read_request(config);
 }
 
 /// 8 bits a value: of floats as the weights are, else integers. One scale for all tokens, or one a token.
 Scheme input_scheme(const PtqConfig& c) {
   const Grouping grouping = inputs_of(c) == Inputs::fixed ? Grouping::tensor() : Grouping::channel();
   const bool floats = c.quant_type == "e4m3" || c.quant_type == "e5m2";
-  if (floats && !c.symmetric_inputs) bad_config("symmetric_inputs: floats have no zero point");
+  if (floats && !c.symmetric_inputs) bad_config(kWhere, "symmetric_inputs: floats have no zero point");
   const ElementType& element = floats ? float_element(DType::f8_e4m3) : integer_element(8, true);
   Scheme scheme = {.element = &element, .scale = parameter(grouping, plain(DType::f32))};
   if (!c.symmetric_inputs) {
@@ -109,6 +90,7 @@ class Calibration {
       observing_[layer.path] = std::make_shared<Observing>(weight, settings);
       attach(*layer.layer, observing_[layer.path], weight);
     }
+    for (const auto& part : module_.modules(/*include_self=*/false)) parts_.emplace_back(part, part->is_training());
     module_.eval();
   }
   Calibration(const Calibration&) = delete;
@@ -117,6 +99,7 @@ class Calibration {
     for (const LayerPlan& layer : plan_.layers)
       if (layer.plan.scheme) detach(*layer.layer, observing_.at(layer.path)->weight());
     module_.train(training_);
+    for (const auto& [part, training] : parts_) part->train(training);
   }
   void run(const std::function<void()>& calibrate) {
     const torch::NoGradGuard no_gradients;
@@ -137,6 +120,7 @@ class Calibration {
   torch::nn::Module& module_;
   const ModulePlan& plan_;
   bool training_;
+  std::vector<std::pair<std::shared_ptr<torch::nn::Module>, bool>> parts_;  ///< those inside, outer ones first
   std::map<std::string, std::shared_ptr<Observing>> observing_;
 };
 
@@ -147,7 +131,7 @@ void fix_inputs(torch::nn::Module& module, ModulePlan& plan, const PtqConfig& co
                  .what = "cannot quantize",
                  .why = "static quantization fixes the ranges of the layers' inputs, and there is no calibration data",
                  .fix = "give calibration batches, or choose type dynamic or weight_only"});
-  const ObserverSettings settings = {.estimate = choose("observer", config.observer, kEstimates),
+  const ObserverSettings settings = {.estimate = choose(kWhere, "observer", config.observer, kEstimates),
                                      .averaging = config.averaging,
                                      .percentile = config.percentile};
   check(settings);
@@ -156,10 +140,7 @@ void fix_inputs(torch::nn::Module& module, ModulePlan& plan, const PtqConfig& co
   calibration.run(calibrate);
   for (LayerPlan& layer : plan.layers) {
     if (!layer.plan.scheme) continue;
-    const Range range = calibration.range(layer.path);
-    const ChosenParameters chosen = encode_parameters(scheme, {1, 1}, std::span(&range, 1));
-    layer.plan.linear.input =
-        ActivationScheme{.scheme = scheme, .dynamic = false, .scale = chosen.scale, .offset = chosen.offset};
+    layer.plan.linear.input = fixed_activation(scheme, calibration.range(layer.path));
   }
 }
 
@@ -174,20 +155,15 @@ LayerInfo info_of(const std::string& path, const torch::nn::LinearImpl& layer) {
   LayerInfo info = {.path = path, .parameters = layer.weight.numel()};
   const torch::Tensor parameter = parameter_of(layer);
   info.bytes = parameter.defined() ? parameter.nbytes() : 0;
-  const auto quantized = behaviour_as<QuantizedLinearBehaviour>(layer);
+  const auto quantized = quantized_weight_of(layer);
   if (quantized == nullptr || quantized->scheme().is_plain()) return info;
   info.scheme = bitwright::describe(quantized->scheme());
   info.inputs = describe(quantized->linear().input);
   info.bits = quantized->scheme().element->bits;
   info.bytes = quantized->bytes();
-  if (const auto ours = behaviour_as<QuantizedLayer>(layer)) info.relative_error = ours->relative_error();
+  if (const auto ours = std::dynamic_pointer_cast<QuantizedLayer>(quantized))
+    info.relative_error = ours->relative_error();
   return info;
-}
-
-/// What learns beside the weight (prepare_model_for_qat) is a module of the layer with this name.
-constexpr const char* kLearned = "fake_quantize";
-bool learns_through_quantization(const torch::nn::LinearImpl& layer) {
-  return behaviour_of(layer) != nullptr && layer.named_children().contains(kLearned);
 }
 
 /// Of several modes the one that says most.
@@ -202,8 +178,16 @@ void add_mode(std::string& mode, const QuantizedLinear& linear) {
 QuantizationInfo quantize_model_ptq(torch::nn::Module& module, const PtqConfig& config,
                                     const std::function<void()>& calibrate) {
   const Container* const container = container_of(config);
+  return train::quantize_model_ptq(module, config, {.request = request_of(config), .container = container}, calibrate);
+}
+
+QuantizationInfo train::quantize_model_ptq(torch::nn::Module& module, const PtqConfig& config,
+                                           const ContainerRequest& request, const std::function<void()>& calibrate) {
   const Inputs inputs = inputs_of(config);
-  ModulePlan plan = plan_module(module, request_of(config, *container), container);
+  QuantizationRequest weights = request.request;
+  // Calibrated inputs are nothing a container chooses by: they are laid over what it makes of the weights.
+  if (request.container->make_linear != nullptr) weights.settings.weight_only = inputs == Inputs::floats;
+  ModulePlan plan = plan_module(module, weights, request.container);
   require_plain(plan);
   for (LayerPlan& layer : plan.layers) {
     if (!layer.plan.scheme) continue;
@@ -218,39 +202,46 @@ QuantizationInfo quantize_model_ptq(torch::nn::Module& module, const PtqConfig& 
 }
 
 void dequantize_model(torch::nn::Module& module) {
-  for_each_linear(module, [](const std::string& path, torch::nn::LinearImpl& layer) {
+  std::vector<std::function<void()>> steps;  // nothing is changed before it is known that all layers can be
+  for_each_linear(module, [&](const std::string& path, torch::nn::LinearImpl& layer) {
     if (behaviour_of(layer) == nullptr) return;
-    torch::Tensor floats = parameter_of(layer);
-    if (const auto quantized = behaviour_as<QuantizedLinearBehaviour>(layer)) floats = quantized->decoded();
-    if (!floats.is_floating_point() || floats.sizes() != layer.weight.sizes())
+    const auto make_plain = [](torch::nn::LinearImpl& linear, const torch::Tensor& floats) {
+      detach(linear, floats.detach().to(torch::kFloat).requires_grad_());
+    };
+    if (const auto quantized = behaviour_as<QuantizedLinearBehaviour>(layer)) {
+      steps.emplace_back([&layer, quantized, make_plain] { make_plain(layer, quantized->decoded()); });
+    } else if (behaviour_as<FakeQuantizedLinear>(layer) != nullptr) {
+      steps.emplace_back([&layer, make_plain] {
+        detach_fake_quantized(layer);
+        make_plain(layer, layer.weight);
+      });
+    } else {
       throw Error({.code = "not-a-weight",
                    .what = "cannot dequantize",
                    .where = path,
-                   .why = "its parameter is no matrix of floats",
-                   .fix = "end the fine-tuning of quantized layers first"});
-    if (learns_through_quantization(layer)) layer.unregister_module(kLearned);
-    detach(layer, floats.detach().to(torch::kFloat).requires_grad_());
+                   .why = "the layer has an adapter, which would be lost",
+                   .fix = "merge it first"});
+    }
   });
+  for (const auto& step : steps) step();
 }
 
 QuantizationInfo get_quantization_info(const torch::nn::Module& module) {
   QuantizationInfo info;
   std::map<int64_t, int64_t> parameters;  // by bits
-  bool learns = false;
   for_each_linear(module, [&](const std::string& path, torch::nn::LinearImpl& layer) {
     LayerInfo one = info_of(path, layer);
     info.bytes += one.bytes;
     info.float_bytes += static_cast<uint64_t>(one.parameters) * sizeof(float);
     if (one.bits != 0) {
       parameters[one.bits] += one.parameters;
-      add_mode(info.mode, behaviour_as<QuantizedLinearBehaviour>(layer)->linear());
+      add_mode(info.mode, quantized_weight_of(layer)->linear());
     }
-    learns = learns || learns_through_quantization(layer);
     (one.bits != 0 ? info.affected : info.skipped).push_back(std::move(one));
   });
   const auto most = std::ranges::max_element(parameters, {}, [](const auto& item) { return item.second; });
   if (most != parameters.end()) info.bits = most->first;
-  if (learns) info.mode = "qat";
+  if (is_qat_model(module)) info.mode = "qat";
   return info;
 }
 

@@ -4,10 +4,10 @@
 #include <array>
 
 #include "base/error.hpp"
-#include "base/nearest.hpp"
 #include "recipe/config.hpp"
+#include "train/config_choice.hpp"
 #include "train/fake_quantized_linear.hpp"
-#include "train/quantized_linear.hpp"
+#include "train/quantized_module.hpp"
 
 namespace bitwright {
 namespace {
@@ -15,26 +15,7 @@ namespace {
 using namespace train;
 using Inputs = InputQuantization::Scales;
 
-[[noreturn]] void bad_config(const std::string& why, const std::string& fix = {}) {
-  throw Error({.code = "bad-value",
-               .what = "bad configuration",
-               .where = "QatConfig",
-               .why = why,
-               .fix = fix,
-               .status = ExitStatus::usage});
-}
-
-/// One of `known`, or an error that lists them.
-template <class Value, size_t count>
-Value choose(const char* key, const std::string& given,
-             const std::array<std::pair<std::string_view, Value>, count>& known) {
-  std::string names;
-  for (const auto& [name, value] : known) {
-    if (name == given) return value;
-    names += (names.empty() ? "" : ", ") + std::string(name);
-  }
-  bad_config(fmt::format("{}: '{}' is not known; valid: {}", key, printable(given), names));
-}
+constexpr const char* kWhere = "QatConfig";
 
 enum class Scales : uint8_t { automatic, learned, computed };
 constexpr std::array<std::pair<std::string_view, Scales>, 3> kScales = {
@@ -60,20 +41,23 @@ const ElementType& activation_element(const QatConfig& c) {
        {"int4", &integer_element(4, c.symmetric_activations)},
        {"e4m3", &float_element(DType::f8_e4m3)},
        {"e5m2", &float_element(DType::f8_e5m2)}}};
-  return *choose("activation_type", c.activation_type, known);
+  return *choose(kWhere, "activation_type", c.activation_type, known);
 }
 
 /// What a container says of the layer (W8A8, dynamic fp8) holds where the configuration leaves it open.
 InputQuantization input_quantization(const QatConfig& c, const QuantizedLinear& linear) {
-  const Activations asked = choose("activations", c.activations, kActivations);
-  const auto estimate = choose("activation_ranges", c.activation_ranges, kRanges);
+  const Activations asked = choose(kWhere, "activations", c.activations, kActivations);
+  const auto estimate = choose(kWhere, "activation_ranges", c.activation_ranges, kRanges);
   InputQuantization input;
   input.observer = {
       .estimate = estimate.value_or(RangeEstimate::minmax), .averaging = c.averaging, .percentile = c.percentile};
   check(input.observer);
   if (asked == Activations::none || (asked == Activations::automatic && !linear.input)) return input;
   if (asked == Activations::automatic) {
-    if (!linear.input->dynamic) bad_config("activations: this scheme's inputs are calibrated", "say 'static'");
+    if (!linear.input->dynamic) bad_config(kWhere, "activations: this scheme's inputs are calibrated", "say 'static'");
+    if (!ActivationQuantizer::supports(*linear.input))
+      bad_config(kWhere, fmt::format("activations: {} is not computed here", describe(linear.input->scheme)),
+                 "say 'none' or 'dynamic'");
     input.scales = Inputs::dynamic;
     input.scheme = linear.input->scheme;
     return input;
@@ -83,13 +67,13 @@ InputQuantization input_quantization(const QatConfig& c, const QuantizedLinear& 
   input.scheme = {.element = &activation_element(c), .scale = parameter(grouping, plain(DType::f32))};
   if (!c.symmetric_activations) {
     if (input.scheme.element->kind != ElementKind::integer)
-      bad_config(fmt::format("symmetric_activations: {} has no zero point", c.activation_type));
+      bad_config(kWhere, fmt::format("symmetric_activations: {} has no zero point", c.activation_type));
     input.scheme.offset_kind = OffsetKind::zero_point;
     input.scheme.offset = parameter(grouping, {.element = input.scheme.element});
   }
   input.scales = dynamic ? Inputs::dynamic : estimate ? Inputs::observed : Inputs::learned;
   if (input.scales == Inputs::learned && !integer_grid(input.scheme))
-    bad_config(fmt::format("activation_ranges: those of {} cannot be learned", c.activation_type),
+    bad_config(kWhere, fmt::format("activation_ranges: those of {} cannot be learned", c.activation_type),
                "say 'moving_average'");
   return input;
 }
@@ -97,51 +81,33 @@ InputQuantization input_quantization(const QatConfig& c, const QuantizedLinear& 
 /// Those of the section, checked as in a configuration file; the head is a layer like others unless it is skipped.
 QuantizationRequest request_of(const QatConfig& c) {
   OrderedJson config = {{"quantization", c.quantization}};
-  check_config(config, "QatConfig");
+  check_config(config, kWhere);
   QuantizationRequest request = read_request(config);
   if (!request.skips_given) request.skip_modules.clear();
   return request;
 }
 
 std::shared_ptr<FakeQuantizedLinear> learning_layer(const LayerPlan& layer, const QatConfig& config) {
-  const Scales scales = choose("scales", config.scales, kScales);
+  const Scales scales = choose(kWhere, "scales", config.scales, kScales);
   const bool can_learn = integer_grid(*layer.plan.scheme).has_value();
   if (scales == Scales::learned && !can_learn)
-    bad_config(fmt::format("scales: those of '{}' ({}) cannot be learned", layer.path, describe(*layer.plan.scheme)),
+    bad_config(kWhere,
+               fmt::format("scales: those of '{}' ({}) cannot be learned", layer.path, describe(*layer.plan.scheme)),
                "say 'auto' or 'computed'");
   return std::make_shared<FakeQuantizedLinear>(*layer.layer, layer.plan, can_learn && scales != Scales::computed,
-                                               choose("initial_scales", config.initial_scales, kStarts),
+                                               choose(kWhere, "initial_scales", config.initial_scales, kStarts),
                                                input_quantization(config, layer.plan.linear));
 }
-
-void require_plain(const LayerPlan& layer) {
-  if (behaviour_of(*layer.layer) != nullptr)
-    throw Error({.code = "already-quantized",
-                 .what = "cannot prepare for quantization-aware training",
-                 .where = layer.path,
-                 .why = "the layer is quantized, learns through fake quantization or has an adapter",
-                 .fix = "call dequantize_model() first"});
-}
-
-/// Inputs are quantized as while it learned.
-class ConvertedLayer : public QuantizedLinearBehaviour {
- public:
-  using QuantizedLinearBehaviour::QuantizedLinearBehaviour;
-
- protected:
-  torch::Tensor prepare(const torch::Tensor& input) override {
-    return linear().input ? fake_quantize_activation(input, *linear().input) : input;
-  }
-};
 
 }  // namespace
 
 QatLayers prepare_model_for_qat(torch::nn::Module& module, const QatConfig& config) {
   const Container* const container = find_container(config.format);
   if (container == nullptr)
-    bad_config(fmt::format("format: there is no container '{}'", printable(config.format)), "see `bitwright formats`");
+    bad_config(kWhere, fmt::format("format: there is no container '{}'", printable(config.format)),
+               "see `bitwright formats`");
   const ModulePlan plan = plan_module(module, request_of(config), container);
-  for (const LayerPlan& layer : plan.layers) require_plain(layer);
+  require_plain(plan);
   if (std::ranges::none_of(plan.layers, [](const LayerPlan& layer) { return layer.plan.scheme.has_value(); }))
     throw Error({.code = "nothing-to-quantize",
                  .what = "nothing to quantize",
@@ -162,13 +128,13 @@ QatLayers prepare_model_for_qat(torch::nn::Module& module, const QatConfig& conf
 int64_t convert_qat_model(torch::nn::Module& module) {
   struct Converted {
     torch::nn::LinearImpl* layer;
-    std::shared_ptr<ConvertedLayer> behaviour;
+    std::shared_ptr<QuantizedLayer> behaviour;
   };
   std::vector<Converted> all;
   for_each_linear(module, [&](const std::string&, torch::nn::LinearImpl& layer) {
     const auto learned = behaviour_as<FakeQuantizedLinear>(layer);
     if (learned != nullptr)
-      all.push_back({&layer, std::make_shared<ConvertedLayer>(learned->quantized(), learned->linear())});
+      all.push_back({&layer, std::make_shared<QuantizedLayer>(learned->quantized(), learned->linear())});
   });
   if (all.empty())
     throw Error({.code = "not-qat",

@@ -199,6 +199,8 @@ class Finetuning : public QuantizedFinetuning {
     return paths;
   }
 
+  bool updates_in_backward() const override { return config_.update_in_backward; }
+
   std::vector<torch::Tensor> gradients() override {
     std::vector<torch::Tensor> all;
     for (Layer& layer : layers_)

@@ -99,7 +99,7 @@ TEST(LearningLinear, LearnsWhereItsInputDoesNot) {
 
 // SPECIFICATION C3, one scenario a test.
 
-TEST(QuantizedFinetuning, WeightsAreQuantizedAfterEveryStep) {
+TEST(SpecificationC, C3_WeightsAreQuantizedAfterEveryStep) {
   const Task task(0.03);
   for (const Requantization rounding : kBoth) {
     Net net(1);
@@ -121,7 +121,7 @@ TEST(QuantizedFinetuning, WeightsAreQuantizedAfterEveryStep) {
   }
 }
 
-TEST(QuantizedFinetuning, GradientsAreOfHigherPrecisionAndLearningGoesAsFarAsInFloats) {
+TEST(SpecificationC, C3_GradientsAreOfHigherPrecisionAndLearningGoesAsFarAsInFloats) {
   const Task task(0.03);
   Net floats(1);
   const double before = task.loss(floats).item<double>();
@@ -148,7 +148,7 @@ TEST(QuantizedFinetuning, GradientsAreOfHigherPrecisionAndLearningGoesAsFarAsInF
 }
 
 /// Steps of which rounding to nearest would lose every one: a hundredth of a code.
-TEST(QuantizedFinetuning, SmallUpdatesAreNotLost) {
+TEST(SpecificationC, C3_SmallUpdatesAreNotLost) {
   const Task task(0.03);
   for (const Requantization rounding : kBoth) {
     Net net(1);
@@ -160,7 +160,7 @@ TEST(QuantizedFinetuning, SmallUpdatesAreNotLost) {
   }
 }
 
-TEST(QuantizedFinetuning, ParametersAreUpdated) {
+TEST(SpecificationC, C3_ParametersAreUpdated) {
   const Task task(0.3);
   Net net(1);
   const auto tuning = enable_quantized_finetuning(*net);
@@ -171,7 +171,7 @@ TEST(QuantizedFinetuning, ParametersAreUpdated) {
     EXPECT_FALSE(before.at(name).equal(after.at(name))) << name;
 }
 
-TEST(QuantizedFinetuning, SizeStaysReduced) {
+TEST(SpecificationC, C3_SizeStaysReduced) {
   const Task task(0.03);
   struct Case {
     int bits;
@@ -196,7 +196,7 @@ TEST(QuantizedFinetuning, SizeStaysReduced) {
   }
 }
 
-TEST(QuantizedFinetuning, SavesAndResumesBitForBit) {
+TEST(SpecificationC, C3_SavesAndResumesBitForBit) {
   const Task task(0.03);
   for (const Requantization rounding : kBoth)
     for (const bool eight_bit : {true, false}) {

@@ -116,6 +116,12 @@ torch::Tensor QuantizedLinearBehaviour::decoded() const {
   return all;
 }
 
+std::shared_ptr<QuantizedLinearBehaviour> quantized_weight_of(const torch::nn::LinearImpl& linear) {
+  std::shared_ptr<LinearBehaviour> behaviour = behaviour_of(linear);
+  while (behaviour != nullptr && behaviour->base() != nullptr) behaviour = behaviour->base();
+  return std::dynamic_pointer_cast<QuantizedLinearBehaviour>(behaviour);
+}
+
 std::optional<FrozenHead> QuantizedLinearBehaviour::as_head() const {
   if (typeid(*this) != typeid(QuantizedLinearBehaviour)) return std::nullopt;
   const int64_t inputs = weight_->shape()[1];

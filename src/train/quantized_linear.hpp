@@ -51,6 +51,9 @@ class QuantizedLinearBehaviour : public LinearBehaviour {
   const Container* owner_;
 };
 
+/// The layer's quantized weight: what computes it, or what its adapter lies on. Null: it has none.
+std::shared_ptr<QuantizedLinearBehaviour> quantized_weight_of(const torch::nn::LinearImpl& linear);
+
 /// All values: f32, of the tensor's shape.
 torch::Tensor decoded(const QuantizedTensor& tensor);
 

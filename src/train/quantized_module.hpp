@@ -38,4 +38,10 @@ void require_plain(const ModulePlan& plan);
 /// The layers that have a scheme become QuantizedLayers. All weights are quantized before the first layer changes.
 void quantize_layers(const ModulePlan& plan, c10::optional<torch::ScalarType> compute = c10::nullopt);
 
+using bitwright::quantize_model_ptq;
+/// The same as the public one, with the weights' schemes as a request has them (the section `quantization` of a file);
+/// of `config` the fields that speak of inputs count.
+QuantizationInfo quantize_model_ptq(torch::nn::Module& module, const PtqConfig& config, const ContainerRequest& request,
+                                    const std::function<void()>& calibrate);
+
 }  // namespace bitwright::train

@@ -63,21 +63,37 @@ OrderedJson run_facts(const TrainingConfig& config, const std::string& run_id) {
 }
 
 RunFacts read_run_facts(const OrderedJson& facts, const fs::path& where) {
-  try {
-    return {.config = TrainingConfig::from_json(facts.at("config"), (where / "training.json").string()),
-            .run_id = facts.at("run_id").get<std::string>(),
-            .text_sha256 = facts.at("text_sha256").get<std::string>(),
-            .step = facts.at("step").get<int64_t>(),
-            .windows = facts.at("windows").get<int64_t>(),
-            .tokens = facts.at("tokens").get<int64_t>(),
-            .optimizer_steps = facts.at("optimizer_steps").get<std::map<std::string, int64_t>>(),
-            .base_sha256 = facts.value("base_sha256", std::string())};
-  } catch (const nlohmann::json::exception& error) {
+  const fs::path path = where / "training.json";
+  const auto fail = [&](const std::string& why) {
     throw Error({.code = "checkpoint-damaged",
                  .what = "cannot read checkpoint",
-                 .where = (where / "training.json").string(),
-                 .why = error.what()});
+                 .where = path.string(),
+                 .why = why,
+                 .fix = "remove the checkpoint and go on from the one before it"});
+  };
+  const auto count = [&](const OrderedJson& value, const std::string& name) {
+    constexpr int64_t kMost = int64_t{1} << 53;
+    if (!value.is_number_integer() || value.get<int64_t>() < 0 || value.get<int64_t>() > kMost)
+      fail(fmt::format("'{}' is no count", printable(name)));
+    return value.get<int64_t>();
+  };
+  try {
+    RunFacts read = {.config = TrainingConfig::from_json(facts.at("config"), path.string()),
+                     .run_id = facts.at("run_id").get<std::string>(),
+                     .text_sha256 = facts.at("text_sha256").get<std::string>(),
+                     .step = count(facts.at("step"), "step"),
+                     .windows = count(facts.at("windows"), "windows"),
+                     .tokens = count(facts.at("tokens"), "tokens"),
+                     .optimizer_steps = {},
+                     .base_sha256 = facts.value("base_sha256", std::string())};
+    if (!facts.at("optimizer_steps").is_object()) fail("'optimizer_steps' is no mapping");
+    for (const auto& [name, value] : facts.at("optimizer_steps").items())
+      read.optimizer_steps[name] = count(value, name);
+    return read;
+  } catch (const nlohmann::json::exception& error) {
+    fail(error.what());
   }
+  return {};
 }
 
 void fail_incompatible(const TrainingConfig& before, const TrainingConfig& now, const std::string& key,

@@ -21,7 +21,7 @@ OrderedJson run_facts(const TrainingConfig& config, const std::string& run_id);
 struct RunFacts {
   TrainingConfig config;
   std::string run_id, text_sha256;
-  int64_t step, windows, tokens;
+  int64_t step = 0, windows = 0, tokens = 0;
   std::map<std::string, int64_t> optimizer_steps;  ///< of each parameter
   std::string base_sha256;                         ///< of what does not learn; empty: it is not known
 };

@@ -110,6 +110,7 @@ class Observation {
   std::vector<Layer> layers_;
 };
 
+/// At this step, whose update was not made.
 [[noreturn]] void not_finite(int64_t step, const std::string& what, const fs::path& output) {
   const std::vector<fs::path> good = train::list_checkpoints(output);
   throw Error({.code = "not-finite",
@@ -154,6 +155,7 @@ struct Trainer::Impl {
        std::shared_ptr<train::ParallelModel> processes);
   Tensor loss(const Tensor& inputs, const Tensor& targets) const;
   double learning_rate() const;
+  void check_updates_in_backward(int64_t rows) const;
   double accumulate(const Tensor& batch);
   double update(double lr);
   std::map<std::string, Tensor> gradients() const;
@@ -178,6 +180,7 @@ Trainer::Impl::Impl(TrainableModel trained, TrainingConfig configuration,
       total_steps(config.max_steps),
       parallel(std::move(processes)) {
   config.check();
+  check_updates_in_backward(config.batch_size * config.gradient_accumulation_steps);
   BW_ASSERT(model.module != nullptr && model.logits != nullptr);
   std::vector<train::NamedParameter> parameters;
   if (parallel) {
@@ -217,6 +220,30 @@ double Trainer::Impl::learning_rate() const {
       static_cast<double>(step - config.warmup_steps) / static_cast<double>(total_steps - config.warmup_steps);
   const double share = 0.5 * (1 + std::cos(std::numbers::pi * std::min(done, 1.0)));
   return config.learning_rate * (config.min_learning_rate + (1 - config.min_learning_rate) * share);
+}
+
+/// What is updated within backward() has no gradient that could be averaged, added up or clipped. rows: of a step.
+void Trainer::Impl::check_updates_in_backward(int64_t rows) const {
+  if (!finetuning || !finetuning->updates_in_backward()) return;
+  const auto refuse = [](const std::string& where, const std::string& why, const std::string& fix) {
+    throw Error({.code = "bad-value",
+                 .what = "bad configuration",
+                 .where = where,
+                 .why = why,
+                 .fix = fix,
+                 .status = ExitStatus::usage});
+  };
+  if (size() > 1)
+    refuse("update_in_backward", fmt::format("{} processes average gradients, which are used up before", size()),
+           "set it to false, or train in one process");
+  if (rows > config.batch_size)
+    refuse("update_in_backward",
+           fmt::format("a step's {} sequences need {} backward() of batch_size {}, and each updates the weights", rows,
+                       (rows + config.batch_size - 1) / config.batch_size, config.batch_size),
+           "set gradient_accumulation_steps to 1, or update_in_backward to false");
+  if (config.max_grad_norm > 0)
+    refuse("update_in_backward", fmt::format("gradients cannot be clipped to max_grad_norm {}", config.max_grad_norm),
+           "set max_grad_norm to 0");
 }
 
 /// Gradients of the mean over all sequences, batch_size at a time. Returns that mean.
@@ -308,6 +335,7 @@ Trainer::~Trainer() = default;
 StepResult Trainer::training_step(const Tensor& tokens) {
   Impl& t = *impl_;
   check_tokens(tokens);
+  t.check_updates_in_backward(tokens.size(0));
   const auto start = std::chrono::steady_clock::now();
   const double lr = t.learning_rate();
   t.model.module->train();
@@ -317,9 +345,13 @@ StepResult Trainer::training_step(const Tensor& tokens) {
     t.finetuning->set_learning_rate(lr);
   }
   StepResult result = {.step = t.step + 1, .lr = lr};
-  {
+  try {
     const Observation observation(*t.model.module, t.activation_observers);
     result.loss = t.accumulate(tokens);
+  } catch (const Error& error) {  // of what quantizes: activations, weights, gradients
+    if (error.code() != "not-finite" && error.code() != "gradient-not-finite") throw;
+    const std::string& where = error.report().where;
+    not_finite(result.step, where.empty() ? "a value that is quantized" : "a value of " + where, t.config.output);
   }
   if (!std::isfinite(result.loss)) not_finite(result.step, "the loss", t.config.output);
   result.grad_norm = t.update(lr);
@@ -417,7 +449,7 @@ void Trainer::save_checkpoint(const fs::path& directory) const {
   for (const auto& item : t.model.module->named_buffers()) learnt[item.key()] = item.value();
   for (const auto& [name, tensor] : learnt)
     if (tensor.is_floating_point() && !tensor.isfinite().all().item<bool>())
-      not_finite(t.step, fmt::format("'{}'", name), t.config.output);
+      not_finite(t.step + 1, fmt::format("parameter '{}'", name), t.config.output);
   train::TrainingState state = {
       .facts = train::run_facts(t.config, t.run_id), .model = std::move(learnt), .optimizer = std::move(moments)};
   state.facts["step"] = t.step;
@@ -454,11 +486,14 @@ void Trainer::Impl::load_optimizer(const NamedTensors& state, const train::RunFa
     const auto made = facts.optimizer_steps.find(name);
     *count = made == facts.optimizer_steps.end() ? facts.step : made->second;
   }
-  const auto random = state.find(kRandom);
-  if (random == state.end() || !writes()) return;  // the others' are their own, and new
+  if (!writes()) return;  // the others' random numbers are their own, and new
   auto generator = at::detail::getDefaultCPUGenerator();
   const std::lock_guard lock(generator.mutex());
-  generator.set_state(random->second);
+  Tensor random = generator.get_state();
+  NamedTensors stored;
+  if (const auto found = state.find(kRandom); found != state.end()) stored.insert(*found);
+  train::copy_tensors(stored, {{kRandom, random}}, where);
+  generator.set_state(random);
 }
 
 void Trainer::load_checkpoint(const fs::path& directory) {
@@ -516,6 +551,7 @@ TrainingResult Trainer::train(const Texts& texts) {
                  .why = "its tokens are not those that training began with",
                  .fix = "give the same text, tokenizer and sequence length, or start again in another output"});
   t.text_digest = data.digest();
+  if (!texts.validation.empty()) train::check_tokens(texts.validation, 0, texts.vocabulary);
   const int64_t all_rows = c.batch_size * c.gradient_accumulation_steps;
   const train::Rows rows = t.parallel ? train::rows_of(t.parallel->group(), all_rows) : train::Rows{0, all_rows};
   t.total_steps = c.max_steps > 0 ? c.max_steps : train::steps_of_epochs(c.epochs, data.windows(), all_rows);
@@ -549,6 +585,7 @@ TrainingResult Trainer::train(const Texts& texts) {
     for (const auto& observer : t.step_observers) observer(step);
     if ((directory || t.split()) && texts.encode && is_due(c.sample_every, t.step)) {
       const std::vector<int32_t> prompt = texts.encode(c.sample_prompt);
+      if (!prompt.empty()) train::check_tokens(prompt, 0, texts.vocabulary);
       const auto drawn = sample(prompt, c.sample_tokens, c.sample_temperature, texts.sequence_length);
       if (directory) directory->add_sample(t.step, c.sample_prompt, texts.decode(drawn));
     }

@@ -144,7 +144,7 @@ TEST(TokenDataset, RefusesWhatIsNoText) {
 }
 
 // Equal to libtorch's own AdamW with clipping, on the mean loss over the whole step.
-TEST(Trainer, StepIsAdamWOnTheMeanNextTokenCrossEntropy) {
+TEST(SpecificationC, C7_StepIsAdamWOnTheMeanNextTokenCrossEntropy) {
   const TemporaryDirectory directory;
   const auto net = make_net(), reference = make_net();
   net->dropout->options.p(0);
@@ -182,7 +182,7 @@ TEST(Trainer, StepIsAdamWOnTheMeanNextTokenCrossEntropy) {
     EXPECT_TRUE(torch::allclose(item.value(), reference->named_parameters()[item.key()], 1e-4, 1e-5)) << item.key();
 }
 
-TEST(Trainer, LearnsAndWritesItsLossCurve) {
+TEST(SpecificationC, C7_RunsHaveAnIdAConfigHashAndALossCurve) {
   const TemporaryDirectory directory;
   TrainingConfig c = config_for(directory / "out");
   c.max_steps = 150;
@@ -212,7 +212,7 @@ TEST(Trainer, LearnsAndWritesItsLossCurve) {
 }
 
 // SPECIFICATION C7: evaluation and sampling cadence.
-TEST(Trainer, EvaluatesAndSamplesAtTheirCadence) {
+TEST(SpecificationC, C7_EvaluatesAndSamplesAtTheirCadence) {
   const TemporaryDirectory directory;
   TrainingConfig c = config_for(directory / "out");
   c.eval_every = 3;
@@ -351,7 +351,7 @@ TEST(Trainer, WrongTokensAreRefused) {
 }
 
 // SPECIFICATION C6: 10 steps are 5, a checkpoint, another process, 5.
-TEST(TrainingCheckpoint, ResumesBitForBit) {
+TEST(SpecificationC, C6_TrainerStateResumesExactly) {
   const TemporaryDirectory directory;
   const auto straight = make_net(), first = make_net(), second = make_net(77);
   TrainingConfig c = config_for(directory / "straight");
@@ -398,7 +398,7 @@ TEST(TrainingCheckpoint, OldOnesAreRemovedAndUnfinishedOnesNotSeen) {
   EXPECT_EQ(names, (std::vector<std::string>{"step-00000006", "step-00000008", "step-00000010"}));
 }
 
-TEST(TrainingCheckpoint, DamagedNewerAndForeignOnesAreRefused) {
+TEST(SpecificationC, C6_DamagedNewerAndForeignCheckpointsAreRefused) {
   const TemporaryDirectory directory;
   TrainingConfig c = config_for(directory / "out");
   c.max_steps = 2;
@@ -467,7 +467,7 @@ TEST(TrainingCheckpoint, DISABLED_WritesThisFormat) {
 }
 
 // tests/training/format-N: checkpoints that earlier versions wrote, of this file's Net after 2 steps.
-TEST(TrainingCheckpoint, OldFormatsAreRead) {
+TEST(SpecificationC, C6_OldFormatsAreRead) {
   for (int64_t format = 1; format <= train::kTrainingFormat; ++format) {
     const std::filesystem::path old = fmt::format("tests/training/format-{}", format);
     const TemporaryDirectory directory;

@@ -34,6 +34,10 @@ constexpr int64_t kTrainingFormat = 1;  ///< of training.json; a newer one is re
 void write_training_state(const std::filesystem::path& directory, const TrainingState& state,
                           const std::function<void(const std::filesystem::path& directory)>& add_files = nullptr);
 
+/// Is this the training.json of a checkpoint that this program reads? path: for messages. Throws as
+/// read_training_state(); looks at no other file.
+void check_training_facts(const OrderedJson& facts, const std::filesystem::path& path);
+
 /// Throws Error{"no-checkpoint"} for a directory that is none, {"newer-checkpoint"} for a format that is not known yet,
 /// {"checkpoint-damaged"} for a file that is missing or not what was written.
 TrainingState read_training_state(const std::filesystem::path& directory);

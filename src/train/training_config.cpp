@@ -224,6 +224,8 @@ void read_object(TrainingConfig& config, const OrderedJson& object, const std::s
 
 void check_quantization(const TrainingConfig& config, const std::string& where) {
   OrderedJson section = {{"quantization", parse_ordered_json(config.quantization, where)}};
+  if (!section["quantization"].is_object())
+    fail(where, fmt::format("quantization: '{}' is no section", printable(config.quantization)));
   check_config(section, where);
 }
 
@@ -249,12 +251,14 @@ TrainingConfig TrainingConfig::from_json(const OrderedJson& json, const std::str
 }
 
 OrderedJson TrainingConfig::to_json() const {
-  TrainingConfig copy = *this;
+  TrainingConfig copy = *this, defaults;
   OrderedJson json = OrderedJson::object();
   for (const Key& key : keys()) {
     OrderedJson value = std::visit([](auto* field) { return OrderedJson(*field); }, key.field(copy));
     if (key.section && shown(value).starts_with('{')) value = parse_ordered_json(shown(value), std::string(key.path));
-    if (value != "") set_config_value(json, key.path, value);
+    // A text that is not there is left out, unless it would be another one then.
+    const bool absent = value == "" && std::visit([](auto* f) { return OrderedJson(*f); }, key.field(defaults)) == "";
+    if (!absent) set_config_value(json, key.path, value);
   }
   return json;
 }

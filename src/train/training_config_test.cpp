@@ -33,7 +33,7 @@ void expect_contains(const std::string& text, const std::string& part) {
 }
 
 // SPECIFICATION C4
-TEST(TrainingConfig, MissingQuantizationFieldsMeanDisabled) {
+TEST(SpecificationC, C4_MissingFieldsMeanDisabledAndOldFilesLoad) {
   const Configs configs;
   for (const char* yaml :
        {"", "model: m\n", "quantization_mode: null\n", "quantization_mode: ~\n", "model: m\nlearning_rate: 0.001\n"}) {
@@ -48,7 +48,7 @@ TEST(TrainingConfig, MissingQuantizationFieldsMeanDisabled) {
 }
 
 // SPECIFICATION C4
-TEST(TrainingConfig, QuantizationFieldsAreReadFromYaml) {
+TEST(SpecificationC, C4_FieldsAreReadFromYaml) {
   const Configs configs;
   for (const char* mode : {"ptq", "qat"})
     for (const int bits : {8, 4})
@@ -67,7 +67,7 @@ TEST(TrainingConfig, QuantizationFieldsAreReadFromYaml) {
 }
 
 // SPECIFICATION C7
-TEST(TrainingConfig, TrainerDefaultsAreAdamW) {
+TEST(SpecificationC, C7_DefaultsAreThoseOfAdamW) {
   const TrainingConfig c = Configs().read("");
   EXPECT_EQ(c.optimizer, "adamw");
   EXPECT_EQ(c.learning_rate, 3e-4);

@@ -6,8 +6,9 @@
 #include "recipe/config.hpp"
 #include "recipe/recipe.hpp"
 #include "train/keep_frozen.hpp"
-#include "train/plan.hpp"
-#include "train/quantized_linear.hpp"
+#include "train/lora.hpp"
+#include "train/quantized_finetuning.hpp"
+#include "train/quantized_module.hpp"
 
 namespace bitwright::train {
 namespace {
@@ -26,8 +27,13 @@ T scheme_value(const OrderedJson& section, const std::string& name, T fallback) 
   return found == nullptr ? fallback : found->get<T>();
 }
 
-std::vector<std::string> skipped(const OrderedJson& section) {
-  return section.value("skip_modules", std::vector<std::string>());
+/// The section as a recipe has it. The head is a layer like others unless skip_modules names it.
+ContainerRequest request_of(OrderedJson section, const Container* container) {
+  OrderedJson whole = {{"quantization", std::move(section)}};
+  check_config(whole, "quantization");
+  ContainerRequest out = {.request = read_request(whole), .container = container};
+  if (!out.request.skips_given) out.request.skip_modules.clear();
+  return out;
 }
 
 OrderedJson described(const char* method, const OrderedJson& settings, const std::vector<std::string>& layers) {
@@ -62,18 +68,14 @@ bool finish_qat(const Ending& ending) {
 bool wants_ptq(const TrainingConfig& config) { return config.quantization_mode == "ptq"; }
 
 bool finish_ptq(const Ending& ending) {
-  const OrderedJson section = section_of(ending.config);
-  const bool weight_only = ending.config.quantization.empty() ? false : section.value("weight_only", true);
-  PtqConfig ptq = {.type = weight_only ? "weight_only" : ending.config.quantization_type,
-                   .bits = scheme_value<int64_t>(section, "bits", ending.config.quantization_bits),
-                   .quant_type = scheme_value<std::string>(section, "quant_type", "int"),
-                   .format = ending.config.container,
-                   .skip_modules = skipped(section)};
-  if (find_config(section, "scheme.granularity")) ptq.granularity = section["scheme"]["granularity"];
-  if (find_config(section, "scheme.group_size")) ptq.group_size = section["scheme"]["group_size"];
-  if (find_config(section, "scheme.symmetric")) ptq.symmetric = section["scheme"]["symmetric"];
-  if (section.contains("layer_configs")) ptq.layer_configs = section["layer_configs"];
-  const QuantizationInfo info = quantize_model_ptq(ending.model, ptq, ending.calibrate);
+  const TrainingConfig& config = ending.config;
+  OrderedJson section = section_of(config);
+  const bool weight_only = config.quantization.empty() ? false : section.value("weight_only", true);
+  section.erase("weight_only");
+  const PtqConfig inputs = {.type = weight_only ? "weight_only" : config.quantization_type,
+                            .quant_type = scheme_value<std::string>(section, "quant_type", "int")};
+  const QuantizationInfo info =
+      quantize_model_ptq(ending.model, inputs, request_of(section, find_container(config.container)), ending.calibrate);
   for (const std::string& warning : info.warnings) ending.warnings.push_back({"PTQ", warning});
   ending.result["quantized_layers"] = info.affected.size();
   return true;
@@ -85,21 +87,25 @@ bool wants_finetuning(const TrainingConfig& config) { return config.enable_quant
 
 void load_finetuning(const TrainingConfig&, CausalLmOptions& options) { options.load_linear = keep_quantized; }
 
+/// What the section leaves open: symmetric, a scale a row.
+OrderedJson finetuning_section(const TrainingConfig& config) {
+  OrderedJson section = section_of(config);
+  OrderedJson& scheme = section["scheme"];
+  if (!scheme.contains("granularity") && !scheme.contains("group_size")) scheme["granularity"] = "channel";
+  if (!scheme.contains("symmetric")) scheme["symmetric"] = true;
+  return section;
+}
+
 Prepared prepare_finetuning(CausalLm& model, const TrainingConfig& config, std::vector<Warning>&) {
-  const OrderedJson section = section_of(config);
-  const QuantizedFinetuningConfig finetuning = {
-      .bits = static_cast<int>(scheme_value<int64_t>(section, "bits", config.quantization_bits)),
-      .granularity = scheme_value<std::string>(section, "granularity", "channel"),
-      .group_size = scheme_value<int64_t>(section, "group_size", 64),
-      .symmetric = scheme_value<bool>(section, "symmetric", true),
-      .skip_modules = skipped(section),
-      .beta1 = config.betas[0],
-      .beta2 = config.betas[1],
-      .epsilon = config.epsilon,
-      .weight_decay = config.weight_decay,
-      .eight_bit_optimizer = config.optimizer == "adamw8bit",
-      .seed = static_cast<uint64_t>(config.seed)};
-  Prepared prepared = {.finetuning = enable_quantized_finetuning(model, finetuning)};
+  const OrderedJson section = finetuning_section(config);
+  const QuantizedFinetuningConfig finetuning = {.beta1 = config.betas[0],
+                                                .beta2 = config.betas[1],
+                                                .epsilon = config.epsilon,
+                                                .weight_decay = config.weight_decay,
+                                                .eight_bit_optimizer = config.optimizer == "adamw8bit",
+                                                .seed = static_cast<uint64_t>(config.seed)};
+  Prepared prepared = {.finetuning =
+                           enable_quantized_finetuning(model, finetuning, request_of(section, /*container=*/nullptr))};
   prepared.quantization = described("quantized_finetuning", section, prepared.finetuning->layers());
   return prepared;
 }
@@ -123,40 +129,26 @@ LoraConfig lora_config(const TrainingConfig& config) {
           .base_model = config.model};
 }
 
-/// The floats of the base become what the section says.
-std::vector<std::string> quantize_base(CausalLm& model, const OrderedJson& section, const TrainingConfig& config,
-                                       std::vector<Warning>& warnings) {
-  OrderedJson whole = {{"quantization", section}};
-  check_config(whole, "quantization");
-  const Container* container = find_container(config.container);
-  const ModulePlan plan = plan_module(model, read_request(whole), container);
-  warnings.insert(warnings.end(), plan.warnings.begin(), plan.warnings.end());
+/// The paths of layers whose weights are codes.
+std::vector<std::string> quantized_paths(const CausalLm& model) {
   std::vector<std::string> paths;
-  for (const LayerPlan& layer : plan.layers) {
-    if (!layer.plan.scheme || behaviour_of(*layer.layer)) continue;
-    const torch::NoGradGuard no_gradients;
-    attach_quantized(*layer.layer, std::make_shared<QuantizedLinearBehaviour>(
-                                       quantize_weight(layer.plan, layer.layer->weight), layer.plan.linear, container));
-    paths.push_back(layer.path);
-  }
+  for_each_linear(model, [&](const std::string& path, torch::nn::LinearImpl& layer) {
+    if (quantized_weight_of(layer) != nullptr) paths.push_back(path);
+  });
   return paths;
 }
 
-Prepared prepare_lora(CausalLm& model, const TrainingConfig& config, std::vector<Warning>& warnings) {
+Prepared prepare_lora(CausalLm& model, const TrainingConfig& config, std::vector<Warning>&) {
   const LoraConfig lora = lora_config(config);
-  check_lora_config(lora);
-  Prepared prepared;
-  if (lora.init_lora_weights == "loftq") {
-    prepare_qlora(model, lora);
-    prepared.quantization = described("qlora", section_of(config), {});
-    return prepared;
+  if (config.quantization.empty()) {
+    add_lora(model, lora);
+    return {};
   }
-  if (!config.quantization.empty()) {
-    const OrderedJson section = section_of(config);
-    prepared.quantization = described("qlora", section, quantize_base(model, section, config, warnings));
-  }
-  add_lora(model, lora);
-  return prepared;
+  const OrderedJson section = section_of(config);
+  OrderedJson whole = {{"quantization", section}};
+  check_config(whole, "quantization");
+  prepare_qlora(model, lora, read_request(whole), find_container(config.container));
+  return {.quantization = described("qlora", section, quantized_paths(model))};
 }
 
 bool finish_lora(const Ending& ending) {

@@ -103,7 +103,7 @@ INSTANTIATE_TEST_SUITE_P(All, TrainingModes, testing::ValuesIn(kWays),
                          [](const auto& item) { return std::string(item.param.name); });
 
 // SPECIFICATION C4: the fields choose the mode, and without them there is none.
-TEST(TrainingMode, FieldsChooseIt) {
+TEST(SpecificationC, C4_FieldsChooseTheMode) {
   TrainingConfig config;
   EXPECT_EQ(training_mode(config).name, "plain");
   config.quantization_mode = "qat";

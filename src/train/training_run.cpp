@@ -70,12 +70,15 @@ Source open_source(const TrainingConfig& config, const TrainingMode& mode, const
   return source;
 }
 
-/// The output directory is new, or holds a run that is gone on with, or one that may be removed.
-void check_output(const TrainingConfig& config, const TrainingRunOptions& options) {
+/// The output directory is new, or holds a run that is gone on with, or one that may be removed: is it to be?
+bool check_output(const TrainingConfig& config, const TrainingRunOptions& options) {
   const fs::path output = config.output;
   std::error_code none;
   if (output.empty()) bad_config(options.config, "'output' is empty", "name a directory");
-  if (!fs::exists(fs::symlink_status(output, none)) || (fs::is_directory(output) && fs::is_empty(output))) return;
+  if (!fs::exists(fs::symlink_status(output, none)) || (fs::is_directory(output) && fs::is_empty(output))) {
+    fs::create_directories(output);  // where that is refused there is nothing to train for
+    return false;
+  }
   const bool is_run = fs::is_directory(output) && fs::exists(output / "run.json");
   if (!is_run)
     throw Error({.code = "output-exists",
@@ -83,14 +86,14 @@ void check_output(const TrainingConfig& config, const TrainingRunOptions& option
                  .where = output.string(),
                  .why = "it is there, and no output of `train`",
                  .fix = "choose another 'output'"});
-  if (options.resume) return;
+  if (options.resume) return false;
   if (!options.force)
     throw Error({.code = "output-exists",
                  .what = "cannot write output",
                  .where = output.string(),
                  .why = "a run is there already",
                  .fix = "add --resume to go on with it, --force to start again, or choose another 'output'"});
-  fs::remove_all(output);
+  return true;
 }
 
 /// SHA-256 over the digests of all weight files. Reads them through.
@@ -126,11 +129,9 @@ void add_checkpoint_files(Trainer& trainer, const Source& source, const OrderedJ
 void export_trained(const CausalLm& model, const Source& source, const TrainingConfig& config, const fs::path& output,
                     const OrderedJson& record) {
   const std::vector<ExportedTensor> tensors = exported_tensors(model);
-  const bool quantized =
-      std::ranges::any_of(tensors, [](const ExportedTensor& tensor) { return !tensor.floats.defined(); });
   export_model(tensors, source.files,
                {.output = {.output = output, .existing = fs::exists(output) ? Existing::replace : Existing::refuse},
-                .container = quantized ? find_container(config.container) : nullptr,
+                .container = has_quantized(tensors) ? find_container(config.container) : nullptr,
                 .floats = *dtype_from_name(config.export_dtype),
                 .record = record});
 }
@@ -179,7 +180,9 @@ OrderedJson run_as_one(const TrainingRunOptions& options, const TrainingConfig& 
   const Tokenizer tokenizer(source.tokenizer);
   const Protocol protocol = protocol_of(config, tokenizer, model.config().context);
   TokenTexts tokens = read_texts(config, tokenizer, protocol);
-  if (group->rank() == 0) check_output(config, options);
+  check_tokens(tokens.training, protocol.context, model.config().vocabulary);
+  if (!tokens.validation.empty()) check_tokens(tokens.validation, 0, model.config().vocabulary);
+  const bool removes = group->rank() == 0 && check_output(config, options);
   group->barrier();
 
   torch::manual_seed(static_cast<uint64_t>(config.seed));
@@ -187,6 +190,7 @@ OrderedJson run_as_one(const TrainingRunOptions& options, const TrainingConfig& 
   const std::shared_ptr<ParallelModel> parallel = in_parallel(group, source.model, config, prepared);
   Trainer trainer(trainable(source.model), config, prepared.finetuning, parallel);
   add_checkpoint_files(trainer, source, prepared.quantization);
+  if (removes) fs::remove_all(config.output);  // only now: whatever is wrong with the new run was said before
   if (mode.frozen && source.checkpoint) trainer.require_base(weights_digest(*source.checkpoint));
   if (options.resume && !trainer.resume())
     warnings.push_back({"NO_CHECKPOINT", fmt::format("there is no checkpoint in {}: training begins", config.output)});

@@ -65,6 +65,8 @@ class QuantizedFinetuning {
     int64_t gradient_bytes = 0;                       ///< held now
   };
   virtual Sizes sizes() const = 0;
+  /// update_in_backward: there are no gradients to accumulate, clip or average over processes.
+  virtual bool updates_in_backward() const = 0;
 };
 
 /// From now on the linear layers of `module` are quantized and learn: floats are quantized first, what is quantized in
