@@ -13,6 +13,7 @@
 #include "train/data_parallel.hpp"
 #include "train/dataset.hpp"
 #include "train/export.hpp"
+#include "train/mean_loss.hpp"
 #include "train/training_checkpoint.hpp"
 #include "train/training_mode.hpp"
 
@@ -114,6 +115,15 @@ void add_checkpoint_files(Trainer& trainer, const Source& source, const OrderedJ
   });
 }
 
+/// The model sees the first windows that it learns from.
+void see_windows(CausalLm& model, const Trainer::Texts& texts, const TrainingConfig& config) {
+  constexpr int64_t kWindows = 32;
+  const torch::NoGradGuard no_gradients;
+  const TokenDataset data(texts.training, texts.sequence_length, static_cast<uint64_t>(config.seed));
+  for (int64_t i = 0; i < kWindows; i += config.batch_size)
+    model.forward(data.batch(i, config.batch_size).narrow(1, 0, data.length()));
+}
+
 void export_trained(const CausalLm& model, const Source& source, const TrainingConfig& config, const fs::path& output,
                     const OrderedJson& record) {
   const std::vector<ExportedTensor> tensors = exported_tensors(model);
@@ -172,19 +182,31 @@ OrderedJson run_as_one(const TrainingRunOptions& options, const TrainingConfig& 
   if (group->rank() == 0) check_output(config, options);
   group->barrier();
 
-  torch::manual_seed(static_cast<uint64_t>(config.seed));
-  const Prepared prepared = mode.prepare ? mode.prepare(model, config, warnings) : Prepared();
-  const std::shared_ptr<ParallelModel> parallel = in_parallel(group, source.model, config, prepared);
-  Trainer trainer(trainable(source.model), config, prepared.finetuning, parallel);
-  add_checkpoint_files(trainer, source, prepared.quantization);
-  if (options.resume && !trainer.resume())
-    warnings.push_back({"NO_CHECKPOINT", fmt::format("there is no checkpoint in {}: training begins", config.output)});
   const Trainer::Texts texts = {.training = std::move(tokens.training),
                                 .validation = std::move(tokens.validation),
                                 .sequence_length = protocol.context,
                                 .vocabulary = model.config().vocabulary,
                                 .encode = [&](const std::string& text) { return tokenizer.encode(text); },
                                 .decode = [&](std::span<const int32_t> ids) { return tokenizer.decode(ids); }};
+  const TrainableModel trained_model = trainable(source.model);
+  const auto validate = [&] {
+    return mean_loss(trained_model, texts.validation,
+                     {.length = texts.sequence_length, .most = config.eval_windows, .batch = config.batch_size});
+  };
+  const bool validates = static_cast<int64_t>(texts.validation.size()) > texts.sequence_length;
+  const std::function<double()> loss = validates ? std::function<double()>(validate) : nullptr;
+  const auto calibrate = [&] { see_windows(model, texts, config); };
+  OrderedJson result = {{"steps", nullptr}, {"loss", nullptr}, {"val_loss", nullptr}};
+  if (mode.measure != nullptr && group->rank() == 0)
+    mode.measure({.model = model, .config = config, .calibrate = calibrate, .loss = loss, .result = result});
+
+  torch::manual_seed(static_cast<uint64_t>(config.seed));
+  const Prepared prepared = mode.prepare ? mode.prepare(model, config, warnings) : Prepared();
+  const std::shared_ptr<ParallelModel> parallel = in_parallel(group, source.model, config, prepared);
+  Trainer trainer(trained_model, config, prepared.finetuning, parallel);
+  add_checkpoint_files(trainer, source, prepared.quantization);
+  if (options.resume && !trainer.resume())
+    warnings.push_back({"NO_CHECKPOINT", fmt::format("there is no checkpoint in {}: training begins", config.output)});
   const TrainingResult trained = trainer.train(texts);
   if (parallel) {
     parallel->join_on_first();
@@ -192,10 +214,7 @@ OrderedJson run_as_one(const TrainingRunOptions& options, const TrainingConfig& 
     if (group->rank() != 0) return {{"steps", trained.steps}, {"rank", group->rank()}};
   }
 
-  const bool validates = static_cast<int64_t>(texts.validation.size()) > texts.sequence_length;
-  const auto validate = [&] { return trainer.evaluate(texts.validation, texts.sequence_length, config.eval_windows); };
-  const TokenDataset data(texts.training, texts.sequence_length, static_cast<uint64_t>(config.seed));
-  OrderedJson result = {{"steps", trained.steps}, {"loss", nullptr}, {"val_loss", nullptr}};
+  result["steps"] = trained.steps;
   if (trained.loss) result["loss"] = *trained.loss;
   if (trained.val_loss)
     result["val_loss"] = *trained.val_loss;
@@ -207,14 +226,8 @@ OrderedJson run_as_one(const TrainingRunOptions& options, const TrainingConfig& 
   if (mode.finish != nullptr) {
     has_model = mode.finish({.model = model,
                              .config = config,
-                             .calibrate =
-                                 [&] {
-                                   const torch::NoGradGuard no_gradients;
-                                   constexpr int64_t kWindows = 32;
-                                   for (int64_t i = 0; i < kWindows; i += config.batch_size)
-                                     model.forward(data.batch(i, config.batch_size).narrow(1, 0, data.length()));
-                                 },
-                             .loss = validates ? std::function<double()>(validate) : nullptr,
+                             .calibrate = calibrate,
+                             .loss = loss,
                              .adapter = adapter,
                              .result = result,
                              .warnings = warnings});
