@@ -151,7 +151,6 @@ class Recompute : public torch::autograd::Function<Recompute> {
     const Tensor x = context->get_saved_variables()[0].detach().requires_grad_(what.input_learns);
     call(what.hooks.before, what.layer);
     Tensor y;
-    call(what.hooks.before, what.layer);
     {
       const at::AutoGradMode recorded(true);
       const SameRandomNumbers random(what.random_state);
