@@ -225,7 +225,8 @@ double Trainer::Impl::accumulate(const Tensor& batch) {
     Tensor value;
     {
       const Autocast autocast(half && !model.set_compute);
-      value = train::loss_of(model, part.narrow(1, 0, length).contiguous(), part.narrow(1, 1, length).contiguous());
+      const Tensor inputs = part.narrow(1, 0, length).contiguous(), targets = part.narrow(1, 1, length).contiguous();
+      value = model.objective ? model.objective(inputs, targets) : train::loss_of(model, inputs, targets);
     }
     mean += share * value.item<double>();
     if (!std::isfinite(mean) && !split()) break;  // where layers are split, all processes must pass through them

@@ -129,6 +129,8 @@ TEST(TrainingConfig, ContradictionsAreRefused) {
   expect_contains(configs.error("lora: {r: 8}\nquantization_mode: qat\n"), "lora.r 8 and quantization_mode qat");
   expect_contains(configs.error("lora: {r: 8}\nenable_quantized_finetuning: true\n"), "contradict each other");
   expect_contains(configs.error("lora: {r: 8, init: loftq}\n"), "lora.init loftq needs a section 'quantization'");
+  expect_contains(configs.error("architecture: {hidden_size: 8}\nquantization_mode: qat\nqat: {distill: true}\n"),
+                  "qat.distill needs a 'model'");
   expect_contains(configs.error("max_steps: 0\nepochs: 0\n"), "both max_steps and epochs are 0");
 }
 

@@ -12,6 +12,7 @@
 #include "train/causal_lm.hpp"
 #include "train/data_parallel.hpp"
 #include "train/dataset.hpp"
+#include "train/distillation.hpp"
 #include "train/export.hpp"
 #include "train/mean_loss.hpp"
 #include "train/training_checkpoint.hpp"
@@ -101,6 +102,16 @@ TrainableModel trainable(const std::shared_ptr<CausalLm>& model) {
           .set_compute = [model](torch::ScalarType type) { model->options().compute = type; }};
 }
 
+/// The loss of learning what the model in floats predicts. It is read again: what learns has changed its own weights.
+std::function<torch::Tensor(const torch::Tensor&, const torch::Tensor&)> distillation(const Source& source) {
+  const auto teacher = std::make_shared<CausalLm>(*source.checkpoint);
+  for (const torch::Tensor& parameter : teacher->parameters()) parameter.set_requires_grad(false);
+  return [teacher, model = source.model](const torch::Tensor& inputs, const torch::Tensor&) {
+    teacher->options().compute = model->options().compute;
+    return distillation_loss(model->forward(inputs), teacher->forward(inputs));
+  };
+}
+
 /// What a checkpoint holds besides what learns, so that it can be read without anything else at hand.
 void add_checkpoint_files(Trainer& trainer, const Source& source, const OrderedJson& quantization) {
   trainer.add_files([&source, quantization](const fs::path& directory) {
@@ -188,7 +199,8 @@ OrderedJson run_as_one(const TrainingRunOptions& options, const TrainingConfig& 
                                 .vocabulary = model.config().vocabulary,
                                 .encode = [&](const std::string& text) { return tokenizer.encode(text); },
                                 .decode = [&](std::span<const int32_t> ids) { return tokenizer.decode(ids); }};
-  const TrainableModel trained_model = trainable(source.model);
+  TrainableModel trained_model = trainable(source.model);
+  if (config.quantization_mode == "qat" && config.qat.distill) trained_model.objective = distillation(source);
   const auto validate = [&] {
     return mean_loss(trained_model, texts.validation,
                      {.length = texts.sequence_length, .most = config.eval_windows, .batch = config.batch_size});

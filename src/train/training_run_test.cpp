@@ -37,6 +37,8 @@ const Mode kModes[] = {
     {"Int4Lsq",
      "quantization_mode: qat\nquantization: {method: int4, scheme: {group_size: 32, symmetric: true}}\n"
      "qat: {initial_scales: lsq, scale_lr: 0.1}\n"},
+    {"Int4Distilled",
+     "quantization_mode: qat\nquantization: {method: int4, scheme: {granularity: channel}}\nqat: {distill: true}\n"},
     {"Int4Computed", "quantization_mode: qat\nquantization: {method: int4}\nqat: {scales: computed}\n"},
     {"Int3", "quantization_mode: qat\nquantization: {method: int3, scheme: {group_size: 32}}\n"},
     {"Int2", "quantization_mode: qat\nquantization: {method: int2, scheme: {group_size: 32}}\n"},

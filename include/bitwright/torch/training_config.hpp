@@ -37,11 +37,12 @@ struct TrainingConfig {
 
   /// Of quantization_mode qat: what the section `quantization` does not say. As in QatConfig.
   struct Qat {
-    std::string scales = "auto";                       ///< of weights: auto, learned (LSQ), computed
-    std::string initial_scales = "search";             ///< of learned ones: search, lsq
-    double scale_lr = 1;                               ///< learned ones' learning rate, as a share of learning_rate
-    std::string activation_type = "int8";              ///< of inputs that are quantized: int8, int4, e4m3, e5m2
-    bool symmetric_activations = true;                 ///< false: with zero points
+    std::string scales = "auto";            ///< of weights: auto, learned (LSQ), computed
+    std::string initial_scales = "search";  ///< of learned ones: search, lsq
+    double scale_lr = 1;                    ///< learned ones' learning rate, as a share of learning_rate
+    bool distill = false;                   ///< the loss is KL(the model in floats || this one), not the text's
+    std::string activation_type = "int8";   ///< of inputs that are quantized: int8, int4, e4m3, e5m2
+    bool symmetric_activations = true;      ///< false: with zero points
     std::string activation_ranges = "moving_average";  ///< of static ones: minmax, moving_average, percentile, learned
     double averaging = 0.01, percentile = 99.99;
   } qat{};
