@@ -34,6 +34,7 @@ std::map<std::string, std::string> options = {{"scheme", R"({"bits":4,"symmetric
                                               {"batch", "8"},
                                               {"lr", "5e-4"},
                                               {"seeds", "1"},
+                                              {"first_seed", "0"},
                                               {"scales", "auto"},
                                               {"start", "search"},
                                               {"decay", "0.1"},
@@ -142,7 +143,8 @@ void run(const std::string& training_text, const std::string& validation_text) {
   const double nearest = rounded_loss(checkpoint, validation, "minmax");
   const double searched = rounded_loss(checkpoint, validation, "mse");
   OrderedJson line = {{"options", options}, {"float", reference}, {"rtn", nearest}, {"mse", searched}};
-  for (uint64_t seed = 0; seed < static_cast<uint64_t>(number("seeds")); ++seed) {
+  const auto first = static_cast<uint64_t>(number("first_seed"));
+  for (uint64_t seed = first; seed < first + static_cast<uint64_t>(number("seeds")); ++seed) {
     CausalLm model(checkpoint);
     if (options["dtype"] == "bfloat16") model.options().compute = torch::kBFloat16;
     prepare_model_for_qat(model, config_of(options["scales"], "auto"));

@@ -4,10 +4,11 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
+#include <nlohmann/json.hpp>
 
-#include "base/json.hpp"
 #include "evaluate/evaluate.hpp"
 #include "model/open_model.hpp"
+#include "quantize/model_files.hpp"
 #include "tests/support.hpp"
 
 namespace bitwright::train {
