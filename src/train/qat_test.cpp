@@ -187,7 +187,7 @@ TEST(Qat, GradientsOfLearnedAndObservedInputs) {
         prepare_model_for_qat(net, config);
         net.first(inputs());
         const auto layer = behaviour_as<FakeQuantizedLinear>(*net.first);
-        Tensor x = (inputs() * 3).requires_grad_();  // much lies beyond what was seen
+        Tensor x = (inputs() * 20).requires_grad_();  // much lies beyond what was seen, or learned
         const Tensor slope = torch::randn({64, 24});
         (net.first(x) * slope).sum().backward();
         const ActivationScheme input = *layer->linear().input;
@@ -198,6 +198,7 @@ TEST(Qat, GradientsOfLearnedAndObservedInputs) {
         const Tensor arriving = slope.matmul(layer->fake_weight().detach()).to(torch::kDouble);
         const Tensor scaled = x.detach().to(torch::kDouble) / s, code = scaled.round() + z;
         const Tensor inside = (code >= grid.lowest).logical_and(code <= grid.highest);
+        EXPECT_GT(inside.sum().item<int64_t>(), 100);
         EXPECT_GT(inside.logical_not().sum().item<int64_t>(), 100);
         EXPECT_TRUE(torch::allclose(x.grad().to(torch::kDouble), arriving * inside, 1e-4, 1e-5));
         const auto names = net.named_parameters();
