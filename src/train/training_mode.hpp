@@ -42,6 +42,7 @@ struct Ending {
 struct TrainingMode {
   std::string_view name;
   bool (*wanted)(const TrainingConfig& config);
+  bool frozen = false;  ///< most of the model does not learn, and must be the same when training goes on
   /// How a checkpoint is read; null: all of it becomes floats.
   void (*load)(const TrainingConfig& config, CausalLmOptions& options) = nullptr;
   /// What can be said of the model only before it learns, for the result. Leaves it as it is.
