@@ -18,6 +18,7 @@
 #include "tokenizer/tokenizer.hpp"
 #include "train/adamw.hpp"
 #include "train/causal_lm.hpp"
+#include "train/distillation.hpp"
 #include "train/fake_quantize.hpp"
 
 namespace bitwright {
@@ -33,10 +34,12 @@ std::map<std::string, std::string> options = {{"scheme", R"({"bits":4,"symmetric
                                               {"batch", "8"},
                                               {"lr", "5e-4"},
                                               {"seeds", "1"},
+                                              {"first_seed", "0"},
                                               {"scales", "auto"},
                                               {"start", "search"},
                                               {"decay", "0.1"},
                                               {"scale_lr", "1"},
+                                              {"distill", "0"},
                                               {"windows", "100"},
                                               {"dtype", "bfloat16"},
                                               {"threads", "1"}};
@@ -90,14 +93,18 @@ double rounded_loss(const Checkpoint& checkpoint, const torch::Tensor& tokens, c
   return validation_loss(model, tokens);
 }
 
-void learn(CausalLm& model, const torch::Tensor& tokens, uint64_t seed) {
+void learn(CausalLm& model, CausalLm& floats, const torch::Tensor& tokens, uint64_t seed) {
   torch::manual_seed(seed);
   train::AdamW optimizer;
-  std::vector<torch::Tensor> matrices, others;
-  for (const torch::Tensor& p : model.parameters()) (p.dim() >= 2 ? matrices : others).push_back(p);
+  std::vector<torch::Tensor> matrices, others, scales;
+  for (const auto& item : model.named_parameters()) {
+    const bool is_scale = item.key().find("fake_quantize.") != std::string::npos;
+    (is_scale ? scales : item.value().dim() >= 2 ? matrices : others).push_back(item.value());
+  }
   const double lr = number("lr"), scale_lr = number("scale_lr");
   optimizer.add_group(matrices, {.lr = lr, .weight_decay = number("decay")});
   optimizer.add_group(others, {.lr = lr, .weight_decay = 0});
+  optimizer.add_group(scales, {.lr = lr, .weight_decay = 0});
   const auto steps = static_cast<int64_t>(number("steps")), warmup = std::max<int64_t>(steps / 20, 1);
   std::vector<torch::Tensor> all = model.parameters();
   for (int64_t step = 0; step < steps; ++step) {
@@ -105,12 +112,22 @@ void learn(CausalLm& model, const torch::Tensor& tokens, uint64_t seed) {
     const double rate = step < warmup ? static_cast<double>(step + 1) / static_cast<double>(warmup)
                                       : 0.1 + 0.9 * (1 + std::cos(std::numbers::pi * along)) / 2;
     optimizer.groups()[0].options.lr = lr * rate;
-    optimizer.groups()[1].options.lr = lr * rate * scale_lr;
+    optimizer.groups()[1].options.lr = lr * rate;
+    optimizer.groups()[2].options.lr = lr * rate * scale_lr;
     const auto count = static_cast<int64_t>(number("batch"));
     const torch::Tensor starts = torch::randint(tokens.size(0) - kLength - 1, {count}, torch::kLong);
     const auto [in, out] = batch_at(tokens, {starts.data_ptr<int64_t>(), starts.data_ptr<int64_t>() + count});
     optimizer.zero_grad();
-    model.loss(in, out).backward();
+    if (number("distill") != 0) {
+      torch::Tensor target;
+      {
+        const torch::NoGradGuard no_gradient;
+        target = floats.forward(in);
+      }
+      train::distillation_loss(model.forward(in), target).backward();
+    } else {
+      model.loss(in, out).backward();
+    }
     const double norm = train::gradient_norm(all);
     optimizer.step(norm > 1 ? 1 / norm : 1);
   }
@@ -126,13 +143,15 @@ void run(const std::string& training_text, const std::string& validation_text) {
   const double nearest = rounded_loss(checkpoint, validation, "minmax");
   const double searched = rounded_loss(checkpoint, validation, "mse");
   OrderedJson line = {{"options", options}, {"float", reference}, {"rtn", nearest}, {"mse", searched}};
-  for (uint64_t seed = 0; seed < static_cast<uint64_t>(number("seeds")); ++seed) {
+  const auto first = static_cast<uint64_t>(number("first_seed"));
+  for (uint64_t seed = first; seed < first + static_cast<uint64_t>(number("seeds")); ++seed) {
     CausalLm model(checkpoint);
     if (options["dtype"] == "bfloat16") model.options().compute = torch::kBFloat16;
     prepare_model_for_qat(model, config_of(options["scales"], "auto"));
     line["before"] = validation_loss(model, validation);
     const double from = static_cast<double>(std::clock());
-    learn(model, training, seed);
+    floats.options().compute = model.options().compute;
+    learn(model, floats, training, seed);
     line["processor_seconds"] = (static_cast<double>(std::clock()) - from) / CLOCKS_PER_SEC;
     const double loss = validation_loss(model, validation);
     line["seed"] = seed;

@@ -78,6 +78,10 @@ void print(const OrderedJson& result) {
     return result[key].is_null() ? std::string("not measured") : fmt::format("{:.4f}", result[key].get<double>());
   };
   fmt::print("{} steps; loss {}, validation {}\n", result["steps"].get<int64_t>(), loss("loss"), loss("val_loss"));
+  if (const auto qat = result.find("qat"); qat != result.end())
+    fmt::print("validation: {:.4f} in floats, {:.4f} rounded; after learning {:.4f}, converted {}\n",
+               (*qat)["loss_floats"].get<double>(), (*qat)["loss_rounded"].get<double>(),
+               (*qat)["loss_learned"].get<double>(), loss("val_loss"));
   print_merge(result);
   fmt::print("model: {}\ncheckpoint: {}\n", printable(result["model"].get<std::string>()),
              printable(result["checkpoint"].get<std::string>()));

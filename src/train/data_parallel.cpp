@@ -82,11 +82,6 @@ void own_memory(Tensor tensor) {
     tensor.set_data(tensor.detach().clone(at::MemoryFormat::Contiguous));
 }
 
-/// Norms, biases and learned scales are none.
-bool is_matrix(const std::string& name, const Tensor& parameter) {
-  return parameter.dim() >= 2 && name.ends_with("weight");
-}
-
 int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 }  // namespace
@@ -186,7 +181,7 @@ ParallelModel::ParallelModel(std::shared_ptr<ProcessGroup> group, std::shared_pt
     for (const Named& parameters : of_units)
       for (const auto& [name, parameter] : parameters) {
         group_->broadcast(parameter);
-        if (parameter.requires_grad()) trained_.push_back({name, parameter, is_matrix(name, parameter)});
+        if (parameter.requires_grad()) trained_.push_back({name, parameter, treatment_of(name, parameter)});
       }
     return;
   }
@@ -232,7 +227,7 @@ void ParallelModel::split_unit(const std::string& path, Named parameters) {
   }
   // One flat tensor for each way in which parameters may be treated.
   for (const bool learns : {true, false})
-    for (const bool matrices : {true, false}) {
+    for (const Treatment treatment : {Treatment::matrix, Treatment::vector, Treatment::scale}) {
       std::vector<torch::ScalarType> types;
       for (const auto& [name, p] : parameters)
         if (std::find(types.begin(), types.end(), p.scalar_type()) == types.end()) types.push_back(p.scalar_type());
@@ -240,7 +235,7 @@ void ParallelModel::split_unit(const std::string& path, Named parameters) {
         Named chosen;
         for (const auto& parameter : parameters) {
           const Tensor& p = parameter.second;
-          if (p.requires_grad() == learns && is_matrix(parameter.first, p) == matrices && p.scalar_type() == type &&
+          if (p.requires_grad() == learns && treatment_of(parameter.first, p) == treatment && p.scalar_type() == type &&
               p.numel() > 0)
             chosen.push_back(parameter);
         }
@@ -282,7 +277,7 @@ void ParallelModel::add_flat(Split& unit, bool resident, Named parameters) {
   if (flat.learns) {
     flat.index = trained_.size();
     const auto& [name, parameter] = flat.parameters.front();
-    trained_.push_back({fmt::format("shard.{}", flat.index), flat.shard, is_matrix(name, parameter)});
+    trained_.push_back({fmt::format("shard.{}", flat.index), flat.shard, treatment_of(name, parameter)});
   }
   unit.flats.push_back(std::move(flat));
 }

@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "train/optimizer.hpp"
 #include "train/process_group.hpp"
 
 namespace bitwright::train {
@@ -22,7 +23,7 @@ enum class Sharding {
 struct Trained {
   std::string name{};
   torch::Tensor tensor{};
-  bool decays = true;  ///< a matrix: norms, biases and learned scales are not drawn to zero
+  Treatment treatment = Treatment::matrix;
 };
 
 /// A module that several processes train on different sequences, such that each step is what one process would do with

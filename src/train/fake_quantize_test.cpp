@@ -157,49 +157,128 @@ TEST(Observer, MovingAverageAsPyTorchWroteItDown) {
   }
 }
 
+/// Integers with given scales: every width, grouping and kind of range.
+struct Given {
+  std::string name;
+  IntegerGrid grid;
+  Tensor scale, zero;  ///< zero: undefined where it is symmetric
+};
+std::vector<Given> given_scales() {
+  std::vector<Given> all;
+  for (const int bits : {8, 4, 3, 2})
+    for (const Grouping& grouping : {Grouping::tensor(), Grouping::channel(), Grouping::along(16), Grouping::flat(64)})
+      for (const bool symmetric : {true, false}) {
+        const IntegerGrid grid = grid_of(grouping, bits, symmetric);
+        const Shape groups = parameter_shape(grouping, {6, 40});
+        torch::manual_seed(static_cast<uint64_t>(bits));
+        // The codes reach to about 0.08, 1.6 times the weights' deviation: some are clipped.
+        const Tensor scale = (torch::rand(groups) + 1.5f) * 0.08f / std::exp2f(static_cast<float>(bits));
+        const Tensor zero = symmetric ? Tensor() : torch::full(groups, std::floor(grid.highest / 2));
+        all.push_back(
+            {fmt::format("{} bits, {} groups, symmetric {}", bits, scale.numel(), symmetric), grid, scale, zero});
+      }
+  return all;
+}
+
 /// Central differences of the function whose gradient is given: rounding held, so that it is smooth. Of LSQ's scale
 /// that is s * round(v / s) with the rounding error's derivative taken as v / s's (Esser et al., eq. 1-3).
 TEST(FakeQuantize, GradientsAgainstCentralDifferences) {
-  for (const Grouping& grouping : {Grouping::tensor(), Grouping::channel(), Grouping::along(16), Grouping::flat(64)})
-    for (const bool symmetric : {true, false}) {
-      const IntegerGrid grid = grid_of(grouping, 3, symmetric);
-      const Tensor base = weights(), slope = torch::randn({6, 40});
-      const Shape groups = parameter_shape(grouping, {6, 40});
-      const Tensor scale = torch::rand(groups) * 0.01 + 0.015;
-      const Tensor zero = symmetric ? Tensor() : torch::full(groups, 3.0f);
-      Tensor x = base.clone().requires_grad_(), s = scale.clone().requires_grad_();
-      Tensor z = zero.defined() ? zero.clone().requires_grad_() : Tensor();
-      (fake_quantize(x, s, z, grid) * slope).sum().backward();
+  for (const Given& c : given_scales()) {
+    SCOPED_TRACE(c.name);
+    const IntegerGrid& grid = c.grid;
+    const Tensor base = weights(), slope = torch::randn({6, 40});
+    Tensor x = base.clone().requires_grad_(), s = c.scale.clone().requires_grad_();
+    Tensor z = c.zero.defined() ? c.zero.clone().requires_grad_() : Tensor();
+    (fake_quantize(x, s, z, grid) * slope).sum().backward();
 
-      const GroupMap map(grouping, {6, 40});
-      const float* const v = base.data_ptr<float>();
-      const float* const g = slope.data_ptr<float>();
-      std::vector<double> expected_s(static_cast<size_t>(scale.numel())), expected_z(expected_s.size());
-      for (int64_t i = 0; i < base.numel(); ++i) {
-        const auto at = static_cast<size_t>(map.group_of(i));
-        const double s0 = static_cast<double>(scale.flatten()[static_cast<int64_t>(at)].item<float>());
-        const double z0 = zero.defined() ? 3 : 0, v0 = static_cast<double>(v[i]), h = 1e-6;
-        const double rounded = std::nearbyint(static_cast<float>(v0) * (1.0f / static_cast<float>(s0)));
-        const auto lowest = static_cast<double>(grid.lowest), highest = static_cast<double>(grid.highest);
-        const bool inside = rounded + z0 >= lowest && rounded + z0 <= highest;
-        // Within the range round(v / s) moves as v / s does; what is clipped stays the last code.
-        const auto surrogate = [&](double value, double step, double zero_point) {
-          const double code =
-              inside ? value / step + (rounded - v0 / s0) + zero_point : std::clamp(rounded + z0, lowest, highest);
-          return (code - zero_point) * step;
-        };
-        const double slope_here = static_cast<double>(g[i]);
-        const double dv = (surrogate(v0 + h, s0, z0) - surrogate(v0 - h, s0, z0)) / (2 * h);
-        ASSERT_NEAR(x.grad().flatten()[i].item<float>(), dv * slope_here, 1e-3);
-        expected_s[at] += slope_here * (surrogate(v0, s0 + h, z0) - surrogate(v0, s0 - h, z0)) / (2 * h);
-        expected_z[at] += slope_here * (surrogate(v0, s0, z0 + h) - surrogate(v0, s0, z0 - h)) / (2 * h);
-      }
-      for (size_t i = 0; i < expected_s.size(); ++i) {
-        EXPECT_NEAR(s.grad().flatten()[static_cast<int64_t>(i)].item<float>(), expected_s[i], 1e-2);
-        if (!z.defined()) continue;
-        EXPECT_NEAR(z.grad().flatten()[static_cast<int64_t>(i)].item<float>(), expected_z[i], 1e-3);
-      }
+    const GroupMap map(grid.grouping, {6, 40});
+    const float* const v = base.data_ptr<float>();
+    const float* const g = slope.data_ptr<float>();
+    std::vector<double> expected_s(static_cast<size_t>(s.numel())), expected_z(expected_s.size()), size_s(expected_s);
+    int clipped = 0;
+    for (int64_t i = 0; i < base.numel(); ++i) {
+      const auto at = static_cast<size_t>(map.group_of(i));
+      const double s0 = static_cast<double>(c.scale.flatten()[static_cast<int64_t>(at)].item<float>());
+      const double z0 = c.zero.defined() ? std::floor(static_cast<double>(grid.highest) / 2) : 0;
+      const double v0 = static_cast<double>(v[i]), h = 1e-6;
+      const double rounded = std::nearbyint(static_cast<float>(v0) * (1.0f / static_cast<float>(s0)));
+      const auto lowest = static_cast<double>(grid.lowest), highest = static_cast<double>(grid.highest);
+      const bool inside = rounded + z0 >= lowest && rounded + z0 <= highest;
+      clipped += inside ? 0 : 1;
+      // Within the range round(v / s) moves as v / s does; what is clipped stays the last code.
+      const auto surrogate = [&](double value, double step, double zero_point) {
+        const double code =
+            inside ? value / step + (rounded - v0 / s0) + zero_point : std::clamp(rounded + z0, lowest, highest);
+        return (code - zero_point) * step;
+      };
+      const double slope_here = static_cast<double>(g[i]);
+      const double dv = (surrogate(v0 + h, s0, z0) - surrogate(v0 - h, s0, z0)) / (2 * h);
+      ASSERT_NEAR(x.grad().flatten()[i].item<float>(), dv * slope_here, 1e-3);
+      const double ds = slope_here * (surrogate(v0, s0 + h, z0) - surrogate(v0, s0 - h, z0)) / (2 * h);
+      expected_s[at] += ds;
+      size_s[at] += std::fabs(slope_here) * (std::fabs(rounded) + std::fabs(v0 / s0));
+      expected_z[at] += slope_here * (surrogate(v0, s0, z0 + h) - surrogate(v0, s0, z0 - h)) / (2 * h);
     }
+    EXPECT_GT(clipped, 0);
+    for (size_t i = 0; i < expected_s.size(); ++i) {
+      EXPECT_NEAR(s.grad().flatten()[static_cast<int64_t>(i)].item<float>(), expected_s[i], 1e-4 * size_s[i]);
+      if (!z.defined()) continue;
+      EXPECT_NEAR(z.grad().flatten()[static_cast<int64_t>(i)].item<float>(), expected_z[i], 1e-3);
+    }
+  }
+}
+
+/// Central differences of the function itself, one code to either side: straight through is their slope.
+TEST(FakeQuantize, ACodeFurtherIsAStepFurther) {
+  for (const Given& c : given_scales()) {
+    SCOPED_TRACE(c.name);
+    Tensor x = weights().requires_grad_();
+    fake_quantize(x, c.scale, c.zero, c.grid).sum().backward();
+    const GroupMap map(c.grid.grouping, {6, 40});
+    Tensor step = torch::empty({6, 40});
+    for (int64_t i = 0; i < step.numel(); ++i) step.view(-1)[i] = c.scale.flatten()[map.group_of(i)];
+    const torch::NoGradGuard no_gradient;
+    const auto at = [&](const Tensor& values) { return fake_quantize(values, c.scale, c.zero, c.grid); };
+    const Tensor ahead = at(x + step), behind = at(x - step), here = at(x), slope = (ahead - behind) / (2 * step);
+    // At the range's ends one of the sides stays where it was.
+    const Tensor end = (ahead == here).logical_xor(behind == here);
+    EXPECT_LE((slope - x.grad()).masked_select(end.logical_not()).abs().max().item<float>(), 1e-4);
+    EXPECT_GT((x.grad() == 1).logical_and(end.logical_not()).sum().item<int64_t>(), 10);
+    EXPECT_GT((x.grad() == 0).sum().item<int64_t>(), 0);
+  }
+}
+
+/// Of codes that are no integers, from one end of the range to the other: their values are as far apart as what they
+/// stand for, but for half a gap at either end.
+TEST(FakeQuantize, TablesAndFloatsRiseAsTheirValuesDo) {
+  for (const Named& c : schemes()) {
+    if (integer_grid(c.scheme)) continue;
+    SCOPED_TRACE(c.name);
+    const Tensor w = weights();
+    const float most = w.abs().max().item<float>(), h = 0.5f * most;
+    for (int64_t i = 0; i < w.size(1); i += 20) w.select(1, i).fill_(most), w.select(1, i + 1).fill_(-most);
+    const auto at = [&](float value) {
+      Tensor x = w.clone();
+      x.slice(1, 5, 15).fill_(value);
+      x.requires_grad_();
+      const Tensor y = fake_quantize(x, quantizer(c.scheme));
+      y.sum().backward();
+      EXPECT_TRUE(torch::equal(x.grad(), torch::ones_like(x)));
+      return y.detach()[0].slice(0, 5, 15).clone();
+    };
+    float gap = 0;  // the largest between neighbouring values
+    std::vector<float> values;
+    for (int i = -100; i <= 100; ++i) values.push_back(at(most * static_cast<float>(i) / 100)[0].item<float>());
+    for (size_t i = 1; i < values.size(); ++i) {
+      EXPECT_GE(values[i], values[i - 1]);
+      gap = std::max(gap, values[i] - values[i - 1]);
+    }
+    ASSERT_LT(gap, h);
+    for (const float centre : {-0.4f, 0.0f, 0.3f}) {
+      const Tensor slope = (at(centre * most + h) - at(centre * most - h)) / (2 * h);
+      EXPECT_LE((slope - 1).abs().max().item<float>(), gap / (2 * h) + 1e-2f);
+    }
+  }
 }
 
 TEST(FakeQuantize, FactorAndFirstScalesOfThePaper) {
@@ -254,24 +333,69 @@ TEST(FakeQuantize, StoredNumbersPassGradients) {
   EXPECT_TRUE(torch::equal(s.grad(), torch::ones({2})));
 }
 
-TEST(FakeQuantize, ActivationsDynamicAndFixed) {
-  torch::manual_seed(3);
-  const Tensor x = torch::randn({2, 5, 16});
-  const Scheme per_token = {.element = &integer_element(8, true),
-                            .scale = parameter(Grouping::channel(), plain(DType::f32))};
-  const Tensor dynamic = fake_quantize_activation(x, {.scheme = per_token});
-  EXPECT_LT((dynamic - x).abs().max().item<float>(), 4.0f / 127);
-  const Tensor steps = dynamic / (x.abs().amax(-1, true) / 127);
-  EXPECT_LT((steps - steps.round()).abs().max().item<float>(), 1e-3);
-  for (const ElementType* element : {&integer_element(8, true), &float_element(DType::f8_e4m3)}) {
-    const Scheme scheme = {.element = element, .scale = parameter(Grouping::tensor(), plain(DType::f32))};
-    Tensor input = x.clone().requires_grad_();
-    const Tensor y = fake_quantize_activation(input, fixed_activation(scheme, {-1, 1}));
-    EXPECT_LE(y.abs().max().item<float>(), 129.0f / 127);
-    y.sum().backward();
-    EXPECT_EQ(input.grad().masked_select(x.abs() > 1.02f).abs().max().item<float>(), 0);
-    EXPECT_EQ(input.grad().masked_select(x.abs() < 0.99f).min().item<float>(), 1);
+/// What inputs of layers may be: integers with and without a zero point, and floats.
+std::vector<Named> activation_schemes(const Grouping& grouping) {
+  std::vector<Named> all;
+  for (const int bits : {8, 4})
+    for (const bool symmetric : {true, false}) {
+      Scheme s = {.element = &integer_element(bits, symmetric), .scale = parameter(grouping, plain(DType::f32))};
+      if (!symmetric) {
+        s.offset_kind = OffsetKind::zero_point;
+        s.offset = parameter(grouping, {.element = s.element});
+      }
+      all.push_back({describe(s), s});
+    }
+  for (const DType type : {DType::f8_e4m3, DType::f8_e5m2}) {
+    const Scheme s = {.element = &float_element(type), .scale = parameter(grouping, plain(DType::f32))};
+    all.push_back({describe(s), s});
   }
+  return all;
+}
+
+TEST(FakeQuantize, DynamicActivationsHaveAScaleATokenAndGoStraightThrough) {
+  torch::manual_seed(3);
+  const Tensor base = torch::randn({2, 5, 16}) * torch::tensor({1.0f, 30.0f}).reshape({2, 1, 1});
+  for (const Named& c : activation_schemes(Grouping::channel())) {
+    SCOPED_TRACE(c.name);
+    Tensor x = base.clone().requires_grad_();
+    const Tensor y = fake_quantize_activation(x, {.scheme = c.scheme}), slope = torch::randn_like(base);
+    // Half a step of the token's own range: of floats half a mantissa's last bit.
+    const float codes = c.scheme.element->kind == ElementKind::integer ? c.scheme.element->highest : 8;
+    EXPECT_LE(((y - x).abs() / base.abs().amax(-1, true)).max().item<float>(), 1.01f / codes);
+    EXPECT_FALSE(torch::equal(y, x));
+    (y * slope).sum().backward();
+    EXPECT_TRUE(torch::equal(x.grad(), slope));
+  }
+  const Tensor integers =
+      fake_quantize_activation(base, {.scheme = activation_schemes(Grouping::channel()).front().scheme});
+  const Tensor steps = integers / (base.abs().amax(-1, true) / 127);
+  EXPECT_LT((steps - steps.round()).abs().max().item<float>(), 1e-3);
+}
+
+TEST(FakeQuantize, StaticActivationsClipWhatIsBeyondTheirRange) {
+  torch::manual_seed(3);
+  const Tensor x = torch::randn({2, 50, 16});
+  for (const Named& c : activation_schemes(Grouping::tensor()))
+    for (const Range range : {Range{-1, 1}, Range{-0.5f, 1.5f}}) {
+      SCOPED_TRACE(c.name);
+      Tensor input = x.clone().requires_grad_();
+      const Tensor slope = torch::randn_like(x), y = fake_quantize_activation(input, fixed_activation(c.scheme, range));
+      (y * slope).sum().backward();
+      // What the codes reach: without a zero point as far down as up, and a code further where there is one.
+      const bool has_zero = c.scheme.offset.has_value();
+      const float most = std::max(-range.low, range.high), codes = c.scheme.element->highest;
+      const float low = has_zero ? range.low : -most, high = has_zero ? range.high : most;
+      const bool integer = c.scheme.element->kind == ElementKind::integer;
+      const float edge = integer ? 1.6f * (high - low) / codes : 0.01f;
+      const Tensor inside = (x > low + edge).logical_and(x < high - edge);
+      const Tensor beyond = (x < low - edge).logical_or(x > high + edge);
+      EXPECT_GT(inside.sum().item<int64_t>(), 500);
+      EXPECT_GT(beyond.sum().item<int64_t>(), 20);
+      EXPECT_TRUE(torch::equal(input.grad().masked_select(inside), slope.masked_select(inside)));
+      EXPECT_EQ(input.grad().masked_select(beyond).abs().max().item<float>(), 0);
+      EXPECT_LE(y.max().item<float>(), high + edge);
+      EXPECT_GE(y.min().item<float>(), low - edge);
+    }
 }
 
 // ---- observers ----

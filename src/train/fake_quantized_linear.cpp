@@ -146,6 +146,12 @@ QuantizedLinear FakeQuantizedLinear::linear() const {
   return out;
 }
 
+bool is_learned_scale(std::string_view name) {
+  const size_t last = name.rfind('.');
+  const std::string_view module = name.substr(0, last == std::string_view::npos ? 0 : last);
+  return module == kLearned || module.ends_with(std::string(".") + kLearned);
+}
+
 void attach_fake_quantized(torch::nn::LinearImpl& layer, const std::shared_ptr<FakeQuantizedLinear>& behaviour) {
   layer.register_module(kLearned, behaviour->learned());
   attach(layer, behaviour, behaviour->floats());

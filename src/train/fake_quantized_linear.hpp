@@ -52,6 +52,9 @@ class FakeQuantizedLinear : public LinearBehaviour {
   std::shared_ptr<torch::nn::Module> learned_ = std::make_shared<torch::nn::Module>("fake_quantize");
 };
 
+/// Is this parameter of a module, named as named_parameters() does, a scale or zero point that learned() holds?
+bool is_learned_scale(std::string_view name);
+
 /// The layer learns so from now on; learned() is its module "fake_quantize".
 void attach_fake_quantized(torch::nn::LinearImpl& layer, const std::shared_ptr<FakeQuantizedLinear>& behaviour);
 /// libtorch computes the layer again, with the floats that learned; nothing is registered beside them.

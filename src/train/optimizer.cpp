@@ -4,6 +4,7 @@
 
 #include "base/error.hpp"
 #include "train/adamw8.hpp"
+#include "train/fake_quantized_linear.hpp"
 
 namespace bitwright::train {
 namespace {
@@ -26,20 +27,22 @@ void add_state(const std::string& name, const AdamW8::Parameter& parameter, Tens
 template <class Adam>
 class Named : public Optimizer {
  public:
-  Named(std::vector<NamedParameter> parameters, const AdamWOptions& options) : Optimizer(std::move(parameters)) {
-    std::ranges::stable_partition(parameters_, &NamedParameter::decays);
-    for (const bool decays : {true, false}) {
+  Named(std::vector<NamedParameter> parameters, const AdamWOptions& options, double scale_rate)
+      : Optimizer(std::move(parameters)), scale_rate_(scale_rate) {
+    std::ranges::stable_sort(parameters_, {}, &NamedParameter::treatment);
+    for (const Treatment treatment : kTreatments) {
       std::vector<torch::Tensor> group;
       for (const NamedParameter& parameter : parameters_)
-        if (parameter.decays == decays) group.push_back(parameter.tensor);
+        if (parameter.treatment == treatment) group.push_back(parameter.tensor);
       AdamWOptions own = options;
-      if (!decays) own.weight_decay = 0;
+      if (treatment != Treatment::matrix) own.weight_decay = 0;
       adam_.add_group(group, own);
     }
     BW_ASSERT(adam_.parameters().size() == parameters_.size());
   }
   void step(double learning_rate, double gradient_scale) override {
-    for (auto& group : adam_.groups()) group.options.lr = learning_rate;
+    for (size_t i = 0; i < std::size(kTreatments); ++i)
+      adam_.groups()[i].options.lr = learning_rate * (kTreatments[i] == Treatment::scale ? scale_rate_ : 1);
     adam_.step(gradient_scale);
   }
   void zero_grad() override { adam_.zero_grad(); }
@@ -55,16 +58,23 @@ class Named : public Optimizer {
   }
 
  private:
+  static constexpr Treatment kTreatments[] = {Treatment::matrix, Treatment::vector, Treatment::scale};
   Adam adam_;
+  double scale_rate_;
 };
 
 }  // namespace
 
+Treatment treatment_of(std::string_view name, const torch::Tensor& parameter) {
+  if (is_learned_scale(name)) return Treatment::scale;
+  return parameter.dim() >= 2 && name.ends_with("weight") ? Treatment::matrix : Treatment::vector;
+}
+
 std::unique_ptr<Optimizer> make_optimizer(std::string_view name, std::vector<NamedParameter> parameters,
-                                          const AdamWOptions& options) {
-  if (name == "adamw8bit") return std::make_unique<Named<AdamW8>>(std::move(parameters), options);
+                                          const AdamWOptions& options, double scale_rate) {
+  if (name == "adamw8bit") return std::make_unique<Named<AdamW8>>(std::move(parameters), options, scale_rate);
   BW_ASSERT(name == "adamw");
-  return std::make_unique<Named<AdamW>>(std::move(parameters), options);
+  return std::make_unique<Named<AdamW>>(std::move(parameters), options, scale_rate);
 }
 
 }  // namespace bitwright::train

@@ -13,11 +13,20 @@
 
 namespace bitwright::train {
 
+/// How a parameter is stepped.
+enum class Treatment : uint8_t {
+  matrix,  ///< decays
+  vector,  ///< norms, biases: not drawn to zero
+  scale,   ///< scales and zero points that QAT learns: likewise, at a learning rate of their own
+};
+/// name: as checkpoints have it.
+Treatment treatment_of(std::string_view name, const torch::Tensor& parameter);
+
 /// A parameter that learns, by the name that checkpoints have for it.
 struct NamedParameter {
   std::string name;
   torch::Tensor tensor;  ///< contiguous float32
-  bool decays = true;    ///< matrices: norms, biases and learned scales are not drawn to zero
+  Treatment treatment = Treatment::matrix;
 };
 
 /// One of the optimizers a configuration can name, with its parameters.
@@ -36,11 +45,11 @@ class Optimizer {
 
  protected:
   explicit Optimizer(std::vector<NamedParameter> parameters) : parameters_(std::move(parameters)) {}
-  std::vector<NamedParameter> parameters_;  ///< those that decay first
+  std::vector<NamedParameter> parameters_;  ///< in the order of their treatment
 };
 
-/// name: "adamw", "adamw8bit". options.weight_decay: of those that decay.
+/// name: "adamw", "adamw8bit". options.weight_decay: of matrices. scale_rate: of scales, times the learning rate.
 std::unique_ptr<Optimizer> make_optimizer(std::string_view name, std::vector<NamedParameter> parameters,
-                                          const AdamWOptions& options);
+                                          const AdamWOptions& options, double scale_rate = 1);
 
 }  // namespace bitwright::train

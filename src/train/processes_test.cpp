@@ -375,7 +375,7 @@ struct Trial {
     for (const bool matrices : {true, false}) {
       std::vector<Tensor> parameters;
       for (const Trained& trained : parallel.trained())
-        if (trained.decays == matrices) parameters.push_back(trained.tensor);
+        if ((trained.treatment == Treatment::matrix) == matrices) parameters.push_back(trained.tensor);
       optimizer.add_group(parameters, {.lr = 3e-3, .weight_decay = matrices ? 0.1 : 0});
     }
   }

@@ -170,6 +170,53 @@ TEST(Qat, ScalesLearnAndAreStoredAsTheyWereLearned) {
   EXPECT_LE(codes.abs().max().item<float>(), 8.01f);
 }
 
+/// The gradients of inputs, and of what is learned of them, by the equations: straight through within the range, LSQ's
+/// round(x / s) - x / s for the scale there and the last code beyond (Esser et al. 2020, eq. 3), times 1 / sqrt(N Qp).
+TEST(Qat, GradientsOfLearnedAndObservedInputs) {
+  for (const char* ranges : {"learned", "moving_average"})
+    for (const char* type : {"int8", "int4"})
+      for (const bool symmetric : {true, false}) {
+        SCOPED_TRACE(fmt::format("{} {} symmetric {}", ranges, type, symmetric));
+        QatConfig config = config_of({{"bits", 8}});
+        config.activations = "static";
+        config.activation_type = type;
+        config.activation_ranges = ranges;
+        config.symmetric_activations = symmetric;
+        config.averaging = 1e-3;
+        Net net;
+        prepare_model_for_qat(net, config);
+        net.first(inputs());
+        const auto layer = behaviour_as<FakeQuantizedLinear>(*net.first);
+        Tensor x = (inputs() * 20).requires_grad_();  // much lies beyond what was seen, or learned
+        const Tensor slope = torch::randn({64, 24});
+        (net.first(x) * slope).sum().backward();
+        const ActivationScheme input = *layer->linear().input;
+        const double s = static_cast<double>(decode(*input.scale).at(0));
+        const double z = input.offset ? static_cast<double>(decode(*input.offset).at(0)) : 0;
+        const IntegerGrid grid = *integer_grid(input.scheme);
+
+        const Tensor arriving = slope.matmul(layer->fake_weight().detach()).to(torch::kDouble);
+        const Tensor scaled = x.detach().to(torch::kDouble) / s, code = scaled.round() + z;
+        const Tensor inside = (code >= grid.lowest).logical_and(code <= grid.highest);
+        EXPECT_GT(inside.sum().item<int64_t>(), 100);
+        EXPECT_GT(inside.logical_not().sum().item<int64_t>(), 100);
+        EXPECT_TRUE(torch::allclose(x.grad().to(torch::kDouble), arriving * inside, 1e-4, 1e-5));
+        const auto names = net.named_parameters();
+        EXPECT_EQ(names.contains("first.fake_quantize.input_scale"), std::string(ranges) == "learned");
+        if (std::string(ranges) != "learned") continue;
+        const double factor = lsq_factor(grid, {1, 48});
+        const Tensor last = code.clamp(grid.lowest, grid.highest) - z;
+        const Tensor by_scale = arriving * torch::where(inside, scaled.round() - scaled, last);
+        const double bound = 1e-4 * factor * by_scale.abs().sum().item<double>();
+        EXPECT_NEAR(names["first.fake_quantize.input_scale"].grad().item<double>(),
+                    factor * by_scale.sum().item<double>(), bound);
+        if (symmetric) continue;
+        const Tensor by_zero = arriving * inside.logical_not() * -s;
+        EXPECT_NEAR(names["first.fake_quantize.input_zero"].grad().item<double>(),
+                    factor * by_zero.sum().item<double>(), bound);
+      }
+}
+
 TEST(Qat, RangesAreObservedInTrainingModeAlone) {
   QatConfig config;
   config.activations = "static";

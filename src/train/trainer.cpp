@@ -17,6 +17,7 @@
 #include "train/data_parallel.hpp"
 #include "train/dataset.hpp"
 #include "train/linear.hpp"
+#include "train/mean_loss.hpp"
 #include "train/optimizer.hpp"
 #include "train/run_directory.hpp"
 #include "train/training_checkpoint.hpp"
@@ -153,7 +154,6 @@ struct Trainer::Impl {
 
   Impl(TrainableModel trained, TrainingConfig configuration, std::shared_ptr<QuantizedFinetuning> quantized,
        std::shared_ptr<train::ParallelModel> processes);
-  Tensor loss(const Tensor& inputs, const Tensor& targets) const;
   double learning_rate() const;
   void check_updates_in_backward(int64_t rows) const;
   double accumulate(const Tensor& batch);
@@ -184,12 +184,11 @@ Trainer::Impl::Impl(TrainableModel trained, TrainingConfig configuration,
   BW_ASSERT(model.module != nullptr && model.logits != nullptr);
   std::vector<train::NamedParameter> parameters;
   if (parallel) {
-    for (const train::Trained& t : parallel->trained()) parameters.push_back({t.name, t.tensor, t.decays});
+    for (const train::Trained& t : parallel->trained()) parameters.push_back({t.name, t.tensor, t.treatment});
   } else {
     for (const auto& item : model.module->named_parameters()) {
       const Tensor& tensor = item.value();
-      if (tensor.requires_grad())
-        parameters.push_back({item.key(), tensor, tensor.dim() >= 2 && item.key().ends_with("weight")});
+      if (tensor.requires_grad()) parameters.push_back({item.key(), tensor, train::treatment_of(item.key(), tensor)});
     }
   }
   if (parameters.empty() && !finetuning)
@@ -202,13 +201,8 @@ Trainer::Impl::Impl(TrainableModel trained, TrainingConfig configuration,
                                      .beta1 = config.betas[0],
                                      .beta2 = config.betas[1],
                                      .epsilon = config.epsilon,
-                                     .weight_decay = config.weight_decay});
-}
-
-Tensor Trainer::Impl::loss(const Tensor& inputs, const Tensor& targets) const {
-  if (model.loss) return model.loss(inputs, targets);
-  const Tensor logits = model.logits(inputs);
-  return torch::nn::functional::cross_entropy(logits.flatten(0, 1).to(torch::kFloat32), targets.flatten());
+                                     .weight_decay = config.weight_decay},
+                                    config.qat.scale_lr);
 }
 
 /// Linear warm-up, then half a cosine down to a share of the rate (SGDR, arXiv:1608.03983, one period).
@@ -259,7 +253,8 @@ double Trainer::Impl::accumulate(const Tensor& batch) {
     Tensor value;
     {
       const Autocast autocast(half && !model.set_compute);
-      value = loss(part.narrow(1, 0, length).contiguous(), part.narrow(1, 1, length).contiguous());
+      const Tensor inputs = part.narrow(1, 0, length).contiguous(), targets = part.narrow(1, 1, length).contiguous();
+      value = model.objective ? model.objective(inputs, targets) : train::loss_of(model, inputs, targets);
     }
     mean += share * value.item<double>();
     if (!std::isfinite(mean) && !split()) break;  // where layers are split, all processes must pass through them
@@ -367,29 +362,8 @@ StepResult Trainer::training_step(const Tensor& tokens) {
 }
 
 double Trainer::evaluate(std::span<const int32_t> tokens, int64_t length, int64_t most) {
-  Impl& t = *impl_;
-  const Protocol protocol = {.context = length, .stride = length, .max_windows = most};
-  const std::vector<Window> windows = cut(tokens.size(), protocol);
-  if (windows.empty())
-    throw Error({.code = "text-too-short",
-                 .what = "cannot evaluate",
-                 .why = fmt::format("{} tokens do not fill a window of {}", tokens.size(), length),
-                 .fix = "give a longer text or shorter windows"});
-  const torch::NoGradGuard no_gradients;
-  t.model.module->eval();
-  if (t.model.set_compute) t.model.set_compute(torch::kFloat32);
-  double sum = 0;
-  for (size_t begin = 0; begin < windows.size(); begin += static_cast<size_t>(t.config.batch_size)) {
-    const size_t count = std::min(static_cast<size_t>(t.config.batch_size), windows.size() - begin);
-    Tensor batch = torch::empty({static_cast<int64_t>(count), length + 1}, torch::kInt64);
-    for (size_t i = 0; i < count; ++i)
-      std::copy_n(tokens.begin() + static_cast<std::ptrdiff_t>(windows[begin + i].begin), length + 1,
-                  batch.data_ptr<int64_t>() + static_cast<int64_t>(i) * (length + 1));
-    const Tensor inputs = batch.narrow(1, 0, length).contiguous(), targets = batch.narrow(1, 1, length).contiguous();
-    sum += t.loss(inputs, targets).item<double>() * static_cast<double>(count);
-  }
-  t.model.module->train();
-  return sum / static_cast<double>(windows.size());
+  const Impl& t = *impl_;
+  return train::mean_loss(t.model, tokens, {.length = length, .most = most, .batch = t.config.batch_size});
 }
 
 std::vector<int32_t> Trainer::sample(std::span<const int32_t> prompt, int64_t count, double temperature,

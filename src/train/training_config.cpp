@@ -61,6 +61,17 @@ std::vector<Key> make_keys() {
        .field = FIELD(export_dtype),
        .values = {"float32", "bfloat16", "float16"},
        .changeable = true},
+      {.path = "qat.scales", .field = FIELD(qat.scales), .values = {"auto", "learned", "computed"}},
+      {.path = "qat.initial_scales", .field = FIELD(qat.initial_scales), .values = {"search", "lsq"}},
+      {.path = "qat.scale_lr", .field = FIELD(qat.scale_lr), .least = 0, .most = 1e6, .changeable = true},
+      {.path = "qat.distill", .field = FIELD(qat.distill)},
+      {.path = "qat.activation_type", .field = FIELD(qat.activation_type), .values = {"int8", "int4", "e4m3", "e5m2"}},
+      {.path = "qat.symmetric_activations", .field = FIELD(qat.symmetric_activations)},
+      {.path = "qat.activation_ranges",
+       .field = FIELD(qat.activation_ranges),
+       .values = {"minmax", "moving_average", "percentile", "learned"}},
+      {.path = "qat.averaging", .field = FIELD(qat.averaging), .least = 1e-9, .most = 1},
+      {.path = "qat.percentile", .field = FIELD(qat.percentile), .least = 50.001, .most = 100},
       {.path = "lora.r", .field = FIELD(lora.r), .least = 0, .most = 4096},
       {.path = "lora.alpha", .field = FIELD(lora.alpha), .least = 0, .most = 1e6},
       {.path = "lora.dropout", .field = FIELD(lora.dropout), .least = 0, .most = 0.99},
@@ -270,14 +281,14 @@ void TrainingConfig::check(const std::string& where) const {
     fail(where, "both 'model' and 'architecture' are given",
          "'model' goes on from its weights, 'architecture' begins "
          "with random ones: leave one out");
-  const bool qat = quantization_mode == "qat", ptq = quantization_mode == "ptq", adapters = lora.r > 0;
-  if (enable_quantized_finetuning && qat)
+  const bool learns_rounded = quantization_mode == "qat", ptq = quantization_mode == "ptq", adapters = lora.r > 0;
+  if (enable_quantized_finetuning && learns_rounded)
     fail(where, "enable_quantized_finetuning and quantization_mode qat contradict each other",
          "the one has integer weights, the other learns floats: leave one out");
   if (enable_quantized_finetuning && ptq)
     fail(where, "enable_quantized_finetuning and quantization_mode ptq contradict each other",
          "the one learns while it is quantized, the other is quantized afterwards: leave one out");
-  if (adapters && (qat || ptq || enable_quantized_finetuning))
+  if (adapters && (learns_rounded || ptq || enable_quantized_finetuning))
     fail(where,
          fmt::format(
              "lora.r {} and {} contradict each other", lora.r,
@@ -285,6 +296,8 @@ void TrainingConfig::check(const std::string& where) const {
          "with adapters the base is frozen; its scheme is in the section 'quantization'");
   if (lora.init == "loftq" && adapters && quantization.empty())
     fail(where, "lora.init loftq needs a section 'quantization'", "it chooses codes and adapters together");
+  if (learns_rounded && qat.distill && model.empty())
+    fail(where, "qat.distill needs a 'model', whose predictions are learned", "name one, or leave qat.distill out");
   if (max_steps == 0 && epochs == 0) fail(where, "both max_steps and epochs are 0", "give one of them");
   if (!quantization.empty()) check_quantization(*this, where);
 }

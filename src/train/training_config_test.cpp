@@ -99,6 +99,15 @@ TEST(TrainingConfig, WrongKeysAndValuesAreOneClearLine) {
   expect_contains(configs.error("lora: {rank: 8}\n"), "unknown key 'lora.rank'");
   expect_contains(configs.error("quantization: {metod: int4}\n"), "did you mean 'method'?");
   expect_contains(configs.error("quantization: {method: int5}\n"), "'int5' is not known; valid: none, int8");
+  expect_contains(configs.error("qat: {scale: lsq}\n"), "unknown key 'qat.scale'; did you mean 'scales'?");
+  expect_contains(configs.error("qat: {scales: clever}\n"), "'clever' is not known; valid: auto, learned, computed");
+  expect_contains(configs.error("qat: {initial_scales: max}\n"), "valid: search, lsq");
+  expect_contains(configs.error("qat: {activation_type: int2}\n"), "valid: int8, int4, e4m3, e5m2");
+  expect_contains(configs.error("qat: {activation_ranges: ema}\n"),
+                  "valid: minmax, moving_average, percentile, learned");
+  expect_contains(configs.error("qat: {scale_lr: -1}\n"), "qat.scale_lr: '-1' is not between 0 and");
+  expect_contains(configs.error("qat: {averaging: 0}\n"), "qat.averaging: '0' is not between");
+  expect_contains(configs.error("qat: {percentile: 50}\n"), "qat.percentile: '50' is not between");
   expect_contains(configs.error("batch_size: 0\n"), "batch_size: '0' is not between 1 and");
   expect_contains(configs.error("batch_size: 1.5\n"), "is no whole number");
   expect_contains(configs.error("learning_rate: nan\n"), "is not between 0 and");
@@ -120,6 +129,8 @@ TEST(TrainingConfig, ContradictionsAreRefused) {
   expect_contains(configs.error("lora: {r: 8}\nquantization_mode: qat\n"), "lora.r 8 and quantization_mode qat");
   expect_contains(configs.error("lora: {r: 8}\nenable_quantized_finetuning: true\n"), "contradict each other");
   expect_contains(configs.error("lora: {r: 8, init: loftq}\n"), "lora.init loftq needs a section 'quantization'");
+  expect_contains(configs.error("architecture: {hidden_size: 8}\nquantization_mode: qat\nqat: {distill: true}\n"),
+                  "qat.distill needs a 'model'");
   expect_contains(configs.error("max_steps: 0\nepochs: 0\n"), "both max_steps and epochs are 0");
 }
 
@@ -143,6 +154,8 @@ TEST(TrainingConfig, WhatMayChangeBetweenACheckpointAndNow) {
   EXPECT_EQ(incompatible_key(before, configs.read("model: m\nseed: 1\n")), "seed");
   EXPECT_EQ(incompatible_key(before, configs.read("model: m\nquantization_mode: qat\n")), "quantization_mode");
   EXPECT_EQ(incompatible_key(before, configs.read("model: m\nquantization: {method: int4}\n")), "quantization");
+  EXPECT_EQ(incompatible_key(before, configs.read("model: m\nqat: {scale_lr: 0.5}\n")), "");
+  EXPECT_EQ(incompatible_key(before, configs.read("model: m\nqat: {scales: computed}\n")), "qat.scales");
 }
 
 }  // namespace

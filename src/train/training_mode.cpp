@@ -5,6 +5,7 @@
 #include "bitwright/torch/qat.hpp"
 #include "recipe/config.hpp"
 #include "recipe/recipe.hpp"
+#include "train/fake_quantized_linear.hpp"
 #include "train/keep_frozen.hpp"
 #include "train/lora.hpp"
 #include "train/quantized_finetuning.hpp"
@@ -45,12 +46,40 @@ OrderedJson described(const char* method, const OrderedJson& settings, const std
 
 bool wants_qat(const TrainingConfig& config) { return config.quantization_mode == "qat"; }
 
-Prepared prepare_qat(CausalLm& model, const TrainingConfig& config, std::vector<Warning>& warnings) {
-  QatConfig qat = {.quantization = section_of(config), .format = config.container};
+QatConfig qat_config(const TrainingConfig& config) {
+  QatConfig qat = {.quantization = section_of(config),
+                   .format = config.container,
+                   .scales = config.qat.scales,
+                   .initial_scales = config.qat.initial_scales,
+                   .activation_type = config.qat.activation_type,
+                   .symmetric_activations = config.qat.symmetric_activations,
+                   .activation_ranges = config.qat.activation_ranges,
+                   .averaging = config.qat.averaging,
+                   .percentile = config.qat.percentile};
   const bool weight_only = config.quantization.empty() ? false : qat.quantization.value("weight_only", true);
   qat.quantization.erase("weight_only");
   qat.quantization.erase("mode");
   qat.activations = weight_only ? "none" : config.quantization_type;
+  return qat;
+}
+
+/// What the model loses where it is rounded and learns nothing.
+void measure_qat(const Beginning& beginning) {
+  if (!beginning.loss) return;
+  OrderedJson& losses = beginning.result["qat"] = {{"loss_floats", beginning.loss()}};
+  QatConfig rounded = qat_config(beginning.config);
+  rounded.scales = "computed";
+  if (rounded.activation_ranges == "learned") rounded.activation_ranges = "moving_average";
+  prepare_model_for_qat(beginning.model, rounded);
+  if (rounded.activations == "static") beginning.calibrate();
+  losses["loss_rounded"] = beginning.loss();
+  for_each_linear(beginning.model, [](const std::string&, torch::nn::LinearImpl& layer) {
+    if (behaviour_as<FakeQuantizedLinear>(layer) != nullptr) detach_fake_quantized(layer);
+  });
+}
+
+Prepared prepare_qat(CausalLm& model, const TrainingConfig& config, std::vector<Warning>& warnings) {
+  const QatConfig qat = qat_config(config);
   const QatLayers layers = prepare_model_for_qat(model, qat);
   for (const std::string& warning : layers.warnings) warnings.push_back({"QAT", warning});
   OrderedJson quantization = described("qat", layers.settings, layers.quantized);
@@ -59,6 +88,7 @@ Prepared prepare_qat(CausalLm& model, const TrainingConfig& config, std::vector<
 }
 
 bool finish_qat(const Ending& ending) {
+  if (ending.loss) ending.result["qat"]["loss_learned"] = ending.result["val_loss"];
   ending.result["quantized_layers"] = convert_qat_model(ending.model);
   return true;
 }
@@ -169,7 +199,7 @@ bool finish_lora(const Ending& ending) {
 bool always(const TrainingConfig&) { return true; }
 
 const TrainingMode kModes[] = {
-    {.name = "qat", .wanted = wants_qat, .prepare = prepare_qat, .finish = finish_qat},
+    {.name = "qat", .wanted = wants_qat, .measure = measure_qat, .prepare = prepare_qat, .finish = finish_qat},
     {.name = "ptq", .wanted = wants_ptq, .finish = finish_ptq},
     {.name = "quantized_finetuning",
      .wanted = wants_finetuning,

@@ -19,12 +19,20 @@ struct Prepared {
   std::shared_ptr<QuantizedFinetuning> finetuning{};
   OrderedJson quantization{};  ///< for quantization_metadata.json of checkpoints; null: nothing is quantized
 };
+/// The model as it was opened.
+struct Beginning {
+  CausalLm& model;
+  const TrainingConfig& config;
+  std::function<void()> calibrate;  ///< runs the model over some of the training text
+  std::function<double()> loss;     ///< on the text for validation; null: there is none
+  OrderedJson& result;              ///< of the command
+};
 /// The model after training, as a mode ends it.
 struct Ending {
   CausalLm& model;
   const TrainingConfig& config;
   std::function<void()> calibrate;  ///< runs the model over some of the training text
-  std::function<double()> loss;     ///< on the text for validation
+  std::function<double()> loss;     ///< on the text for validation; null: there is none
   std::filesystem::path adapter;    ///< where adapters go
   OrderedJson& result;              ///< of the command
   std::vector<Warning>& warnings;
@@ -37,6 +45,8 @@ struct TrainingMode {
   bool frozen = false;  ///< most of the model does not learn, and must be the same when training goes on
   /// How a checkpoint is read; null: all of it becomes floats.
   void (*load)(const TrainingConfig& config, CausalLmOptions& options) = nullptr;
+  /// What can be said of the model only before it learns, for the result. Leaves it as it is.
+  void (*measure)(const Beginning& beginning) = nullptr;
   Prepared (*prepare)(CausalLm& model, const TrainingConfig& config, std::vector<Warning>& warnings) = nullptr;
   /// False: there is no model of its own to export.
   bool (*finish)(const Ending& ending) = nullptr;

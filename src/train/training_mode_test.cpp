@@ -1,5 +1,6 @@
 #include "train/training_mode.hpp"
 
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include "bitwright/torch/qat.hpp"
@@ -101,6 +102,41 @@ TEST_P(TrainingModes, ResumeBitForBit) {
 
 INSTANTIATE_TEST_SUITE_P(All, TrainingModes, testing::ValuesIn(kWays),
                          [](const auto& item) { return std::string(item.param.name); });
+
+/// AdamW's first step is its learning rate long, or nothing.
+TEST(TrainingMode, LearnedScalesHaveARateOfTheirOwn) {
+  for (const char* optimizer : {"adamw", "adamw8bit"})
+    for (const double share : {0.0, 0.125, 1.0}) {
+      SCOPED_TRACE(fmt::format("{} {}", optimizer, share));
+      torch::manual_seed(1);
+      const auto net = std::make_shared<Net>();
+      qat(*net, "static", "learned");
+      TrainingConfig config;
+      config.optimizer = optimizer;
+      config.schedule = "constant";
+      config.learning_rate = 1e-3;
+      config.weight_decay = 0;
+      config.qat.scale_lr = share;
+      const Tensor tokens = torch::arange(14).reshape({2, 7});
+      net->forward(tokens.narrow(1, 0, 6));  // where input scales begin
+      std::map<std::string, Tensor> before;
+      for (const auto& item : net->named_parameters()) before[item.key()] = item.value().detach().clone();
+      Trainer trainer({.module = net, .logits = [net](const Tensor& ids) { return net->forward(ids); }}, config);
+      trainer.training_step(tokens);
+      int scales = 0;
+      for (const auto& item : net->named_parameters()) {
+        const bool is_scale = item.key().find("fake_quantize.") != std::string::npos;
+        const double step = (item.value() - before[item.key()]).abs().max().item<double>();
+        const double rate = is_scale ? share * 1e-3 : 1e-3;
+        EXPECT_LE(step, 1.02 * rate) << item.key();
+        // Where nothing is clipped, zero points have no gradient.
+        const bool may_rest = item.key().ends_with("zero");
+        EXPECT_GE(step, may_rest ? 0 : 0.98 * rate) << item.key();
+        scales += is_scale ? 1 : 0;
+      }
+      EXPECT_EQ(scales, 6);  // of two layers: scales and zero points of weights, scales of inputs
+    }
+}
 
 // SPECIFICATION C4: the fields choose the mode, and without them there is none.
 TEST(SpecificationC, C4_FieldsChooseTheMode) {

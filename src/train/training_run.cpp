@@ -12,7 +12,9 @@
 #include "train/causal_lm.hpp"
 #include "train/data_parallel.hpp"
 #include "train/dataset.hpp"
+#include "train/distillation.hpp"
 #include "train/export.hpp"
+#include "train/mean_loss.hpp"
 #include "train/tensor_memory.hpp"
 #include "train/training_checkpoint.hpp"
 #include "train/training_mode.hpp"
@@ -112,6 +114,16 @@ TrainableModel trainable(const std::shared_ptr<CausalLm>& model) {
           .set_compute = [model](torch::ScalarType type) { model->options().compute = type; }};
 }
 
+/// The loss of learning what the model in floats predicts. It is read again: what learns has changed its own weights.
+std::function<torch::Tensor(const torch::Tensor&, const torch::Tensor&)> distillation(const Source& source) {
+  const auto teacher = std::make_shared<CausalLm>(*source.checkpoint);
+  for (const torch::Tensor& parameter : teacher->parameters()) parameter.set_requires_grad(false);
+  return [teacher, model = source.model](const torch::Tensor& inputs, const torch::Tensor&) {
+    teacher->options().compute = model->options().compute;
+    return distillation_loss(model->forward(inputs), teacher->forward(inputs));
+  };
+}
+
 /// What a checkpoint holds besides what learns, so that it can be read without anything else at hand.
 void add_checkpoint_files(Trainer& trainer, const Source& source, const OrderedJson& quantization) {
   trainer.add_files([&source, quantization](const fs::path& directory) {
@@ -126,6 +138,15 @@ void add_checkpoint_files(Trainer& trainer, const Source& source, const OrderedJ
   });
 }
 
+/// The model sees the first windows that it learns from.
+void see_windows(CausalLm& model, const Trainer::Texts& texts, const TrainingConfig& config) {
+  constexpr int64_t kWindows = 32;
+  const torch::NoGradGuard no_gradients;
+  const TokenDataset data(texts.training, texts.sequence_length, static_cast<uint64_t>(config.seed));
+  for (int64_t i = 0; i < kWindows; i += config.batch_size)
+    model.forward(data.batch(i, config.batch_size).narrow(1, 0, data.length()));
+}
+
 void export_trained(const CausalLm& model, const Source& source, const TrainingConfig& config, const fs::path& output,
                     const OrderedJson& record) {
   const std::vector<ExportedTensor> tensors = exported_tensors(model);
@@ -135,10 +156,6 @@ void export_trained(const CausalLm& model, const Source& source, const TrainingC
                 .floats = *dtype_from_name(config.export_dtype),
                 .record = record});
 }
-
-}  // namespace
-
-namespace {
 
 /// How this process takes part in training the model; null: it is alone.
 std::shared_ptr<ParallelModel> in_parallel(const std::shared_ptr<ProcessGroup>& group,
@@ -185,21 +202,34 @@ OrderedJson run_as_one(const TrainingRunOptions& options, const TrainingConfig& 
   const bool removes = group->rank() == 0 && check_output(config, options);
   group->barrier();
 
-  torch::manual_seed(static_cast<uint64_t>(config.seed));
-  const Prepared prepared = mode.prepare ? mode.prepare(model, config, warnings) : Prepared();
-  const std::shared_ptr<ParallelModel> parallel = in_parallel(group, source.model, config, prepared);
-  Trainer trainer(trainable(source.model), config, prepared.finetuning, parallel);
-  add_checkpoint_files(trainer, source, prepared.quantization);
-  if (removes) fs::remove_all(config.output);  // only now: whatever is wrong with the new run was said before
-  if (mode.frozen && source.checkpoint) trainer.require_base(weights_digest(*source.checkpoint));
-  if (options.resume && !trainer.resume())
-    warnings.push_back({"NO_CHECKPOINT", fmt::format("there is no checkpoint in {}: training begins", config.output)});
   const Trainer::Texts texts = {.training = std::move(tokens.training),
                                 .validation = std::move(tokens.validation),
                                 .sequence_length = protocol.context,
                                 .vocabulary = model.config().vocabulary,
                                 .encode = [&](const std::string& text) { return tokenizer.encode(text); },
                                 .decode = [&](std::span<const int32_t> ids) { return tokenizer.decode(ids); }};
+  TrainableModel trained_model = trainable(source.model);
+  if (config.quantization_mode == "qat" && config.qat.distill) trained_model.objective = distillation(source);
+  const auto validate = [&] {
+    return mean_loss(trained_model, texts.validation,
+                     {.length = texts.sequence_length, .most = config.eval_windows, .batch = config.batch_size});
+  };
+  const bool validates = static_cast<int64_t>(texts.validation.size()) > texts.sequence_length;
+  const std::function<double()> loss = validates ? std::function<double()>(validate) : nullptr;
+  const auto calibrate = [&] { see_windows(model, texts, config); };
+  OrderedJson result = {{"steps", nullptr}, {"loss", nullptr}, {"val_loss", nullptr}};
+  if (mode.measure != nullptr && group->rank() == 0)
+    mode.measure({.model = model, .config = config, .calibrate = calibrate, .loss = loss, .result = result});
+
+  torch::manual_seed(static_cast<uint64_t>(config.seed));
+  const Prepared prepared = mode.prepare ? mode.prepare(model, config, warnings) : Prepared();
+  const std::shared_ptr<ParallelModel> parallel = in_parallel(group, source.model, config, prepared);
+  Trainer trainer(trained_model, config, prepared.finetuning, parallel);
+  add_checkpoint_files(trainer, source, prepared.quantization);
+  if (removes) fs::remove_all(config.output);  // only now: whatever is wrong with the new run was said before
+  if (mode.frozen && source.checkpoint) trainer.require_base(weights_digest(*source.checkpoint));
+  if (options.resume && !trainer.resume())
+    warnings.push_back({"NO_CHECKPOINT", fmt::format("there is no checkpoint in {}: training begins", config.output)});
   const TrainingResult trained = trainer.train(texts);
   if (parallel) {
     parallel->join_on_first();
@@ -207,10 +237,7 @@ OrderedJson run_as_one(const TrainingRunOptions& options, const TrainingConfig& 
     if (group->rank() != 0) return {{"steps", trained.steps}, {"rank", group->rank()}};
   }
 
-  const bool validates = static_cast<int64_t>(texts.validation.size()) > texts.sequence_length;
-  const auto validate = [&] { return trainer.evaluate(texts.validation, texts.sequence_length, config.eval_windows); };
-  const TokenDataset data(texts.training, texts.sequence_length, static_cast<uint64_t>(config.seed));
-  OrderedJson result = {{"steps", trained.steps}, {"loss", nullptr}, {"val_loss", nullptr}};
+  result["steps"] = trained.steps;
   if (trained.loss) result["loss"] = *trained.loss;
   if (trained.val_loss)
     result["val_loss"] = *trained.val_loss;
@@ -222,14 +249,8 @@ OrderedJson run_as_one(const TrainingRunOptions& options, const TrainingConfig& 
   if (mode.finish != nullptr) {
     has_model = mode.finish({.model = model,
                              .config = config,
-                             .calibrate =
-                                 [&] {
-                                   const torch::NoGradGuard no_gradients;
-                                   constexpr int64_t kWindows = 32;
-                                   for (int64_t i = 0; i < kWindows; i += config.batch_size)
-                                     model.forward(data.batch(i, config.batch_size).narrow(1, 0, data.length()));
-                                 },
-                             .loss = validates ? std::function<double()>(validate) : nullptr,
+                             .calibrate = calibrate,
+                             .loss = loss,
                              .adapter = adapter,
                              .result = result,
                              .warnings = warnings});

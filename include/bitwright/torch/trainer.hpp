@@ -28,6 +28,8 @@ struct TrainableModel {
   std::function<torch::Tensor(const torch::Tensor& inputs)> logits{};
   /// Mean cross-entropy of the tokens that follow, in nats; null: from the logits.
   std::function<torch::Tensor(const torch::Tensor& inputs, const torch::Tensor& targets)> loss{};
+  /// What training minimizes in its place, while evaluation keeps it; null: the same.
+  std::function<torch::Tensor(const torch::Tensor& inputs, const torch::Tensor& targets)> objective{};
   /// Type of its products, before each forward pass; null: bfloat16 is autocast's work.
   std::function<void(torch::ScalarType type)> set_compute{};
 };

@@ -35,6 +35,18 @@ struct TrainingConfig {
   std::string container = "native";      ///< of the exported model where it is quantized
   std::string export_dtype = "float32";  ///< of what is not quantized in it: float32, bfloat16, float16
 
+  /// Of quantization_mode qat: what the section `quantization` does not say. As in QatConfig.
+  struct Qat {
+    std::string scales = "auto";            ///< of weights: auto, learned (LSQ), computed
+    std::string initial_scales = "search";  ///< of learned ones: search, lsq
+    double scale_lr = 1;                    ///< learned ones' learning rate, as a share of learning_rate
+    bool distill = false;                   ///< the loss is KL(the model in floats || this one), not the text's
+    std::string activation_type = "int8";   ///< of inputs that are quantized: int8, int4, e4m3, e5m2
+    bool symmetric_activations = true;      ///< false: with zero points
+    std::string activation_ranges = "moving_average";  ///< of static ones: minmax, moving_average, percentile, learned
+    double averaging = 0.01, percentile = 99.99;
+  } qat{};
+
   struct Lora {
     int64_t r = 0;  ///< 0: no adapters
     double alpha = 16, dropout = 0;
