@@ -9,8 +9,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 # Tests are compiled with the same warnings; reading them by clang-tidy too would take as long again.
 # Nor are the sources that include libtorch's headers, which clang 14 cannot read as C++20.
 sources() {
-  find src benchmarks -name '*.cpp' ! -name '*_test.cpp' ! -path 'src/train/*' ! -path 'src/cli/train_main.cpp' \
-    ! -path 'benchmarks/train*' | sort
+  find src benchmarks -name '*.cpp' ! -name '*_test.cpp' ! -name precompiled.cpp ! -path 'src/train/*' \
+    ! -path 'src/cli/train_main.cpp' ! -path 'benchmarks/train*' | sort
 }
 
 # Lines of sources. What Highway includes again for each instruction set is a line of its own.
