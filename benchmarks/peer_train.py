@@ -3,6 +3,7 @@
 
   peer_train.py MODE [STEPS]         fp32 or bf16 (autocast); jemalloc is preloaded where it is installed
   peer_train.py --against PROGRAM    PROGRAM (train_bench) and both modes in turn, three rounds, the best of each
+OMP_NUM_THREADS: of both sides; all cores otherwise.
 """
 import glob
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 
 BATCH, LENGTH, WORDS, HIDDEN, LAYERS, HEADS, WIDE = 8, 256, 32000, 288, 6, 6, 768
+THREADS = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count()))
 
 
 def model():
@@ -77,7 +79,7 @@ def model():
 def run(mode, steps):
     import torch
 
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())))
+    torch.set_num_threads(THREADS)
     torch.manual_seed(1)
     llama = model()
     adamw = torch.optim.AdamW(llama.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.1, foreach=True)
@@ -106,16 +108,17 @@ def against(program):
     kept = dict(plain, LD_PRELOAD=jemalloc[0], MALLOC_CONF="dirty_decay_ms:-1,muzzy_decay_ms:-1") if jemalloc else plain
     commands = {"PyTorch fp32": ([sys.executable, __file__, "fp32", "3"], kept),
                 "PyTorch bf16": ([sys.executable, __file__, "bf16", "3"], kept),
-                "ours f32": ([program, "f32", "5"], plain), "ours bf16": ([program, "bf16", "5"], plain)}
+                "ours f32": ([program, "f32", "5", str(THREADS)], plain),
+                "ours bf16": ([program, "bf16", "5", str(THREADS)], plain)}
     rates = {name: 0.0 for name in commands}
     for _ in range(3):
         for name, (command, environment) in commands.items():
             line = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
             print(line, end="", flush=True)
             rates[name] = max(rates[name], float(re.search(r"([\d.]+) tokens/s", line)[1]))
-    peer = max(rates["PyTorch fp32"], rates["PyTorch bf16"])
     for name, rate in rates.items():
-        print(f"{name}: {rate:.0f} tokens/s, {rate / peer:.2f} x PyTorch's best")
+        print(f"{name}: {rate:.0f} tokens/s, {rate / rates['PyTorch fp32']:.2f} x PyTorch fp32, "
+              f"{rate / rates['PyTorch bf16']:.2f} x PyTorch bf16")
 
 
 if __name__ == "__main__":

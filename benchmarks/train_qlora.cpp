@@ -1,14 +1,15 @@
 // What QLoRA takes and gives.
-//   train_qlora_bench memory MODEL [MODULE…]   one training step after another: batch 1, 256 tokens, layers computed
-//                                              again in the backward pass. A plain model is kept in bfloat16, a
-//                                              quantized one as it is. MODULE: ends of paths (default all-linear)
-//   train_qlora_bench gain MODEL TEXT [STEPS]  LoRA on floats against QLoRA (nf4, nested scales), merged and
-//   requantized train_qlora_bench speed TOKENS ROWS COLUMNS  the product with an nf4 matrix, forward and backward
+//   train_qlora_bench memory MODEL [adamw8bit] [MODULE…]
+//       one training step after another: batch 1, 256 tokens, layers computed again in the backward pass. A model is
+//       kept as it is stored, quantized or in float16. MODULE: ends of paths (default all-linear)
+//   train_qlora_bench gain MODEL TEXT [STEPS]
+//       LoRA on floats against QLoRA (nf4, nested scales), merged and requantized
+//   train_qlora_bench speed TOKENS ROWS COLUMNS
+//       the product with an nf4 matrix, forward and backward
 #include <fmt/format.h>
 #include <malloc.h>
 #include <torch/torch.h>
 
-#include <atomic>
 #include <chrono>
 #include <cstdlib>
 #include <fstream>
@@ -21,7 +22,9 @@
 #include "tokenizer/tokenizer.hpp"
 #include "train/keep_frozen.hpp"
 #include "train/lora.hpp"
+#include "train/optimizer.hpp"
 #include "train/quantized_linear.hpp"
+#include "train/tensor_memory.hpp"
 
 namespace bitwright::train {
 namespace {
@@ -29,31 +32,6 @@ namespace {
 using torch::Tensor;
 
 // Memory.
-
-std::atomic<int64_t> live_bytes = 0, peak_bytes = 0;
-
-/// What libtorch allocates for tensors, counted.
-struct CountingAllocator : at::Allocator {
-  static void free_counted(void* data) {
-    live_bytes -= static_cast<int64_t>(malloc_usable_size(data));
-    std::free(data);
-  }
-  static at::DataPtr make(size_t bytes) {
-    void* data = nullptr;
-    if (bytes > 0 && posix_memalign(&data, 64, bytes) != 0) throw std::bad_alloc();
-    const int64_t live = live_bytes += static_cast<int64_t>(data == nullptr ? 0 : malloc_usable_size(data));
-    for (int64_t peak = peak_bytes; live > peak && !peak_bytes.compare_exchange_weak(peak, live);) {
-    }
-    return {data, data, &free_counted, at::Device(at::kCPU)};
-  }
-#if TORCH_VERSION_MAJOR >= 2 && TORCH_VERSION_MINOR >= 3
-  at::DataPtr allocate(size_t bytes) override { return make(bytes); }
-  void copy_data(void* to, const void* from, std::size_t count) const override { default_copy_data(to, from, count); }
-#else
-  at::DataPtr allocate(size_t bytes) const override { return make(bytes); }
-#endif
-  at::DeleterFnPtr raw_deleter() const override { return &free_counted; }
-};
 
 /// A line of /proc/self/status, in bytes.
 int64_t status(const std::string& key) {
@@ -88,12 +66,43 @@ std::vector<Tensor> learning(const torch::nn::Module& model) {
   return found;
 }
 
-int measure_memory(const std::string& path, std::vector<std::string> targets) {
-  static CountingAllocator counting;
-  c10::SetAllocator(at::kCPU, &counting, 100);
-  // What libtorch itself takes: its products and gradients once.
-  const Tensor warm = torch::randn({64, 64}).to(torch::kBFloat16).requires_grad_(true);
-  at::mm(warm, warm).to(torch::kFloat32).sum().backward();
+std::unique_ptr<Optimizer> optimizer_of(const torch::nn::Module& model, const std::string& name) {
+  std::vector<NamedParameter> parameters;
+  for (const auto& item : model.named_parameters())
+    if (item.value().requires_grad()) parameters.push_back({item.key(), item.value(), true});
+  return make_optimizer(name, std::move(parameters), {.lr = 1e-4});
+}
+
+double step_of(CausalLm& model, Optimizer& optimizer, int64_t tokens) {
+  const Tensor ids = torch::randint(0, model.config().vocabulary, {1, tokens + 1}, torch::kInt64);
+  const Tensor loss = model.loss(ids.narrow(1, 0, tokens), ids.narrow(1, 1, tokens));
+  loss.backward();
+  optimizer.step(1e-4, 1);
+  optimizer.zero_grad();
+  return loss.item<double>();
+}
+
+/// All of libtorch and oneDNN that a step runs is in memory, and what they keep for themselves.
+void warm_up() {
+  const Json config = {{"model_type", "llama"},       {"hidden_size", 64},        {"intermediate_size", 128},
+                       {"num_hidden_layers", 2},      {"num_attention_heads", 2}, {"num_key_value_heads", 1},
+                       {"vocab_size", 256},           {"rms_norm_eps", 1e-5},     {"max_position_embeddings", 64},
+                       {"tie_word_embeddings", false}};
+  CausalLmOptions options;
+  options.compute = torch::kBFloat16;
+  options.recompute_layers = true;
+  CausalLm model(config, options);
+  bitwright::prepare_qlora(model, {.r = 4});
+  const auto optimizer = optimizer_of(model, "adamw");
+  step_of(model, *optimizer, 32);
+}
+
+int measure_memory(const std::string& path, const std::string& optimizer_name, std::vector<std::string> targets) {
+  // As bitwright-train has it.
+  mallopt(M_MMAP_THRESHOLD, 16 << 20);
+  mallopt(M_TRIM_THRESHOLD, 32 << 20);
+  use_tensor_memory();
+  warm_up();
   const int64_t before = status("VmRSS");
 
   if (targets.empty()) targets = {"all-linear"};
@@ -110,33 +119,38 @@ int measure_memory(const std::string& path, std::vector<std::string> targets) {
   CausalLm model(checkpoint, options);
   const int64_t loaded = status("VmHWM") - before;
   add_lora(model, {.r = 16, .target_modules = targets});
-  const std::vector<Tensor> parameters = learning(model);
-  torch::optim::AdamW optimizer(parameters, torch::optim::AdamWOptions(1e-4));
-  int64_t adapters = 0;
-  for (const Tensor& p : parameters) adapters += static_cast<int64_t>(p.nbytes());
+  const auto optimizer = optimizer_of(model, optimizer_name);
+  int64_t adapters = 0, state = 0;
+  for (const Tensor& p : learning(model)) adapters += static_cast<int64_t>(p.nbytes());
+  for (const auto& [name, tensor] : optimizer->state()) state += static_cast<int64_t>(tensor.nbytes());
 
-  const int64_t vocabulary = model.config().vocabulary;
+  constexpr int64_t kTokens = 256;
   for (int step = 0; step < 3; ++step) {
-    const Tensor tokens = torch::randint(0, vocabulary, {1, 257}, torch::kInt64);
+    if (step == 1) forget_most_tensor_memory();
     const auto start = std::chrono::steady_clock::now();
-    const Tensor loss = model.loss(tokens.narrow(1, 0, 256), tokens.narrow(1, 1, 256));
-    loss.backward();
-    optimizer.step();
-    for (Tensor p : parameters) p.mutable_grad().reset();
+    const double loss = step_of(model, *optimizer, kTokens);
     const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-    fmt::print("step {}: loss {:.4f}, {:.2f} s, {:.0f} tokens/s\n", step, loss.item<float>(), seconds.count(),
-               256 / seconds.count());
-    if (step == 0) peak_bytes = live_bytes.load();
+    fmt::print("step {}: loss {:.4f}, {:.2f} s, {:.0f} tokens/s\n", step, loss, seconds.count(),
+               kTokens / seconds.count());
   }
-  // Tensors at most during a step beyond those that stay; the gradients are among them.
-  const int64_t activations = peak_bytes - live_bytes, base = stored_bytes(model) + table, state = 2 * adapters;
+  const TensorMemoryUse use = tensor_memory_use();
+  const int64_t activations = use.most - use.now, base = stored_bytes(model) + table;
   const int64_t needed = base + adapters + state + activations, peak = status("VmHWM") - before;
-  fmt::print(
-      "libtorch itself  {:8.1f} MiB\nbase             {:8.1f} MiB\nadapters         {:8.1f} MiB\n"
-      "optimizer        {:8.1f} MiB\nactivations      {:8.1f} MiB (with gradients)\nneeded           {:8.1f} MiB\n"
-      "peak beyond libtorch {:.1f} MiB = {:.3f} x needed (while loading {:.1f})\n",
-      mib(before), mib(base), mib(adapters), mib(state), mib(activations), mib(needed), mib(peak),
-      static_cast<double>(peak) / static_cast<double>(needed), mib(loaded));
+  struct mallinfo2 heap = mallinfo2();
+  const auto line = [](const char* what, int64_t bytes, const char* how) {
+    fmt::print("{:22} {:8.1f} MiB  {}\n", what, mib(bytes), how);
+  };
+  line("libtorch itself", before, "VmRSS after a step of a model of 64 x 64 matrices");
+  line("base", base, "codes, scales and norms, embedding and head among them, as they are stored");
+  line("adapters", adapters, "A and B, float32");
+  line("optimizer", state, optimizer_name.c_str());
+  line("activations", activations,
+       "tensors of libtorch at most in a step, but for those that stay; gradients among them");
+  line("needed", needed, "the sum of the four");
+  line("peak", peak, "VmHWM less libtorch itself");
+  line("of it while loading", loaded, "");
+  line("heap kept free", static_cast<int64_t>(heap.fordblks), "at the end, of glibc");
+  fmt::print("peak / needed {:.3f}\n", static_cast<double>(peak) / static_cast<double>(needed));
   return 0;
 }
 
@@ -278,13 +292,16 @@ int measure_speed(int64_t tokens, int64_t rows, int64_t columns) {
 int run(std::vector<std::string> arguments) {
   if (const char* threads = std::getenv("OMP_NUM_THREADS")) set_thread_count(std::stoul(threads));
   const std::string what = arguments.empty() ? "" : arguments[0];
-  if (what == "memory" && arguments.size() >= 2)
-    return measure_memory(arguments[1], {arguments.begin() + 2, arguments.end()});
+  if (what == "memory" && arguments.size() >= 2) {
+    const bool eight = arguments.size() > 2 && arguments[2] == "adamw8bit";
+    return measure_memory(arguments[1], eight ? "adamw8bit" : "adamw",
+                          {arguments.begin() + (eight ? 3 : 2), arguments.end()});
+  }
   if (what == "gain" && arguments.size() >= 3)
     return measure_gain(arguments[1], arguments[2], arguments.size() > 3 ? std::stoi(arguments[3]) : 300);
   if (what == "speed" && arguments.size() == 4)
     return measure_speed(std::stoll(arguments[1]), std::stoll(arguments[2]), std::stoll(arguments[3]));
-  std::cerr << "memory MODEL [MODULE...] | gain MODEL TEXT [STEPS] | speed TOKENS ROWS COLUMNS\n";
+  std::cerr << "memory MODEL [adamw8bit] [MODULE...] | gain MODEL TEXT [STEPS] | speed TOKENS ROWS COLUMNS\n";
   return 2;
 }
 

@@ -13,14 +13,14 @@ namespace {
 
 /// What is compared, and the reference if one was named.
 struct Models {
-  explicit Models(const Arguments& arguments) : checkpoint(open_model(arguments.model)) {
-    checkpoint.verify_digests();
-    tokenizer.emplace(tokenizer_path(checkpoint));
-    model.emplace(checkpoint);
+  explicit Models(const Arguments& arguments) : opened(arguments.model) {
+    opened.checkpoint.verify_digests();
+    tokenizer.emplace(tokenizer_path(opened.checkpoint));
+    model.emplace(opened.checkpoint, opened.adapter_or_null());
     if (const auto path = arguments.text("--reference")) {
-      reference_checkpoint.emplace(open_model(*path));
-      reference_checkpoint->verify_digests();
-      reference.emplace(*reference_checkpoint);
+      opened_reference.emplace(*path);
+      opened_reference->checkpoint.verify_digests();
+      reference.emplace(opened_reference->checkpoint, opened_reference->adapter_or_null());
     }
   }
   int64_t context() const {
@@ -29,8 +29,8 @@ struct Models {
   }
   const Model* reference_or_null() const { return reference ? &*reference : nullptr; }
 
-  Checkpoint checkpoint;
-  std::optional<Checkpoint> reference_checkpoint;
+  RunnableModel opened;
+  std::optional<RunnableModel> opened_reference;
   std::optional<Tokenizer> tokenizer;
   std::optional<Model> model, reference;
 };

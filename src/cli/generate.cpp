@@ -58,10 +58,11 @@ void check_vocabulary(const std::vector<int32_t>& tokens, int64_t vocabulary) {
 }
 
 OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
-  const Checkpoint checkpoint = open_model(arguments.model);
+  const RunnableModel opened(arguments.model);
+  const Checkpoint& checkpoint = opened.checkpoint;
   checkpoint.verify_digests();
   const Tokenizer tokenizer(tokenizer_path(checkpoint));
-  const Model model(checkpoint);
+  const Model model(checkpoint, opened.adapter_or_null());
   // Beside a file that speaks for itself generation_config.json is another model's.
   const auto directory = checkpoint.facts() == nullptr ? model_directory(checkpoint) : std::filesystem::path();
   const std::vector<int32_t> ends = end_tokens(checkpoint.config(), directory);

@@ -7,13 +7,16 @@
 #include "cli/command.hpp"
 #include "engine/memory.hpp"
 #include "engine/model_summary.hpp"
+#include "model/lora_adapter.hpp"
 
 namespace bitwright {
 namespace {
 
 /// What the model is called and how large it is; null: not known without its weights.
 OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
-  const ModelSummary model = summarize_model(arguments.model);
+  std::optional<LoraAdapter> adapter;
+  if (LoraAdapter::is_at(arguments.model)) adapter.emplace(arguments.model);
+  const ModelSummary model = summarize_model(adapter ? adapter->base().string() : arguments.model);
   if (model.unread) throw Error(*model.unread);
   if (!model.quantization.hint.empty() && model.checkpoint == std::nullopt)
     warnings.push_back(
@@ -37,6 +40,12 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
                         {"bytes", model.weight_bytes > 0 ? OrderedJson(model.weight_bytes) : OrderedJson()},
                         {"bits_per_weight", OrderedJson()},
                         {"quantization", quantization_json(model)}};
+  if (adapter)
+    result["adapter"] = {{"base", adapter->base().string()},
+                         {"r", adapter->config().r},
+                         {"lora_alpha", adapter->config().lora_alpha},
+                         {"matrices", adapter->layers().size()},
+                         {"parameters", adapter->parameters()}};
   if (known && model.checkpoint)
     result["bits_per_weight"] = elements == 0 ? 0 : 8.0 * static_cast<double>(bytes) / static_cast<double>(elements);
   if (arguments.flag("--tensors") || arguments.json) result["tensors"] = std::move(tensors);
@@ -77,6 +86,12 @@ void print(const OrderedJson& result) {
     fmt::print("skipped         {}\n", joined(q["skipped_layers"]));
   } else {
     fmt::print("quantized       no\n");
+  }
+  if (result.contains("adapter")) {
+    const OrderedJson& adapter = result["adapter"];
+    fmt::print("adapter         LoRA, r {}, alpha {}, on {} matrices, {} parameters; the above is its base, {}\n",
+               adapter["r"].get<int64_t>(), adapter["lora_alpha"].get<double>(), adapter["matrices"].get<size_t>(),
+               adapter["parameters"].get<uint64_t>(), printable(adapter["base"].get<std::string>()));
   }
   if (!result.contains("tensors")) return;
   for (const OrderedJson& t : result["tensors"])

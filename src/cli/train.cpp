@@ -56,12 +56,29 @@ OrderedJson run(const Arguments& arguments, std::vector<Warning>& warnings) {
                     warnings);
 }
 
+/// What adding the adapters to the weights costs.
+void print_merge(const OrderedJson& result) {
+  const auto merge = result.find("merge");
+  if (merge == result.end()) return;
+  fmt::print("adapter: {}\nmerged into {} layers", printable(result["adapter"].get<std::string>()),
+             (*merge)["layers"].get<int64_t>());
+  const double error = (*merge)["relative_error"].get<double>();
+  if (error > 0) fmt::print(", which are rounded again: relative error {:.4f}", error);
+  if (merge->contains("loss")) {
+    const double before = (*merge)["loss_before"].get<double>(), after = (*merge)["loss"].get<double>();
+    fmt::print("; loss with adapters {:.4f}, merged in floats {:.4f}, as it is now {:.4f}: {:+.4f}", before,
+               (*merge)["loss_floats"].get<double>(), after, after - before);
+  }
+  fmt::print("\n");
+}
+
 void print(const OrderedJson& result) {
   if (result.contains("rank")) return;  // one of several processes, of which rank 0 prints
   const auto loss = [&](const char* key) {
     return result[key].is_null() ? std::string("not measured") : fmt::format("{:.4f}", result[key].get<double>());
   };
   fmt::print("{} steps; loss {}, validation {}\n", result["steps"].get<int64_t>(), loss("loss"), loss("val_loss"));
+  print_merge(result);
   fmt::print("model: {}\ncheckpoint: {}\n", printable(result["model"].get<std::string>()),
              printable(result["checkpoint"].get<std::string>()));
 }

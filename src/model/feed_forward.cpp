@@ -79,9 +79,21 @@ void run(const Experts& experts, const ModelConfig& c, const float* x, size_t to
   }
 }
 
+/// y += B A x.
+void add_low_rank(const Linear::LowRank& adapter, const float* x, size_t tokens, float* y) {
+  std::vector<float> inner(tokens * adapter.a.rows), sum(tokens * adapter.b.rows);
+  multiply(x, tokens, adapter.a, inner.data());
+  multiply(inner.data(), tokens, adapter.b, sum.data());
+  parallel_ranges(tokens, kRowsATask, [&](size_t begin, size_t end) {
+    const size_t width = adapter.b.rows;
+    for (size_t i = begin; i < end; ++i) add({y + i * width, width}, sum.data() + i * width);
+  });
+}
+
 }  // namespace
 
 void apply(const Linear& linear, const float* x, size_t tokens, float* y) {
+  const float* const given = x;
   std::vector<float> quantized;
   if (linear.input) {
     quantized.resize(tokens * linear.weight.columns);
@@ -95,6 +107,7 @@ void apply(const Linear& linear, const float* x, size_t tokens, float* y) {
       for (size_t i = begin; i < end; ++i) add({y + i * width, width}, linear.bias.data());
     });
   if (linear.output) linear.output->apply(y, tokens, width, y);
+  if (linear.adapter) add_low_rank(*linear.adapter, given, tokens, y);
 }
 
 void observe(const InputObserver* observer, std::initializer_list<const Linear*> readers, const float* x,

@@ -38,7 +38,7 @@ struct Activations {
 }  // namespace
 
 struct Model::Impl {
-  explicit Impl(const Checkpoint& checkpoint);
+  Impl(const Checkpoint& checkpoint, const LoraAdapter* adapter);
   Impl(const Impl&) = delete;  // `tied_head` points into it
   Impl& operator=(const Impl&) = delete;
 
@@ -60,10 +60,10 @@ struct Model::Impl {
   void normalise(const float* x, size_t rows, const Norm& with, float* normed) const;
 };
 
-Model::Impl::Impl(const Checkpoint& checkpoint)
+Model::Impl::Impl(const Checkpoint& checkpoint, const LoraAdapter* adapter)
     : config(read_model_config(checkpoint.config(), checkpoint.config_path().string())) {
   const TensorPlaces& places = config.places;
-  WeightReader reader(checkpoint, places);
+  WeightReader reader(checkpoint, places, adapter);
   embedding = reader.rows(places.embedding + ".weight", config.vocabulary, config.hidden);
   if (!places.positions.empty())
     positions = reader.rows(places.positions + ".weight", config.most_positions, config.hidden);
@@ -158,7 +158,8 @@ void Model::Impl::run_layers(std::span<const int32_t> tokens, KvCache::Impl& cac
   cache.length += static_cast<int64_t>(tokens.size());
 }
 
-Model::Model(const Checkpoint& checkpoint) : impl_(std::make_unique<Impl>(checkpoint)) {}
+Model::Model(const Checkpoint& checkpoint, const LoraAdapter* adapter)
+    : impl_(std::make_unique<Impl>(checkpoint, adapter)) {}
 Model::~Model() = default;
 Model::Model(Model&&) noexcept = default;
 uint64_t Model::weight_bytes() const {

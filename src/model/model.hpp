@@ -15,6 +15,7 @@
 
 namespace bitwright {
 
+class LoraAdapter;
 struct GgufMapping;
 
 /// One family of models the runtime can run: a row of a table (architectures.def).
@@ -73,7 +74,8 @@ class Model {
  public:
   /// Keeps a reference to `checkpoint`. Throws Error{"unknown-architecture"}, {"bad-config"}, {"missing-tensor"},
   /// {"wrong-shape"}, {"unsupported-tensor"} naming the tensor.
-  explicit Model(const Checkpoint& checkpoint);
+  /// adapter: of this checkpoint's model; its layers compute with it. Throws Error{"bad-adapter"} if it is none.
+  explicit Model(const Checkpoint& checkpoint, const LoraAdapter* adapter = nullptr);
   ~Model();
   Model(Model&&) noexcept;
 

@@ -7,7 +7,9 @@
 #include <random>
 
 #include "base/error.hpp"
+#include "base/output.hpp"
 #include "base/threads.hpp"
+#include "model/open_model.hpp"
 #include "tests/checkpoints.hpp"
 #include "tests/support.hpp"
 
@@ -201,6 +203,105 @@ TEST(Model, Refusals) {
   EXPECT_PRED2(
       starts, refusal([](Json&, Tensors& t) { t["model.layers.0.self_attn.q_proj.bias"] = t.at("model.norm.weight"); }),
       "unsupported-tensor:");
+}
+
+constexpr int64_t kRank = 3;
+constexpr double kAlpha = 5;
+
+/// PEFT's files for matrices of tiny_model(): "model.layers.0.mlp.up_proj" and so on.
+Tensors adapter_of(const Tensors& model, std::initializer_list<const char*> modules) {
+  std::mt19937 random(3);
+  Tensors factors;
+  for (const std::string module : modules) {
+    const Shape& shape = model.at(module + ".weight").shape;
+    const std::string key = "base_model.model." + module;
+    factors[key + ".lora_A.weight"] = random_tensor(random, {kRank, shape[1]}, 0, plain(DType::f32));
+    factors[key + ".lora_B.weight"] = random_tensor(random, {shape[0], kRank}, 0, plain(DType::f32));
+  }
+  return factors;
+}
+
+void write_adapter(const std::filesystem::path& directory, const std::filesystem::path& base, const Tensors& factors) {
+  write_checkpoint(directory, Json::object(), factors);
+  std::filesystem::remove(directory / "config.json");
+  std::filesystem::rename(directory / "model.safetensors", directory / "adapter_model.safetensors");
+  const Json config = {{"peft_type", "LORA"},
+                       {"r", kRank},
+                       {"lora_alpha", kAlpha},
+                       {"target_modules", "all-linear"},
+                       {"base_model_name_or_path", base.string()}};
+  write_text_file(directory / "adapter_config.json", config.dump());
+}
+
+std::vector<float> adapted_logits_of(const std::filesystem::path& directory) {
+  const RunnableModel opened(directory);
+  const Model model(opened.checkpoint, opened.adapter_or_null());
+  KvCache cache(model.config(), 64);
+  return model.forward(kPrompt, cache);
+}
+
+TEST_F(ModelTiny, AnAdapterIsTheModelThatItIsMergedInto) {
+  const auto modules = {"model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head"};
+  Tensors tensors = tiny_model(config_, plain(DType::bf16));
+  const Tensors factors = adapter_of(tensors, modules);
+  const test::TemporaryDirectory adapter, merged;
+  write_adapter(adapter.path(), directory_.path(), factors);
+  for (const std::string module : modules) {
+    QuantizedTensor& weight = tensors.at(module + ".weight");
+    std::vector<float> values = decode(weight);
+    const std::vector<float> a = decode(factors.at("base_model.model." + module + ".lora_A.weight"));
+    const std::vector<float> b = decode(factors.at("base_model.model." + module + ".lora_B.weight"));
+    const auto columns = static_cast<size_t>(weight.shape[1]), rank = static_cast<size_t>(kRank);
+    for (size_t i = 0; i < values.size(); ++i)
+      for (size_t k = 0; k < rank; ++k)
+        values[i] += static_cast<float>(kAlpha / kRank) * b[i / columns * rank + k] * a[k * columns + i % columns];
+    weight = encode(plain(DType::f32), weight.shape, values);
+  }
+  write_checkpoint(merged.path(), config_, tensors);
+  const std::vector<float> expected = logits_of(merged.path()), logits = adapted_logits_of(adapter.path());
+  const std::vector<float> base = logits_of(directory_.path());
+  ASSERT_EQ(logits.size(), expected.size());
+  float moved = 0;
+  for (size_t i = 0; i < logits.size(); ++i) {
+    EXPECT_NEAR(logits[i], expected[i], 1e-4);
+    moved = std::max(moved, std::abs(base[i] - expected[i]));
+  }
+  EXPECT_GT(moved, 0.1);
+}
+
+TEST_F(ModelTiny, AdaptersThatDoNotBelong) {
+  const Tensors tensors = tiny_model(config_, plain(DType::f32));
+  const auto refusal_of = [&](const Tensors& factors, const std::filesystem::path& base) {
+    const test::TemporaryDirectory adapter;
+    write_adapter(adapter.path(), base, factors);
+    EXPECT_THROW(open_model(adapter.path()), Error);  // where weights alone are wanted
+    try {
+      adapted_logits_of(adapter.path());
+    } catch (const Error& e) {
+      return e.code();
+    }
+    return std::string("accepted");
+  };
+  const Tensors fitting = adapter_of(tensors, {"model.layers.1.mlp.up_proj"});
+  EXPECT_EQ(refusal_of(fitting, directory_.path()), "accepted");
+  EXPECT_EQ(refusal_of(fitting, directory_.path() / "gone"), "no-base");
+  EXPECT_EQ(refusal_of({}, directory_.path()), "bad-adapter");
+  Tensors changed = fitting;
+  changed["base_model.model.model.layers.7.mlp.up_proj.lora_A.weight"] = fitting.begin()->second;
+  EXPECT_EQ(refusal_of(changed, directory_.path()), "bad-adapter");  // no lora_B
+  changed["base_model.model.model.layers.7.mlp.up_proj.lora_B.weight"] = std::next(fitting.begin())->second;
+  EXPECT_EQ(refusal_of(changed, directory_.path()), "bad-adapter");  // no such layer
+  changed = fitting;
+  changed["other.weight"] = fitting.begin()->second;
+  EXPECT_EQ(refusal_of(changed, directory_.path()), "bad-adapter");
+  changed = fitting;
+  std::swap(changed.begin()->second, std::next(changed.begin())->second);
+  EXPECT_EQ(refusal_of(changed, directory_.path()), "bad-adapter");  // B for A
+  const Tensors other = adapter_of(tensors, {"model.layers.1.mlp.down_proj"});
+  changed = fitting;
+  changed["base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"] =
+      other.at("base_model.model.model.layers.1.mlp.down_proj.lora_A.weight");
+  EXPECT_EQ(refusal_of(changed, directory_.path()), "bad-adapter");  // another layer's
 }
 
 }  // namespace

@@ -233,8 +233,18 @@ std::optional<Translation> translate(const CheckpointView& stored) {
 
 Checkpoint open_model(const std::filesystem::path& path, Checkpoint::Foreign foreign,
                       Checkpoint::Unfinished unfinished) {
+  if (LoraAdapter::is_at(path))
+    throw Error({.code = "is-adapter",
+                 .what = "cannot read model",
+                 .where = path.string(),
+                 .why = "it is an adapter, which inspect, eval and generate take",
+                 .fix = "give its base, or a model that it was merged into (lora.merge of `bitwright train`)"});
   return Checkpoint(path, translate, unfinished, foreign);
 }
+
+RunnableModel::RunnableModel(const std::filesystem::path& path)
+    : adapter(LoraAdapter::is_at(path) ? std::optional<LoraAdapter>(path) : std::nullopt),
+      checkpoint(open_model(adapter ? adapter->base() : path)) {}
 
 std::map<std::string, std::string> names_in_model(const std::filesystem::path& path) {
   std::map<std::string, std::string> names;

@@ -76,8 +76,11 @@ struct WeightReader::Cut {
   }
 };
 
-WeightReader::WeightReader(const Checkpoint& checkpoint, const TensorPlaces& places)
-    : checkpoint_(checkpoint), places_(places), prefix_(find_prefix(checkpoint, places.embedding + ".weight")) {}
+WeightReader::WeightReader(const Checkpoint& checkpoint, const TensorPlaces& places, const LoraAdapter* adapter)
+    : checkpoint_(checkpoint),
+      places_(places),
+      adapter_(adapter),
+      prefix_(find_prefix(checkpoint, places.embedding + ".weight")) {}
 
 const TensorEntry& WeightReader::require(const std::string& full_name, const Shape& shape) {
   const TensorEntry* const entry = checkpoint_.find(full_name);
@@ -158,6 +161,28 @@ PackedMatrix WeightReader::pack(const TensorEntry& entry, const Cut& cut) {
   return pack_floats(checkpoint_.read_f32(entry), cut);
 }
 
+/// The module's path as the checkpoint has it, and as the architecture usually does.
+void WeightReader::adapt(Linear& linear, const std::string& stored, const std::string& usual, const Cut& cut) {
+  if (adapter_ == nullptr) return;
+  auto found = adapter_->layers().find(stored);
+  if (found == adapter_->layers().end()) found = adapter_->layers().find(usual);
+  if (found == adapter_->layers().end()) return;
+  const LoraAdapter::Layer& layer = found->second;
+  const auto columns = static_cast<size_t>(cut.columns), rows = static_cast<size_t>(cut.stored);
+  if (layer.columns != columns || layer.rows != rows)
+    fail_bad_adapter(adapter_->path().string(),
+                     fmt::format("'{}' is an adapter of [{}, {}], the model's matrix is [{}, {}]",
+                                 printable(found->first), layer.rows, layer.columns, rows, columns));
+  const std::span b = std::as_bytes(std::span(layer.b));
+  const size_t row_bytes = layer.rank * sizeof(float);
+  std::vector<std::byte> taken(cut.rows.size() * row_bytes);
+  for (size_t i = 0; i < cut.rows.size(); ++i)
+    std::memcpy(taken.data() + i * row_bytes, b.data() + static_cast<size_t>(cut.rows[i]) * row_bytes, row_bytes);
+  linear.adapter = {.a = pack_matrix(DType::f32, std::as_bytes(std::span(layer.a)), layer.rank, columns),
+                    .b = pack_matrix(DType::f32, taken, cut.rows.size(), layer.rank)};
+  adapted_.insert(found->first);
+}
+
 Linear WeightReader::linear(const std::string& base, const MatrixPlace& place, int64_t rows, int64_t columns) {
   Cut cut = {.rows = Cut::range(0, rows), .stored = place.stored == 0 ? rows : place.stored, .columns = columns};
   if (place.stored != 0)
@@ -169,6 +194,7 @@ Linear WeightReader::linear(const std::string& base, const MatrixPlace& place, i
   const TensorEntry& weight = require(name + ".weight", shape);
   Linear linear = {.weight = pack(weight, cut), .name = {.tensor = weight.name}};
   add_activations(linear, weight);
+  adapt(linear, name, places_.prefix + base + place.name, cut);
   if (place.bias) {
     const std::vector<float> all = checkpoint_.read_f32(require(name + ".bias", {cut.stored}));
     for (const int64_t row : cut.rows) linear.bias.push_back(all[static_cast<size_t>(row)]);
@@ -211,6 +237,7 @@ std::optional<Linear> WeightReader::head(int64_t rows, int64_t columns) {
   const Cut whole = {.rows = Cut::range(0, rows), .stored = rows, .columns = columns};
   Linear head = {.weight = pack(require(entry->name, {rows, columns}), whole), .name = {.tensor = entry->name}};
   add_activations(head, *entry);
+  adapt(head, entry->name.substr(0, entry->name.size() - std::string_view(".weight").size()), places_.head, whole);
   return head;
 }
 
@@ -225,6 +252,11 @@ void WeightReader::refuse_unread() const {
     if (!read_.contains(&entry) && !is_leftover(entry.name))
       fail(checkpoint_, "unsupported-tensor",
            fmt::format("tensor '{}' has no part in this architecture as it is supported", printable(entry.name)));
+  if (adapter_ == nullptr) return;
+  for (const auto& [module, layer] : adapter_->layers())
+    if (!adapted_.contains(module))
+      fail_bad_adapter(adapter_->path().string(), fmt::format("the model has no matrix '{}'", printable(module)),
+                       "is it an adapter of this model?");
 }
 
 void RowSource::read(size_t row, std::span<float> out) const {

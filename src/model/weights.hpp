@@ -10,18 +10,26 @@
 #include "checkpoint/checkpoint.hpp"
 #include "kernels/activation.hpp"
 #include "kernels/packed_matrix.hpp"
+#include "model/lora_adapter.hpp"
 #include "model/model.hpp"
 
 namespace bitwright {
 
-/// y = W x + b.
+/// y = W x + b, and B A x where an adapter has learned that.
 struct Linear {
   PackedMatrix weight;
   std::vector<float> bias{};  ///< empty: none
   /// Where the checkpoint quantizes x or y too, what does. Schemes that it does not know stay in floats.
   std::optional<ActivationQuantizer> input{}, output{};
   MatrixName name{};
-  uint64_t bytes() const { return weight.stored_bytes() + bias.size() * sizeof(float); }
+  struct LowRank {
+    PackedMatrix a, b;
+  };
+  std::optional<LowRank> adapter{};
+  uint64_t bytes() const {
+    const uint64_t adapted = adapter ? adapter->a.stored_bytes() + adapter->b.stored_bytes() : 0;
+    return weight.stored_bytes() + bias.size() * sizeof(float) + adapted;
+  }
 };
 
 /// A matrix from which single rows are read. Plain floats stay in the mapped file.
@@ -48,7 +56,8 @@ class RowSource {
 /// shapes, or {"unsupported-tensor"}.
 class WeightReader {
  public:
-  WeightReader(const Checkpoint& checkpoint, const TensorPlaces& places);
+  /// adapter: of the checkpoint's model, or null.
+  WeightReader(const Checkpoint& checkpoint, const TensorPlaces& places, const LoraAdapter* adapter = nullptr);
 
   /// NAME.weight (and NAME.bias), `rows` x `columns` of it, below the prefix.
   Linear linear(const std::string& base, const MatrixPlace& place, int64_t rows, int64_t columns);
@@ -65,7 +74,7 @@ class WeightReader {
   const TensorEntry* find_head() const;  ///< null: none is stored
   bool has(const std::string& name) const { return checkpoint_.find(prefix_ + name) != nullptr; }
   /// Throws Error{"unsupported-tensor"} if the checkpoint holds a tensor that was not read and that cannot be left out
-  /// without changing the result.
+  /// without changing the result, {"bad-adapter"} if the adapter has a layer that no matrix belongs to.
   void refuse_unread() const;
 
  private:
@@ -75,10 +84,13 @@ class WeightReader {
   static PackedMatrix pack_floats(const std::vector<float>& all, const Cut& cut);
   PackedMatrix pack_quantized(const TensorEntry& entry, const Cut& cut);
   std::shared_ptr<const QuantizedTensor> read(const TensorEntry& entry);
+  void adapt(Linear& linear, const std::string& stored, const std::string& usual, const Cut& cut);
 
   const Checkpoint& checkpoint_;
   const TensorPlaces& places_;
+  const LoraAdapter* adapter_;
   std::string prefix_;
+  std::set<std::string_view> adapted_{};
   std::set<const TensorEntry*> read_{};
   // The quantized tensor read last: several matrices may be cut from it.
   const TensorEntry* last_entry_ = nullptr;

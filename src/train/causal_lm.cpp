@@ -12,6 +12,7 @@
 #include "model/weights.hpp"
 #include "train/linear.hpp"
 #include "train/ops.hpp"
+#include "train/quantized_linear.hpp"
 
 namespace bitwright::train {
 namespace {
@@ -151,7 +152,6 @@ class Recompute : public torch::autograd::Function<Recompute> {
     const Tensor x = context->get_saved_variables()[0].detach().requires_grad_(what.input_learns);
     call(what.hooks.before, what.layer);
     Tensor y;
-    call(what.hooks.before, what.layer);
     {
       const at::AutoGradMode recorded(true);
       const SameRandomNumbers random(what.random_state);
@@ -475,9 +475,14 @@ Tensor CausalLm::loss(const Tensor& tokens, const Tensor& targets) {
   const Tensor read = hidden(tokens);
   const Tensor expected = targets.masked_fill(targets < 0, kIgnored);
   const Autocast autocast(impl_->bf16());
-  const bool plain = behaviour_of(*impl_->head) == nullptr && !impl_->head->bias.defined();
-  if (plain)
-    return linear_cross_entropy(read, impl_->head->weight, expected, impl_->config.logit_cap, impl_->compute());
+  const float cap = impl_->config.logit_cap;
+  if (!impl_->head->bias.defined()) {
+    if (behaviour_of(*impl_->head) == nullptr)
+      return linear_cross_entropy(read, impl_->head->weight, expected, cap, impl_->compute());
+    const auto quantized = behaviour_as<QuantizedLinearBehaviour>(*impl_->head);
+    if (const auto head = quantized ? quantized->as_head() : std::nullopt)
+      return linear_cross_entropy(read, *head, expected, cap, impl_->compute());
+  }
   return torch::nn::functional::cross_entropy(logits(read).flatten(0, 1), expected.flatten(),
                                               torch::nn::functional::CrossEntropyFuncOptions().ignore_index(kIgnored));
 }

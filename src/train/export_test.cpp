@@ -146,10 +146,15 @@ TEST(Export, EveryContainerThatHoldsTheSchemeGivesTheSameLogits) {
     ++written;
     export_model(exported_tensors(*module), source, options);
     const fs::path model = gguf ? test::files_in(directory / "out", ".gguf").at(0) : directory / "out";
-    EXPECT_LE(difference(*module, model), 1e-4);
     const Checkpoint checkpoint = open_model(model);
     ASSERT_EQ(checkpoint.container(), container);
-    EXPECT_LE(difference(*std::make_shared<CausalLm>(checkpoint), model), 1e-4);
+    // Where a container's layers always round their inputs to fp8, the runtime does too and a module of floats does
+    // not.
+    const bool rounds =
+        std::ranges::any_of(checkpoint.tensors(), [](const auto& e) { return e.linear.input.has_value(); });
+    const double bound = rounds ? 0.05 : 1e-4;
+    EXPECT_LE(difference(*module, model), bound);
+    EXPECT_LE(difference(*std::make_shared<CausalLm>(checkpoint), model), bound);
     if (gguf) continue;  // which has its own order of rows
     for_each_linear(*module, [&](const std::string& path, torch::nn::LinearImpl& linear) {
       const auto frozen = behaviour_as<Frozen>(linear);

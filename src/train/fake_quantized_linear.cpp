@@ -4,6 +4,7 @@
 
 #include "base/error.hpp"
 #include "scheme/range.hpp"
+#include "train/ops.hpp"
 
 namespace bitwright::train {
 namespace {
@@ -64,7 +65,9 @@ void FakeQuantizedLinear::start_input() {
 
 Tensor FakeQuantizedLinear::forward(const Tensor& input, const Tensor& bias) {
   const Tensor x = quantize_input(input);
-  return torch::linear(x, fake_weight(input.scalar_type()), bias);
+  if (input.scalar_type() != torch::kFloat) return torch::linear(x, fake_weight(input.scalar_type()), bias);
+  const Compute compute = compute_type();
+  return train::linear(x, fake_weight(compute == Compute::bf16 ? torch::kBFloat16 : torch::kFloat), bias, compute);
 }
 
 Tensor FakeQuantizedLinear::fake_weight(torch::ScalarType type) const {

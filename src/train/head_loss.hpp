@@ -1,5 +1,7 @@
 #pragma once
 
+#include <functional>
+
 #include "train/dense.hpp"
 
 namespace bitwright::train {
@@ -8,15 +10,18 @@ namespace bitwright::train {
 struct HeadLoss {
   Matrix hidden;  ///< [rows, inputs]
   Matrix head;    ///< [words, inputs], of the same type
+  /// Where the head is not kept in that type: writes some of its words to `out`, and head.data is null. The head learns
+  /// nothing then. Called from several threads.
+  std::function<void(int64_t first, int64_t count, void* out)> words{};
   const int64_t* targets;
   float cap;  ///< of the logits; 0: none
 
-  // The gradients of what compute() returns, written; all of them or none.
+  // The gradients of what compute() returns, written; null: they are not wanted (that of the head alone, or both).
   float* dhidden = nullptr;
   float* dhead = nullptr;
 
-  /// The mean of -log softmax(logits)[target]. Logits of some rows at a time, in float32; what becomes of them is
-  /// multiplied with in the type of `hidden`.
+  /// The mean of -log softmax(logits)[target]. Logits of some rows and words at a time, in float32; what becomes of
+  /// them is kept, and multiplied with, in the type of `hidden`.
   double compute() const;
 };
 

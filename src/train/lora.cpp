@@ -146,6 +146,18 @@ LoftQ loftq(const TensorPlan& plan, const Tensor& weight, const LoraConfig& conf
   return best;
 }
 
+/// The floats that a layer would become, made for each use: of all layers they would not fit.
+class Merged : public train::LinearBehaviour {
+ public:
+  explicit Merged(std::shared_ptr<LoraBehaviour> lora) : lora_(std::move(lora)) {}
+  Tensor forward(const Tensor& input, const Tensor& bias) override {
+    return torch::linear(input, train::merged_weight(*lora_).to(input.scalar_type()), bias);
+  }
+
+ private:
+  std::shared_ptr<LoraBehaviour> lora_;
+};
+
 }  // namespace
 
 double LoraConfig::scaling() const {
@@ -191,36 +203,31 @@ LoraMergeReport merge_lora(torch::nn::Module& model, LoraMerge into, const std::
     throw Error({.code = "no-adapter", .what = "cannot merge", .where = "model", .why = "no layer has an adapter"});
   LoraMergeReport report = {.layers = static_cast<int64_t>(layers.size())};
   double difference = 0, norm = 0;
-  const auto requantize = [&](const AdaptedLayer& l, const Tensor merged) {  // a copy: the layer's own is replaced
+  const auto requantize = [&](const AdaptedLayer& l, const Tensor& merged) {
     const auto base = std::dynamic_pointer_cast<QuantizedLinearBehaviour>(l.lora->base());
     base->set_weight(base->requantized(merged));
     train::attach_quantized(*l.layer, base);
     difference += (base->decoded() - merged).square().sum(torch::kDouble).item<double>();
     norm += merged.square().sum(torch::kDouble).item<double>();
   };
-  const auto is_quantized = [&](const AdaptedLayer& l) {
-    return into == LoraMerge::requantize && l.lora->base() != nullptr;
-  };
   if (loss) report.loss_before = loss();
+  if (loss && into == LoraMerge::requantize) {
+    for (const AdaptedLayer& l : layers)
+      train::attach(*l.layer, std::make_shared<Merged>(l.lora), train::parameter_of(*l.layer));
+    report.loss_floats = loss();
+  }
   for (const AdaptedLayer& l : layers) {
     const Tensor merged = train::merged_weight(*l.lora);
     l.layer->unregister_module("lora_A");
     l.layer->unregister_module("lora_B");
-    // Without a loss to measure in between, only one layer is floats at a time.
-    if (is_quantized(l) && !loss) {
+    if (into == LoraMerge::requantize && l.lora->base() != nullptr) {
       requantize(l, merged);
     } else {
       train::detach(*l.layer, merged);
     }
   }
-  if (loss) report.loss_floats = loss();
-  if (into == LoraMerge::requantize && loss) {
-    for (const AdaptedLayer& l : layers)
-      if (is_quantized(l)) requantize(l, l.layer->weight);
-    report.loss = loss();
-  } else {
-    report.loss = report.loss_floats;
-  }
+  if (loss) report.loss = loss();
+  if (!report.loss_floats) report.loss_floats = report.loss;
   report.relative_error = norm > 0 ? std::sqrt(difference / norm) : 0;
   return report;
 }

@@ -7,6 +7,7 @@
 #include "base/mapped_file.hpp"
 #include "base/output.hpp"
 #include "checkpoint/checkpoint.hpp"
+#include "checkpoint/peft_adapter.hpp"
 #include "checkpoint/safetensors.hpp"
 #include "train/lora.hpp"
 
@@ -20,14 +21,8 @@ using torch::Tensor;
 
 constexpr const char* kWeights = "adapter_model.safetensors";
 constexpr const char* kConfig = "adapter_config.json";
-constexpr const char* kPrefix = "base_model.model.";
-
-[[noreturn]] void bad_adapter(const std::filesystem::path& file, const std::string& why, const std::string& fix = {}) {
-  throw Error({.code = "bad-adapter", .what = "cannot read adapter", .where = file.string(), .why = why, .fix = fix});
-}
-
-std::string key_of(const std::string& path, const std::string& factor) {
-  return kPrefix + path + (path.empty() ? "" : ".") + factor + ".weight";
+[[noreturn]] void refuse(const std::filesystem::path& file, const std::string& why, const std::string& fix = {}) {
+  fail_bad_adapter(file.string(), why, fix);
 }
 
 std::string module_of(const std::string& path) { return path.substr(path.rfind('.') + 1); }
@@ -76,56 +71,6 @@ OrderedJson to_json(const LoraConfig& c, const std::vector<std::string>& targets
   return json;
 }
 
-/// Absent, null, false, empty: it asks for nothing.
-bool asks_for_nothing(const OrderedJson& value) {
-  return value.is_null() || (value.is_boolean() && !value.get<bool>()) || (value.is_structured() && value.empty());
-}
-
-/// Members with which the layers compute something else than B A x.
-constexpr std::array<std::string_view, 10> kUnknownHere = {
-    "rank_pattern", "alpha_pattern",           "modules_to_save",   "use_dora",          "lora_bias",
-    "use_qalora",   "trainable_token_indices", "layer_replication", "target_parameters", "layers_to_transform"};
-
-class ConfigReader {
- public:
-  ConfigReader(const OrderedJson& json, const std::filesystem::path& file) : json_(json), file_(file) {
-    if (!json.is_object()) bad_adapter(file, "it is no JSON object");
-  }
-  template <class T>
-  void number(const char* key, T& value) const {
-    const auto found = json_.find(key);
-    if (found == json_.end() || found->is_null()) return;
-    const bool fits = std::is_integral_v<T> ? found->is_number_unsigned() : found->is_number();
-    if (!fits) bad_adapter(file_, fmt::format("'{}' is {}", key, printable(found->dump())));
-    value = found->get<T>();
-  }
-  void flag(const char* key, bool& value) const {
-    const auto found = json_.find(key);
-    if (found == json_.end() || found->is_null()) return;
-    if (!found->is_boolean()) bad_adapter(file_, fmt::format("'{}' is no true or false", key));
-    value = found->get<bool>();
-  }
-  std::string text(const char* key) const {
-    const auto found = json_.find(key);
-    return found != json_.end() && found->is_string() ? found->get<std::string>() : "";
-  }
-  std::vector<std::string> texts(const char* key) const {
-    const auto found = json_.find(key);
-    if (found == json_.end() || found->is_null()) return {};
-    if (found->is_string()) return {found->get<std::string>()};
-    std::vector<std::string> all;
-    const auto is_text = [](const OrderedJson& item) { return item.is_string(); };
-    if (!found->is_array() || !std::ranges::all_of(*found, is_text))
-      bad_adapter(file_, fmt::format("'{}' is no list of names", key));
-    for (const OrderedJson& item : *found) all.push_back(item.get<std::string>());
-    return all;
-  }
-
- private:
-  const OrderedJson& json_;
-  const std::filesystem::path& file_;
-};
-
 using Factors = std::map<std::string, Tensor>;
 
 /// All tensors of the file, f32, by their keys.
@@ -134,8 +79,7 @@ Factors read_factors(const std::filesystem::path& file) {
   Factors factors;
   for (const TensorEntry& entry : checkpoint.tensors()) {
     if (entry.quantized() || entry.shape.size() != 2)
-      bad_adapter(file,
-                  fmt::format("'{}' is {}, not a matrix of floats", printable(entry.name), to_string(entry.shape)));
+      refuse(file, fmt::format("'{}' is {}, not a matrix of floats", printable(entry.name), to_string(entry.shape)));
     const std::vector<float> values = checkpoint.read_f32(entry);
     factors.emplace(entry.name, torch::tensor(values).reshape(entry.shape));
   }
@@ -148,36 +92,29 @@ void check_factors(const Factors& factors, const torch::nn::Module& model, const
   std::map<std::string, Shape> expected;
   train::for_each_linear(model, [&](const std::string& path, torch::nn::LinearImpl& layer) {
     if (std::ranges::find(paths, path) == paths.end()) return;
-    expected[key_of(path, "lora_A")] = {config.r, layer.weight.size(1)};
-    expected[key_of(path, "lora_B")] = {layer.weight.size(0), config.r};
+    expected[peft_key(path, "lora_A")] = {config.r, layer.weight.size(1)};
+    expected[peft_key(path, "lora_B")] = {layer.weight.size(0), config.r};
   });
   for (const auto& [key, tensor] : factors)
     if (!expected.contains(key))
-      bad_adapter(file, fmt::format("'{}' belongs to no layer that its configuration targets", printable(key)),
-                  "is it an adapter of this model?");
+      refuse(file, fmt::format("'{}' belongs to no layer that its configuration targets", printable(key)),
+             "is it an adapter of this model?");
   for (const auto& [key, shape] : expected) {
     const auto found = factors.find(key);
-    if (found == factors.end())
-      bad_adapter(file, fmt::format("'{}' is missing", key), "is it an adapter of this model?");
+    if (found == factors.end()) refuse(file, fmt::format("'{}' is missing", key), "is it an adapter of this model?");
     if (found->second.sizes() != torch::IntArrayRef(shape))
-      bad_adapter(file, fmt::format("'{}' is {}, the model's layer and r make it {}", key,
-                                    to_string(found->second.sizes().vec()), to_string(shape)));
-    if (!torch::isfinite(found->second).all().item<bool>()) bad_adapter(file, fmt::format("'{}' is not finite", key));
+      refuse(file, fmt::format("'{}' is {}, the model's layer and r make it {}", key,
+                               to_string(found->second.sizes().vec()), to_string(shape)));
+    if (!torch::isfinite(found->second).all().item<bool>()) refuse(file, fmt::format("'{}' is not finite", key));
   }
 }
 
 /// The layers whose matrices the file holds.
 std::vector<std::string> stored_paths(const std::filesystem::path& file) {
-  constexpr std::string_view kSuffix = ".lora_A.weight";
   const Checkpoint checkpoint(file);
-  std::vector<std::string> paths;
-  for (const TensorEntry& entry : checkpoint.tensors()) {
-    std::string_view name = entry.name;
-    if (!name.starts_with(kPrefix) || !name.ends_with(kSuffix)) continue;
-    name.remove_prefix(std::string_view(kPrefix).size());
-    if (name.size() > kSuffix.size()) paths.emplace_back(name.substr(0, name.size() - kSuffix.size()));
-  }
-  return paths;
+  std::vector<std::string_view> keys;
+  for (const TensorEntry& entry : checkpoint.tensors()) keys.push_back(entry.name);
+  return peft_layers(keys);
 }
 
 /// The layers that an adapter's configuration means.
@@ -199,8 +136,8 @@ void save_lora(const torch::nn::Module& model, const LoraConfig& config, const s
     throw Error({.code = "no-adapter", .what = "cannot save", .where = "model", .why = "no layer has an adapter"});
   std::map<std::string, Tensor> tensors;
   for (const train::AdaptedLayer& layer : layers) {
-    tensors[key_of(layer.path, "lora_A")] = layer.lora->a()->weight.detach().to(torch::kFloat32).contiguous();
-    tensors[key_of(layer.path, "lora_B")] = layer.lora->b()->weight.detach().to(torch::kFloat32).contiguous();
+    tensors[peft_key(layer.path, "lora_A")] = layer.lora->a()->weight.detach().to(torch::kFloat32).contiguous();
+    tensors[peft_key(layer.path, "lora_B")] = layer.lora->b()->weight.detach().to(torch::kFloat32).contiguous();
   }
   std::vector<ArraySpec> specs;
   for (const auto& [key, tensor] : tensors)
@@ -216,33 +153,19 @@ void save_lora(const torch::nn::Module& model, const LoraConfig& config, const s
 
 LoraConfig read_lora_config(const std::filesystem::path& directory) {
   const std::filesystem::path file = directory / kConfig;
-  const OrderedJson json = parse_ordered_json(MappedFile(file).text(), file.string());
-  const ConfigReader reader(json, file);
-  if (const std::string type = reader.text("peft_type"); type != "LORA")
-    bad_adapter(file, fmt::format("peft_type is '{}'", printable(type)), "adapters of type LORA can be read");
-  for (const std::string_view key : kUnknownHere)
-    if (const auto found = json.find(key); found != json.end() && !asks_for_nothing(*found))
-      bad_adapter(file, fmt::format("it uses {}, which is not supported", key));
-  if (const std::string bias = reader.text("bias"); !bias.empty() && bias != "none")
-    bad_adapter(file, fmt::format("bias is '{}'", printable(bias)), "adapters without biases can be read");
-  LoraConfig config;
-  config.r = 8;  // PEFT's, where they are left out
-  config.lora_alpha = 8;
-  reader.number("r", config.r);
-  reader.number("lora_alpha", config.lora_alpha);
-  reader.number("lora_dropout", config.lora_dropout);
-  reader.flag("use_rslora", config.use_rslora);
-  reader.flag("fan_in_fan_out", config.fan_in_fan_out);
-  config.target_modules = reader.texts("target_modules");
-  // A text is a regular expression of Python's; what it matched is what the file holds.
-  if (json.contains("target_modules") && json["target_modules"].is_string() && config.target_modules[0] != "all-linear")
-    config.target_modules = stored_paths(directory / kWeights);
-  config.exclude_modules = reader.texts("exclude_modules");
-  config.base_model = reader.text("base_model_name_or_path");
+  PeftLora lora = parse_peft_lora(MappedFile(file).text(), file.string());
+  LoraConfig config = {.r = lora.r,
+                       .lora_alpha = lora.lora_alpha,
+                       .lora_dropout = lora.lora_dropout,
+                       .exclude_modules = std::move(lora.exclude_modules),
+                       .use_rslora = lora.use_rslora,
+                       .base_model = std::move(lora.base_model),
+                       .fan_in_fan_out = lora.fan_in_fan_out};
+  config.target_modules = lora.target_modules ? std::move(*lora.target_modules) : stored_paths(directory / kWeights);
   try {
     check_lora_config(config);
   } catch (const Error& error) {
-    bad_adapter(file, error.report().why);
+    refuse(file, error.report().why);
   }
   return config;
 }
@@ -255,8 +178,8 @@ LoraConfig load_lora(torch::nn::Module& model, const std::filesystem::path& dire
   if (train::adapted_layers(model).empty()) add_lora(model, config);
   const torch::NoGradGuard no_gradients;
   for (const train::AdaptedLayer& layer : train::adapted_layers(model)) {
-    layer.lora->a()->weight.copy_(factors.at(key_of(layer.path, "lora_A")));
-    layer.lora->b()->weight.copy_(factors.at(key_of(layer.path, "lora_B")));
+    layer.lora->a()->weight.copy_(factors.at(peft_key(layer.path, "lora_A")));
+    layer.lora->b()->weight.copy_(factors.at(peft_key(layer.path, "lora_B")));
   }
   return config;
 }

@@ -268,46 +268,51 @@ Matrix matrix(const Tensor& x) {
           .column_stride = 1};
 }
 
-struct Linear16 : torch::autograd::Function<Linear16> {
-  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
-    const Tensor x16 = rounded(x), weight16 = rounded(weight), added = bias ? floats(*bias) : Tensor();
+/// In the type that products are computed in.
+Tensor operand(const Tensor& x, bool bf16) { return bf16 ? rounded(x) : floats(x); }
+
+struct Linear : torch::autograd::Function<Linear> {
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const MaybeTensor& bias,
+                        bool bf16) {
+    const Tensor in = operand(x, bf16), w = operand(weight, bf16), added = bias ? floats(*bias) : Tensor();
     context->saved_data["bias"] = added.defined();
-    context->save_for_backward({x16, weight16});
+    context->save_for_backward({in, w});
     std::vector<int64_t> sizes = x.sizes().vec();
     sizes.back() = weight.size(0);
     Tensor y = torch::empty(sizes, torch::kFloat);
-    multiply(matrix(x16), matrix(weight16).transposed(), data(y), weight.size(0), false,
+    multiply(matrix(in), matrix(w).transposed(), data(y), weight.size(0), false,
              added.defined() ? data(added) : nullptr);
     return y;
   }
   static Tensors backward(AutogradContext* context, const Tensors& dys) {
     const Tensors saved = context->get_saved_variables();
-    const Tensor &x = saved[0], &weight = saved[1], dy = floats(dys[0]), dy16 = rounded(dy);
+    const Tensor &x = saved[0], &weight = saved[1], dy = floats(dys[0]);
+    const Tensor slope = operand(dy, x.scalar_type() == torch::kBFloat16);
     Tensor dx, dweight, dbias;
     if (context->needs_input_grad(0)) {
       dx = like(x);
-      multiply(matrix(dy16), matrix(weight), data(dx), last(x));
+      multiply(matrix(slope), matrix(weight), data(dx), last(x));
     }
     if (context->needs_input_grad(1)) {
       dweight = like(weight);
-      multiply(matrix(dy16).transposed(), matrix(x), data(dweight), last(x));
+      multiply(matrix(slope).transposed(), matrix(x), data(dweight), last(x));
     }
     if (context->saved_data["bias"].toBool() && context->needs_input_grad(2)) dbias = dy.reshape({-1, last(dy)}).sum(0);
-    return {dx, dweight, dbias};
+    return {dx, dweight, dbias, {}};
   }
 };
 
 struct HeadCrossEntropy : torch::autograd::Function<HeadCrossEntropy> {
   static Tensor forward(AutogradContext* context, const Tensor& hidden, const Tensor& head, const Tensor& targets,
-                        double cap, bool bf16, bool gradient) {
-    const Tensor x = bf16 ? rounded(hidden) : floats(hidden), w = bf16 ? rounded(head) : floats(head);
+                        double cap, bool bf16, bool gradient, bool head_learns) {
+    const Tensor x = operand(hidden, bf16), w = operand(head, bf16);
     HeadLoss loss = {
         .hidden = matrix(x), .head = matrix(w), .targets = targets.data_ptr<int64_t>(), .cap = static_cast<float>(cap)};
     if (gradient) {
-      const Tensor dhidden = like(x), dhead = like(w);
-      if (rows(x) == 0) dhead.zero_();
+      const Tensor dhidden = like(x), dhead = head_learns ? like(w) : Tensor();
+      if (head_learns && rows(x) == 0) dhead.zero_();
       loss.dhidden = data(dhidden);
-      loss.dhead = data(dhead);
+      if (head_learns) loss.dhead = data(dhead);
       context->saved_data["hidden"] = dhidden;
       context->saved_data["head"] = dhead;
     }
@@ -319,11 +324,48 @@ struct HeadCrossEntropy : torch::autograd::Function<HeadCrossEntropy> {
     context->saved_data.clear();
     if (dy[0].item<float>() != 1) {
       dhidden.mul_(dy[0]);
-      dhead.mul_(dy[0]);
+      if (dhead.defined()) dhead.mul_(dy[0]);
     }
-    return {dhidden, dhead, {}, {}, {}, {}};
+    return {dhidden, dhead, {}, {}, {}, {}, {}};
   }
 };
+
+struct FrozenHeadCrossEntropy : torch::autograd::Function<FrozenHeadCrossEntropy> {
+  static Tensor forward(AutogradContext* context, const Tensor& hidden, const FrozenHead& head, const Tensor& targets,
+                        double cap, bool bf16, bool gradient) {
+    const Tensor x = bf16 ? rounded(hidden) : floats(hidden);
+    Matrix shape = matrix(x);
+    shape.data = nullptr;
+    shape.rows = head.words;
+    HeadLoss loss = {.hidden = matrix(x),
+                     .head = shape,
+                     .words = [&](int64_t first, int64_t count, void* out) { head.write(first, count, bf16, out); },
+                     .targets = targets.data_ptr<int64_t>(),
+                     .cap = static_cast<float>(cap)};
+    if (gradient) {
+      const Tensor dhidden = like(x);
+      loss.dhidden = data(dhidden);
+      context->saved_data["hidden"] = dhidden;
+    }
+    return torch::tensor(loss.compute(), torch::kFloat);
+  }
+  static Tensors backward(AutogradContext* context, const Tensors& dy) {
+    TORCH_CHECK(context->saved_data.count("hidden") != 0, "the gradients of this loss are made once, and were taken");
+    const Tensor dhidden = context->saved_data["hidden"].toTensor();
+    context->saved_data.clear();
+    if (dy[0].item<float>() != 1) dhidden.mul_(dy[0]);
+    return {dhidden, {}, {}, {}, {}, {}};
+  }
+};
+
+/// Targets as the loss reads them, checked.
+Tensor checked_targets(const Tensor& targets, int64_t rows, int64_t words) {
+  const Tensor wanted = targets.to(torch::kLong).contiguous();
+  TORCH_CHECK(wanted.numel() == rows, "one target for each row of `hidden`");
+  TORCH_CHECK(wanted.eq(kIgnored).logical_or_(wanted.ge(0).logical_and_(wanted.lt(words))).all().item<bool>(),
+              "a target is a word's number or ", kIgnored);
+  return wanted;
+}
 
 /// Is it what linear.hpp puts in a weight's place?
 bool is_stand_in(const Tensor& weight) { return !weight.has_storage(); }
@@ -371,21 +413,30 @@ Tensor gated(Activation activation, const Tensor& gate, const Tensor& up) {
 Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias, Compute compute) {
   if (is_stand_in(weight)) return torch::linear(x, weight, bias);
   const NoAutocast guard;
-  if (compute == Compute::f32) return torch::linear(x, weight, bias);
+  const bool bf16 = compute == Compute::bf16;
+  if (!bf16 && (x.scalar_type() != torch::kFloat || weight.scalar_type() != torch::kFloat))
+    return torch::linear(x, weight, bias);
   TORCH_CHECK(weight.dim() == 2 && weight.size(1) == last(x), "x: [..., in]; weight: [out, in]");
-  return Linear16::apply(x, weight, maybe(bias));
+  return Linear::apply(x, weight, maybe(bias), bf16);
 }
 
 Tensor linear_cross_entropy(const Tensor& hidden, const Tensor& head, const Tensor& targets, double cap,
                             Compute compute) {
-  const Tensor wanted = targets.to(torch::kLong).contiguous();
-  TORCH_CHECK(head.dim() == 2 && head.size(1) == last(hidden) && wanted.numel() == rows(hidden),
-              "hidden: [..., inputs]; head: [words, inputs]; one target for each row");
-  TORCH_CHECK(wanted.eq(kIgnored).logical_or_(wanted.ge(0).logical_and_(wanted.lt(head.size(0)))).all().item<bool>(),
-              "a target is a word's number or ", kIgnored);
+  TORCH_CHECK(head.dim() == 2 && head.size(1) == last(hidden), "hidden: [..., inputs]; head: [words, inputs]");
+  const Tensor wanted = checked_targets(targets, rows(hidden), head.size(0));
   const NoAutocast guard;
-  const bool gradient = torch::GradMode::is_enabled() && (hidden.requires_grad() || head.requires_grad());
-  return HeadCrossEntropy::apply(hidden, head, wanted, cap, compute == Compute::bf16, gradient);
+  const bool learns = head.requires_grad();
+  const bool gradient = torch::GradMode::is_enabled() && (hidden.requires_grad() || learns);
+  return HeadCrossEntropy::apply(hidden, head, wanted, cap, compute == Compute::bf16, gradient, learns);
+}
+
+Tensor linear_cross_entropy(const Tensor& hidden, const FrozenHead& head, const Tensor& targets, double cap,
+                            Compute compute) {
+  TORCH_CHECK(head.inputs == last(hidden), "hidden: [..., inputs], as the head has them");
+  const Tensor wanted = checked_targets(targets, rows(hidden), head.words);
+  const NoAutocast guard;
+  const bool gradient = torch::GradMode::is_enabled() && hidden.requires_grad();
+  return FrozenHeadCrossEntropy::apply(hidden, head, wanted, cap, compute == Compute::bf16, gradient);
 }
 
 void keep_pages() {

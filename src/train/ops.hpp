@@ -2,6 +2,8 @@
 
 #include <torch/torch.h>
 
+#include <functional>
+
 #include "kernels/attention.hpp"
 #include "kernels/elementwise.hpp"
 
@@ -48,6 +50,16 @@ constexpr int64_t kIgnored = -100;
 /// cap * tanh(hidden headᵀ / cap); 0 where none counts. hidden: [..., inputs]; head: [words, inputs]; targets: one
 /// int64 for each row. Never holds all logits. The gradients are made in the forward pass, so backward() can run once.
 torch::Tensor linear_cross_entropy(const torch::Tensor& hidden, const torch::Tensor& head, const torch::Tensor& targets,
+                                   double cap = 0, Compute compute = compute_type());
+
+/// A head that does not learn and is not kept as it is multiplied with.
+struct FrozenHead {
+  int64_t words, inputs;
+  /// Writes words [first, first + count), [count, inputs], as bfloat16 or float32.
+  std::function<void(int64_t first, int64_t count, bool bf16, void* out)> write;
+};
+/// The same with such a head, of which some words at a time are in memory.
+torch::Tensor linear_cross_entropy(const torch::Tensor& hidden, const FrozenHead& head, const torch::Tensor& targets,
                                    double cap = 0, Compute compute = compute_type());
 
 /// Memory that is freed stays with the process, so that each step finds its pages mapped. For programs that train;

@@ -2,6 +2,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/autocast_mode.h>
+#include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cmath>
@@ -62,11 +63,13 @@ Tensor plain_loss(const Tensor& hidden, const Tensor& head, const Tensor& target
 // --- how they are compared
 
 /// The result and the gradient of each input, the result being weighed with numbers that are no ones.
-Tensors results(const Operation& operation, const Tensors& inputs, torch::ScalarType type) {
+Tensors results(const Operation& operation, const Tensors& inputs, torch::ScalarType type, bool magnitudes = false) {
   Tensors leaves;
-  for (const Tensor& x : inputs) leaves.push_back(x.to(type).detach().clone().requires_grad_());
+  for (const Tensor& x : inputs)
+    leaves.push_back((magnitudes ? x.abs() : x).to(type).detach().clone().requires_grad_());
   const Tensor y = operation(leaves);
-  y.backward(torch::cos(torch::arange(y.numel(), torch::kDouble)).reshape(y.sizes()).to(type));
+  const Tensor weights = torch::cos(torch::arange(y.numel(), torch::kDouble)).reshape(y.sizes()).to(type);
+  y.backward(magnitudes ? weights.abs() : weights);
   Tensors all = {y.detach()};
   for (const Tensor& leaf : leaves) all.push_back(leaf.grad());
   return all;
@@ -91,7 +94,21 @@ void expect_close(const Operation& operation, const Operation& plain, const Tens
 /// Sums of n products in float32 in any order: n * 2^-24 of the sum of magnitudes, which is within sqrt(n) of the
 /// largest result here (independent signs); a few roundings besides.
 double sums_of(int64_t n) { return (std::sqrt(static_cast<double>(n)) + 8) * 4 * 0x1p-24; }
-constexpr double kBf16 = 0x1.02p-8;  // two operands, each rounded to 8 bits of mantissa; in sums it averages out
+/// The most that rounding to bfloat16's 8 bits changes a number, as a part of it.
+constexpr double kBf16 = 0x1p-8;
+
+/// Of a sum of n products of what `roundings` roundings to bfloat16 have changed, as a part of the sum of its terms'
+/// magnitudes: all may err to the same side, and float32's sums besides.
+double bf16_error(int roundings, int64_t n) {
+  return std::pow(1 + kBf16, roundings) * (1 + static_cast<double>(n + 8) * 0x1p-24) - 1;
+}
+
+/// Each number within its own bound.
+void expect_within(const Tensor& found, const Tensor& exact, const Tensor& bound, const std::string& what) {
+  ASSERT_EQ(found.sizes(), exact.sizes()) << what;
+  const Tensor excess = (found.to(torch::kDouble) - exact).abs() - bound;
+  EXPECT_TRUE(excess.le(0).all().item<bool>()) << what << ", by " << excess.max().item<double>();
+}
 
 class TrainOps : public testing::Test {
  protected:
@@ -159,18 +176,29 @@ TEST_F(TrainOps, Gates) {
     }
 }
 
+/// In bfloat16 each number is a sum of products of two operands, each rounded once (of the result x and weight, of the
+/// gradients what comes in and the other of the two); only the bias and its gradient are not.
 TEST_F(TrainOps, Linear) {
-  for (const auto& [rows, in_size, out_size] : std::vector<std::array<int64_t, 3>>{{1, 4, 5}, {5, 7, 3}, {33, 70, 129}})
-    for (const Compute compute : {Compute::f32, Compute::bf16}) {
-      const double tolerance =
-          compute == Compute::f32 ? sums_of(129) : 4 * kBf16;  // a sum of few, and the bias, may cancel
-      const Tensor x = torch::randn({rows, in_size}), w = torch::randn({out_size, in_size}),
-                   b = torch::randn({out_size});
-      expect_close([&](const Tensors& in) { return train::linear(in[0], in[1], in[2], compute); },
-                   [](const Tensors& in) { return torch::linear(in[0], in[1], in[2]); }, {x, w, b}, tolerance);
-      expect_close([&](const Tensors& in) { return train::linear(in[0], in[1], {}, compute); },
-                   [](const Tensors& in) { return torch::linear(in[0], in[1]); }, {x.unsqueeze(0), w}, tolerance);
+  for (const auto& [rows, in_size, out_size] :
+       std::vector<std::array<int64_t, 3>>{{1, 4, 5}, {5, 7, 3}, {33, 70, 129}, {1100, 9, 20}}) {
+    const Tensor x = torch::randn({rows, in_size}), w = torch::randn({out_size, in_size}), b = torch::randn({out_size});
+    const Operation plain = [](const Tensors& in) {
+      return torch::linear(in[0], in[1], in.size() > 2 ? in[2] : Tensor());
+    };
+    for (const Tensors& inputs : {Tensors{x, w, b}, Tensors{x.unsqueeze(0), w}}) {
+      const auto ours = [](Compute compute) {
+        return [compute](const Tensors& in) {
+          return train::linear(in[0], in[1], in.size() > 2 ? in[2] : Tensor(), compute);
+        };
+      };
+      expect_close(ours(Compute::f32), plain, inputs, sums_of(1100));
+      const Tensors found = results(ours(Compute::bf16), inputs, torch::kFloat),
+                    exact = results(plain, inputs, torch::kDouble),
+                    magnitudes = results(plain, inputs, torch::kDouble, /*magnitudes=*/true);
+      for (size_t i = 0; i < found.size(); ++i)
+        expect_within(found[i], exact[i], magnitudes[i] * bf16_error(2, 1100), std::to_string(i));
     }
+  }
 }
 
 /// Against the product of what bfloat16 holds of the operands, only float32's sums are left to differ.
@@ -188,7 +216,7 @@ TEST_F(TrainOps, AutocastIsTheComputeType) {
   EXPECT_EQ(train::linear(x, w, {}, Compute::f32).scalar_type(), torch::kFloat);
   at::autocast::set_cpu_enabled(false);
   at::autocast::clear_cache();
-  EXPECT_TRUE(train::linear(x, w).equal(torch::linear(x, w)));
+  EXPECT_TRUE(train::linear(x, w).equal(train::linear(x, w, {}, Compute::f32)));
 }
 
 TEST_F(TrainOps, LinearAsksTheBehaviour) {
@@ -202,6 +230,46 @@ TEST_F(TrainOps, LinearAsksTheBehaviour) {
     EXPECT_TRUE(train::linear(x, layer->weight, {}, compute).equal(x * 3));
 }
 
+/// The largest errors of the loss in bfloat16, and of both gradients. A logit errs by d: its operands, each rounded
+/// once unless bfloat16 holds them already, and sums. The loss is the difference of a logit and of a mean of logits: 2
+/// d. A probability p is a quotient of what errs by e^d; a gradient is a sum over p, less 1 at the target, times the
+/// other operand: three roundings (the exponential, the operand, and that times a row's factor), a fourth where a row's
+/// reference moves.
+Tensors loss_errors(const Tensor& hidden, const Tensor& head, const Tensor& targets, double cap, bool held) {
+  const Tensor h = hidden.to(torch::kDouble), w = head.to(torch::kDouble);
+  const int64_t words = w.size(0);
+  const double d = torch::matmul(h.abs(), w.abs().t()).max().item<double>() * bf16_error(held ? 0 : 2, h.size(1));
+  const Tensor counts = targets.ne(kIgnored);
+  Tensor logits = torch::matmul(h, w.t());
+  if (cap > 0) logits = torch::tanh(logits / cap) * cap;
+  Tensor slopes = torch::softmax(logits, -1) + torch::one_hot(targets.clamp_min(0), words).to(torch::kDouble);
+  slopes = slopes * counts.unsqueeze(1) / counts.sum().clamp_min(1);
+  const double part = (1 + bf16_error(4, words + h.size(0))) * std::exp(2 * d) - 1;
+  const Tensor loss = torch::tensor(2 * d + 1e-6 * std::log(static_cast<double>(words) + 2));  // exponentials, rounding
+  constexpr double kDenormal = 1e-35;  // what the processor may take for 0, some of it
+  return {loss, torch::matmul(slopes, w.abs()) * part + kDenormal,
+          torch::matmul(slopes.t(), h.abs()) * part + kDenormal};
+}
+
+void check_loss(const Tensor& hidden, const Tensor& head, const Tensor& targets, double cap, double tolerance) {
+  const auto ours = [&](Compute compute) {
+    return [&, compute](const Tensors& in) { return linear_cross_entropy(in[0], in[1], targets, cap, compute); };
+  };
+  const Operation plain = [&](const Tensors& in) { return plain_loss(in[0], in[1], targets, cap); };
+  expect_close(ours(Compute::f32), plain, {hidden, head}, tolerance);
+  const auto held = [](const Tensor& x) { return x.to(torch::kBFloat16).to(torch::kFloat); };
+  const Tensor held_hidden = held(hidden), held_head = held(head);
+  const auto check_bf16 = [&](const Tensor& h, const Tensor& w, bool exact_operands) {
+    const Tensors found = results(ours(Compute::bf16), {h, w}, torch::kFloat),
+                  exact = results(plain, {h, w}, torch::kDouble),
+                  errors = loss_errors(h, w, targets, cap, exact_operands);
+    for (size_t i = 0; i < found.size(); ++i)
+      expect_within(found[i], exact[i], errors[i], fmt::format("{} ({})", i, exact_operands ? "held" : "rounded"));
+  };
+  check_bf16(held_hidden, held_head, true);
+  if (cap == 0) check_bf16(hidden, head, false);  // a cap's slope errs too
+}
+
 TEST_F(TrainOps, CrossEntropy) {
   struct Case {
     int64_t rows, inputs, words;
@@ -209,23 +277,24 @@ TEST_F(TrainOps, CrossEntropy) {
   };
   for (const Case& c : std::vector<Case>{{1, 1, 1, 1, 0},
                                          {5, 7, 11, 1, 0},
-                                         {9, 16, 1500, 1, 0},  // several parts of the words
-                                         {600, 6, 40, 1, 0},   // several parts of the rows
+                                         {9, 16, 1500, 0.3, 0},  // several parts of the words
+                                         {600, 6, 40, 1, 0},     // several parts of the rows
                                          {12, 8, 33, 1, 3},
-                                         {12, 8, 33, 64, 0}})  // logits in the hundreds
-    for (const Compute compute : {Compute::f32, Compute::bf16}) {
-      SCOPED_TRACE(testing::Message() << c.rows << " rows, " << c.words << " words");
-      Tensor targets = torch::randint(c.words, {c.rows}, torch::kLong);
-      if (c.rows > 2) targets[1] = kIgnored;
-      // What bfloat16 holds exactly: its logits have float32's errors, only the gradients' factors are rounded.
-      const auto random = [&](int64_t rows) {
-        return torch::randn({rows, c.inputs}).to(torch::kBFloat16).to(torch::kFloat);
-      };
-      const double tolerance = compute == Compute::f32 ? sums_of(c.words) * (1 + c.size) : kBf16;
-      expect_close([&](const Tensors& in) { return linear_cross_entropy(in[0], in[1], targets, c.cap, compute); },
-                   [&](const Tensors& in) { return plain_loss(in[0], in[1], targets, c.cap); },
-                   {random(c.rows) * c.size, random(c.words)}, tolerance);
-    }
+                                         {7, 8, 1100, 1, 3},
+                                         {12, 8, 33, 64, 0}}) {  // logits in the hundreds
+    SCOPED_TRACE(testing::Message() << c.rows << " rows, " << c.words << " words");
+    Tensor targets = torch::randint(c.words, {c.rows}, torch::kLong);
+    if (c.rows > 2) targets[1] = kIgnored;
+    check_loss(torch::randn({c.rows, c.inputs}) * c.size, torch::randn({c.words, c.inputs}), targets, c.cap,
+               sums_of(c.words) * (1 + c.size));
+  }
+}
+
+/// Of each row the first part of the words is what exponentials are taken relative to, unless others are far above.
+TEST_F(TrainOps, CrossEntropyOfLogitsThatGrow) {
+  const Tensor hidden = torch::tensor({{1.0f}, {4.0f}, {-1.0f}}), targets = torch::tensor({1499, 600, 3}, torch::kLong);
+  const Tensor steps = torch::cat({torch::zeros({512}), torch::full({512}, 29), torch::full({476}, 31)});
+  check_loss(hidden, steps.unsqueeze(1), targets, 0, sums_of(1500) * 32);
 }
 
 TEST_F(TrainOps, CrossEntropyAtItsEnds) {

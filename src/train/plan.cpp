@@ -122,7 +122,7 @@ LayerRule rule_of(const QuantizationConfig& whole, const std::string& pattern, c
 
 TensorFacts facts_of(const std::string& path, const torch::nn::LinearImpl& layer) {
   const DType dtype = dtype_of(layer.weight.scalar_type());
-  return {.name = weight_name(path),
+  return {.name = path + ".weight",  // of a module that is one layer, too: patterns and rules see a module's weight
           .shape = layer.weight.sizes().vec(),
           .is_float = torch::isFloatingType(layer.weight.scalar_type()),
           .bytes = size_bytes(dtype),

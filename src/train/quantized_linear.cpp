@@ -1,12 +1,14 @@
 #include "train/quantized_linear.hpp"
 
 #include <algorithm>
+#include <typeinfo>
 
 #include "algorithm/rtn.hpp"
 #include "base/error.hpp"
 #include "base/threads.hpp"
 #include "kernels/decode.hpp"
 #include "kernels/dequantize_matmul.hpp"
+#include "kernels/row_gradients.hpp"
 
 namespace bitwright::train {
 namespace {
@@ -112,6 +114,28 @@ torch::Tensor QuantizedLinearBehaviour::decoded() const {
     decoder.decode(static_cast<int64_t>(begin), out.subspan(begin, end - begin));
   });
   return all;
+}
+
+std::optional<FrozenHead> QuantizedLinearBehaviour::as_head() const {
+  if (typeid(*this) != typeid(QuantizedLinearBehaviour)) return std::nullopt;
+  const int64_t inputs = weight_->shape()[1];
+  const auto decoder = std::make_shared<const CompactDecoder>(*weight_);
+  const auto write = [weight = weight_, decoder, inputs](int64_t first, int64_t count, bool bf16, void* out) {
+    const auto width = static_cast<size_t>(inputs);
+    parallel_ranges(static_cast<size_t>(count), 16, [&](size_t begin, size_t end) {
+      std::vector<float> row(bf16 ? width : 0);
+      for (size_t i = begin; i < end; ++i) {
+        const int64_t at = (first + static_cast<int64_t>(i)) * inputs;
+        if (!bf16) {
+          decoder->decode(at, {static_cast<float*>(out) + i * width, width});
+          continue;
+        }
+        decoder->decode(at, row);
+        round_to_bf16(row.data(), width, static_cast<uint16_t*>(out) + i * width);
+      }
+    });
+  };
+  return FrozenHead{.words = weight_->shape()[0], .inputs = inputs, .write = write};
 }
 
 torch::Tensor decoded(const QuantizedTensor& tensor) {

@@ -2,11 +2,13 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 
 #include "container/container.hpp"
 #include "kernels/compact_tensor.hpp"
 #include "scheme/quantized_linear.hpp"
 #include "train/linear.hpp"
+#include "train/ops.hpp"
 
 namespace bitwright::train {
 
@@ -26,6 +28,8 @@ class QuantizedLinearBehaviour : public LinearBehaviour {
   torch::Tensor forward(const torch::Tensor& input, const torch::Tensor& bias) override;
 
   const std::shared_ptr<const CompactTensor>& weight() const { return weight_; }
+  /// For the loss of a model whose head this is; none where a derived class does more than multiply.
+  std::optional<FrozenHead> as_head() const;
   const Scheme& scheme() const { return weight_->scheme(); }
   const QuantizedLinear& linear() const { return linear_; }
   uint64_t bytes() const { return weight_->bytes(); }  ///< codes, scales and offsets

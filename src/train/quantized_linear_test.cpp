@@ -100,6 +100,40 @@ TEST(QuantizedLinear, ForwardAndBackwardAreThoseOfTheDecodedWeight) {
   }
 }
 
+TEST(QuantizedLinear, AsAHeadItGivesTheLossOfItsDecodedWeight) {
+  torch::manual_seed(4);
+  const torch::Tensor weight = torch::randn({1500, 64}) * 0.1;  // several parts of the words
+  const Owner nf4 = {"bitsandbytes", method("nf4")};
+  const QuantizedLinearBehaviour behaviour(quantized(nf4, weight));
+  const FrozenHead head = behaviour.as_head().value();
+  const torch::Tensor decoded = behaviour.decoded(), hidden = torch::randn({600, 64});  // several parts of the rows
+  torch::Tensor targets = torch::randint(1500, {600}, torch::kLong);
+  targets[3] = kIgnored;
+  for (const Compute compute : {Compute::f32, Compute::bf16})
+    for (const double cap : {0.0, 3.0}) {
+      SCOPED_TRACE(testing::Message() << static_cast<int>(compute) << ' ' << cap);
+      const auto run = [&](const auto& which) {
+        const torch::Tensor x = hidden.clone().requires_grad_();
+        const torch::Tensor loss = linear_cross_entropy(x, which, targets, cap, compute);
+        (loss * 2).backward();
+        return std::pair(loss.detach(), x.grad());
+      };
+      const auto [loss, slope] = run(head);
+      const auto [expected, expected_slope] = run(decoded);
+      EXPECT_TRUE(torch::equal(loss, expected)) << loss << expected;
+      EXPECT_TRUE(torch::equal(slope, expected_slope)) << (slope - expected_slope).abs().max();
+      const torch::NoGradGuard no_gradients;
+      EXPECT_TRUE(torch::equal(linear_cross_entropy(hidden, head, targets, cap, compute), expected));
+    }
+  EXPECT_THROW(linear_cross_entropy(hidden, head, torch::full({600}, 1500, torch::kLong)), c10::Error);
+
+  struct Doubled : QuantizedLinearBehaviour {
+    using QuantizedLinearBehaviour::QuantizedLinearBehaviour;
+    torch::Tensor prepare(const torch::Tensor& input) override { return input * 2; }
+  };
+  EXPECT_FALSE(Doubled(quantized(nf4, weight)).as_head());
+}
+
 TEST(QuantizedLinear, IsALayerOfAnyModule) {
   torch::manual_seed(2);
   torch::nn::Linear linear(256, 24);

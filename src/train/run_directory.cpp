@@ -70,7 +70,8 @@ RunFacts read_run_facts(const OrderedJson& facts, const fs::path& where) {
             .step = facts.at("step").get<int64_t>(),
             .windows = facts.at("windows").get<int64_t>(),
             .tokens = facts.at("tokens").get<int64_t>(),
-            .optimizer_steps = facts.at("optimizer_steps").get<std::map<std::string, int64_t>>()};
+            .optimizer_steps = facts.at("optimizer_steps").get<std::map<std::string, int64_t>>(),
+            .base_sha256 = facts.value("base_sha256", std::string())};
   } catch (const nlohmann::json::exception& error) {
     throw Error({.code = "checkpoint-damaged",
                  .what = "cannot read checkpoint",

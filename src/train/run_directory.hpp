@@ -23,6 +23,7 @@ struct RunFacts {
   std::string run_id, text_sha256;
   int64_t step, windows, tokens;
   std::map<std::string, int64_t> optimizer_steps;  ///< of each parameter
+  std::string base_sha256;                         ///< of what does not learn; empty: it is not known
 };
 /// Throws Error{"checkpoint-damaged"}.
 RunFacts read_run_facts(const OrderedJson& facts, const std::filesystem::path& where);

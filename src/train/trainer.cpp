@@ -142,6 +142,7 @@ struct Trainer::Impl {
   int64_t step = 0, windows = 0, tokens = 0;         ///< done, read, predicted
   int64_t total_steps = 0;                           ///< of the schedule
   std::string text_digest{};                         ///< of what is trained on
+  std::string base_digest{};                         ///< of what does not learn; empty: nobody said
   std::shared_ptr<train::ParallelModel> parallel{};  ///< null: one process alone
 
   std::vector<ActivationObserver> activation_observers{};
@@ -424,6 +425,7 @@ void Trainer::save_checkpoint(const fs::path& directory) const {
   state.facts["tokens"] = t.tokens;
   state.facts["total_steps"] = t.total_steps;
   state.facts["text_sha256"] = t.text_digest;
+  if (!t.base_digest.empty()) state.facts["base_sha256"] = t.base_digest;
   OrderedJson& steps = state.facts["optimizer_steps"] = OrderedJson::object();
   for (const auto& [name, count] : t.optimizer_steps()) steps[name] = *count;
   if (t.finetuning)
@@ -465,6 +467,12 @@ void Trainer::load_checkpoint(const fs::path& directory) {
   const train::RunFacts facts = train::read_run_facts(state.facts, directory);
   if (const std::string key = incompatible_key(facts.config, t.config); !key.empty())
     train::fail_incompatible(facts.config, t.config, key, directory);
+  if (!facts.base_sha256.empty() && !t.base_digest.empty() && facts.base_sha256 != t.base_digest)
+    throw Error({.code = "incompatible-checkpoint",
+                 .what = "cannot go on from checkpoint",
+                 .where = directory.string(),
+                 .why = fmt::format("its frozen base is not what {} holds now", t.config.model),
+                 .fix = "give the model that training began with, or start again in another output"});
   NamedTensors learnt = state.model, buffers, stored_buffers;
   for (const auto& item : t.model.module->named_buffers()) {
     buffers[item.key()] = item.value();
@@ -480,6 +488,8 @@ void Trainer::load_checkpoint(const fs::path& directory) {
   t.tokens = facts.tokens;
   t.text_digest = facts.text_sha256;
 }
+
+void Trainer::require_base(const std::string& digest) { impl_->base_digest = digest; }
 
 bool Trainer::resume() {
   const std::vector<fs::path> found = train::list_checkpoints(impl_->config.output);

@@ -183,7 +183,12 @@ const TrainingMode kModes[] = {
      .wanted = wants_finetuning,
      .load = load_finetuning,
      .prepare = prepare_finetuning},
-    {.name = "lora", .wanted = wants_lora, .load = load_lora_base, .prepare = prepare_lora, .finish = finish_lora},
+    {.name = "lora",
+     .wanted = wants_lora,
+     .frozen = true,
+     .load = load_lora_base,
+     .prepare = prepare_lora,
+     .finish = finish_lora},
     {.name = "plain", .wanted = always},
 };
 

@@ -34,6 +34,7 @@ struct Ending {
 struct TrainingMode {
   std::string_view name;
   bool (*wanted)(const TrainingConfig& config);
+  bool frozen = false;  ///< most of the model does not learn, and must be the same when training goes on
   /// How a checkpoint is read; null: all of it becomes floats.
   void (*load)(const TrainingConfig& config, CausalLmOptions& options) = nullptr;
   Prepared (*prepare)(CausalLm& model, const TrainingConfig& config, std::vector<Warning>& warnings) = nullptr;

@@ -13,6 +13,7 @@
 #include "train/data_parallel.hpp"
 #include "train/dataset.hpp"
 #include "train/export.hpp"
+#include "train/tensor_memory.hpp"
 #include "train/training_checkpoint.hpp"
 #include "train/training_mode.hpp"
 
@@ -92,6 +93,14 @@ void check_output(const TrainingConfig& config, const TrainingRunOptions& option
   fs::remove_all(output);
 }
 
+/// SHA-256 over the digests of all weight files. Reads them through.
+std::string weights_digest(const Checkpoint& checkpoint) {
+  const fs::path path = checkpoint.path(), directory = fs::is_directory(path) ? path : path.parent_path();
+  std::string all;
+  for (const Checkpoint::File& file : checkpoint.files()) all += MappedFile(directory / file.name).digest();
+  return sha256(all);
+}
+
 TrainableModel trainable(const std::shared_ptr<CausalLm>& model) {
   return {.module = model,
           .logits = [model](const torch::Tensor& inputs) { return model->forward(inputs); },
@@ -164,6 +173,7 @@ OrderedJson run_as_one(const TrainingRunOptions& options, const TrainingConfig& 
   const auto start = std::chrono::steady_clock::now();
   const TrainingMode& mode = training_mode(config);
   at::set_num_threads(static_cast<int>(thread_count()));
+  if (mode.frozen) use_tensor_memory();  // small against the base, that is what it is for
   const Source source = open_source(config, mode, options.config);
   CausalLm& model = *source.model;
   const Tokenizer tokenizer(source.tokenizer);
@@ -177,6 +187,7 @@ OrderedJson run_as_one(const TrainingRunOptions& options, const TrainingConfig& 
   const std::shared_ptr<ParallelModel> parallel = in_parallel(group, source.model, config, prepared);
   Trainer trainer(trainable(source.model), config, prepared.finetuning, parallel);
   add_checkpoint_files(trainer, source, prepared.quantization);
+  if (mode.frozen && source.checkpoint) trainer.require_base(weights_digest(*source.checkpoint));
   if (options.resume && !trainer.resume())
     warnings.push_back({"NO_CHECKPOINT", fmt::format("there is no checkpoint in {}: training begins", config.output)});
   const Trainer::Texts texts = {.training = std::move(tokens.training),

@@ -73,7 +73,7 @@ struct LoraMergeReport {
   std::optional<double> loss_before{}, loss_floats{}, loss{};
 };
 /// Adds the adapters to the weights and removes them. loss: measures the model, called before, where weights are floats
-/// (while requantizing the merged floats of all layers are in memory then), and at the end; null: nothing is measured.
+/// (while requantizing one layer's at a time), and at the end; null: nothing is measured.
 /// Throws Error{"no-adapter"}.
 LoraMergeReport merge_lora(torch::nn::Module& model, LoraMerge into, const std::function<double()>& loss = nullptr);
 

@@ -95,6 +95,9 @@ class Trainer {
   void save_checkpoint(const std::filesystem::path& directory) const;
   /// Goes on bit for bit from where that was. Throws Error{"incompatible-checkpoint"}, {"checkpoint-damaged"}.
   void load_checkpoint(const std::filesystem::path& directory);
+  /// What does not learn is in no checkpoint. From now on `digest`, of the model it came from, is: load_checkpoint()
+  /// refuses one that was made with another. Called before.
+  void require_base(const std::string& digest);
   /// The newest checkpoint below config().output is loaded; false: there is none.
   bool resume();
 
