@@ -45,7 +45,7 @@ struct BpeRules {
 
 /// Byte-pair encoding: of all neighbours that a merge joins, those with the smallest rank are joined, the leftmost
 /// first, until none is left.
-class Bpe : public Model {
+class Bpe : public PieceModel {
  public:
   explicit Bpe(BpeRules rules);
   void encode(std::string_view piece, PieceCache& cache, std::vector<int32_t>& ids) const override;

@@ -43,9 +43,9 @@ class PieceCache {
 };
 
 /// Turns pieces of text into ids. Immutable; may be shared between threads.
-class Model {
+class PieceModel {
  public:
-  virtual ~Model() = default;
+  virtual ~PieceModel() = default;
   /// Appends the ids of `piece`, which is not empty and less than 2 GiB. One `cache` serves one model only.
   virtual void encode(std::string_view piece, PieceCache& cache, std::vector<int32_t>& ids) const = 0;
 };

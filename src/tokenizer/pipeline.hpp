@@ -45,7 +45,7 @@ struct TokenizerPipeline {
   std::vector<TextNormalizer> normalizers;
   std::vector<PreTokenizer> pre_tokenizers;
   bool byte_pieces = false;  ///< the model gets bytes, where it otherwise gets escaped text
-  std::unique_ptr<Model> model;
+  std::unique_ptr<PieceModel> model;
   std::vector<TokenDecoder> decoders;
   std::optional<int32_t> bos, eos;
   bool adds_bos = false;

@@ -33,7 +33,7 @@ Special special_pieces(const ScoredVocabulary& vocabulary) {
   return out;
 }
 
-std::unique_ptr<Model> bpe_of(const ScoredVocabulary& vocabulary, const Special& special) {
+std::unique_ptr<PieceModel> bpe_of(const ScoredVocabulary& vocabulary, const Special& special) {
   std::vector<float> scores;
   for (const ScoredPiece& piece : vocabulary.pieces)
     if (piece.type == PieceType::normal) scores.push_back(piece.score);
@@ -54,7 +54,7 @@ std::unique_ptr<Model> bpe_of(const ScoredVocabulary& vocabulary, const Special&
   return std::make_unique<Bpe>(std::move(rules));
 }
 
-std::unique_ptr<Model> unigram_of(const ScoredVocabulary& vocabulary, const Special& special) {
+std::unique_ptr<PieceModel> unigram_of(const ScoredVocabulary& vocabulary, const Special& special) {
   UnigramRules rules = {.pieces = {},
                         .single_precision = vocabulary.single_precision,
                         .unknown = special.unknown,

@@ -264,7 +264,7 @@ std::pair<std::string_view, std::string_view> merge_parts(const JsonPart& model,
   return *parts;
 }
 
-std::unique_ptr<Model> read_bpe(const JsonPart& model, TokenizerPipeline& out) {
+std::unique_ptr<PieceModel> read_bpe(const JsonPart& model, TokenizerPipeline& out) {
   if (const Json* dropout = model.find("dropout"); dropout != nullptr && *dropout != 0) model.unsupported("dropout");
   const TokenIds ids = read_vocabulary(model, out);
   MergeList merges;
@@ -282,7 +282,7 @@ std::unique_ptr<Model> read_bpe(const JsonPart& model, TokenizerPipeline& out) {
   return std::make_unique<Bpe>(bpe_rules(ids, merges, settings, fmt::format("{}: {}", model.file, model.name)));
 }
 
-std::unique_ptr<Model> read_unigram(const JsonPart& model, TokenizerPipeline& out) {
+std::unique_ptr<PieceModel> read_unigram(const JsonPart& model, TokenizerPipeline& out) {
   const JsonPart vocabulary = model.child("vocab");
   if (!vocabulary.json.is_array()) vocabulary.bad("not an array");
   UnigramRules rules;
@@ -307,7 +307,7 @@ std::unique_ptr<Model> read_unigram(const JsonPart& model, TokenizerPipeline& ou
   return std::make_unique<Unigram>(std::move(rules));
 }
 
-std::unique_ptr<Model> read_word_piece(const JsonPart& model, TokenizerPipeline& out) {
+std::unique_ptr<PieceModel> read_word_piece(const JsonPart& model, TokenizerPipeline& out) {
   const TokenIds ids = read_vocabulary(model, out);
   const std::string prefix = model.text("continuing_subword_prefix", "##");
   WordPiece::Rules rules = {.first = {},
@@ -321,7 +321,7 @@ std::unique_ptr<Model> read_word_piece(const JsonPart& model, TokenizerPipeline&
   return std::make_unique<WordPiece>(rules);
 }
 
-std::unique_ptr<Model> read_word_level(const JsonPart& model, TokenizerPipeline& out) {
+std::unique_ptr<PieceModel> read_word_level(const JsonPart& model, TokenizerPipeline& out) {
   TokenIds ids = read_vocabulary(model, out);
   const std::optional<int32_t> unknown = named_in(model, "unk_token", ids);
   return std::make_unique<WordLevel>(std::move(ids), unknown);
@@ -329,7 +329,7 @@ std::unique_ptr<Model> read_word_level(const JsonPart& model, TokenizerPipeline&
 
 struct ModelKind {
   std::string_view type;
-  std::unique_ptr<Model> (*read)(const JsonPart& model, TokenizerPipeline& out);
+  std::unique_ptr<PieceModel> (*read)(const JsonPart& model, TokenizerPipeline& out);
 };
 constexpr std::array<ModelKind, 4> kModels = {
     {{"BPE", read_bpe}, {"Unigram", read_unigram}, {"WordPiece", read_word_piece}, {"WordLevel", read_word_level}}};

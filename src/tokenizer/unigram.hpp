@@ -25,7 +25,7 @@ struct UnigramRules {
 /// The segmentation with the greatest sum of scores (Kudo 2018, by Viterbi's algorithm); a character that is no piece
 /// costs 10 more than the worst score. Sums are doubles, as in Hugging Face tokenizers and llama.cpp, or floats, as in
 /// SentencePiece.
-class Unigram : public Model {
+class Unigram : public PieceModel {
  public:
   explicit Unigram(UnigramRules rules);
   void encode(std::string_view piece, PieceCache& cache, std::vector<int32_t>& ids) const override;

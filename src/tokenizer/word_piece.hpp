@@ -10,7 +10,7 @@ namespace bitwright {
 
 /// From left to right the longest token that fits (Schuster and Nakajima 2012, as Bert uses it); a piece that cannot be
 /// written so is unknown as a whole.
-class WordPiece : public Model {
+class WordPiece : public PieceModel {
  public:
   struct Rules {
     std::vector<std::pair<std::string, int32_t>> first, continuing;  ///< texts, without any prefix
@@ -29,7 +29,7 @@ class WordPiece : public Model {
 };
 
 /// Whole pieces only.
-class WordLevel : public Model {
+class WordLevel : public PieceModel {
  public:
   WordLevel(TokenIds ids, std::optional<int32_t> unknown) : ids_(std::move(ids)), unknown_(unknown) {}
   void encode(std::string_view piece, PieceCache& cache, std::vector<int32_t>& ids) const override;
