@@ -5,6 +5,7 @@
 #include "base/error.hpp"
 #include "kernels/decode.hpp"
 #include "train/linear.hpp"
+#include "train/ops.hpp"
 
 namespace bitwright::train {
 namespace {
@@ -58,8 +59,13 @@ torch::Tensor QuantizedLayer::prepare(const torch::Tensor& input) {
 
 torch::Tensor QuantizedLayer::forward(const torch::Tensor& input, const torch::Tensor& bias) {
   const torch::ScalarType type = compute_.value_or(input.scalar_type());
-  const torch::Tensor y =
-      QuantizedLinearBehaviour::forward(input.to(type), bias.defined() ? bias.to(type) : bias).to(input.scalar_type());
+  torch::Tensor y;
+  if (input_ && type == torch::kFloat32)  // the product that fake quantization learned with: another order of its sums
+    y = train::linear(prepare(input.to(type)), decoded(), bias.defined() ? bias.to(type) : bias,
+                      Compute::f32);  // would move codes of the next layer
+  else
+    y = QuantizedLinearBehaviour::forward(input.to(type), bias.defined() ? bias.to(type) : bias);
+  y = y.to(input.scalar_type());
   return output_ ? quantize_activations(y, *output_) : y;
 }
 
