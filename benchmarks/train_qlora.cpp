@@ -69,7 +69,7 @@ std::vector<Tensor> learning(const torch::nn::Module& model) {
 std::unique_ptr<Optimizer> optimizer_of(const torch::nn::Module& model, const std::string& name) {
   std::vector<NamedParameter> parameters;
   for (const auto& item : model.named_parameters())
-    if (item.value().requires_grad()) parameters.push_back({item.key(), item.value(), true});
+    if (item.value().requires_grad()) parameters.push_back({.name = item.key(), .tensor = item.value()});
   return make_optimizer(name, std::move(parameters), {.lr = 1e-4});
 }
 
