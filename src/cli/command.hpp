@@ -28,11 +28,11 @@ struct Option {
 /// What the user typed, checked against the command's options.
 class Arguments {
  public:
-  std::string model;   ///< the positional MODEL, empty if the command takes none
-  std::string chosen;  ///< the positional NAME, empty if none was given
+  std::string model;               ///< the positional MODEL, empty if the command takes none
+  std::string chosen;              ///< the positional NAME, empty if none was given
   std::vector<std::string> words;  ///< all that was typed after the program's name
-  OrderedJson config;  ///< --config, then --set and the options that are keys of it
-  bool json = false;   ///< the result goes to stdout as one JSON document
+  OrderedJson config;              ///< --config, then --set and the options that are keys of it
+  bool json = false;               ///< the result goes to stdout as one JSON document
   std::map<std::string, std::vector<std::string>, std::less<>> values;  ///< by "--name"
 
   bool flag(std::string_view name) const { return values.contains(name); }
