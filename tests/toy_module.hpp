@@ -2,6 +2,11 @@
 
 #include <torch/torch.h>
 
+#include <functional>
+#include <string>
+
+#include "base/error.hpp"
+
 namespace bitwright::test {
 
 /// A user's own module: nested blocks, typed members, a norm and a head. 64 divides no row of `odd_proj`.
@@ -40,6 +45,16 @@ inline ToyModule toy_module(uint64_t seed = 1) {
 inline torch::Tensor toy_input(int64_t tokens = 32, uint64_t seed = 2) {
   torch::manual_seed(seed);
   return torch::randn({2, tokens, 128});
+}
+
+/// Of the error that comes out of it, or "none".
+inline std::string code_of(const std::function<void()>& action) {
+  try {
+    action();
+  } catch (const Error& error) {
+    return std::string(error.code());
+  }
+  return "none";
 }
 
 }  // namespace bitwright::test

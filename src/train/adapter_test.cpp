@@ -18,18 +18,10 @@ namespace bitwright {
 namespace {
 
 using namespace train;
+using test::code_of;
 using test::toy_input;
 using test::toy_module;
 using test::ToyModule;
-
-std::string code_of(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    return std::string(error.code());
-  }
-  return "none";
-}
 
 QuantizationConfig exact(const std::string& method) { return {.method = method, .compute_dtype = "float32"}; }
 

@@ -13,18 +13,10 @@ namespace bitwright {
 namespace {
 
 using namespace train;
+using test::code_of;
 using test::toy_input;
 using test::toy_module;
 using test::ToyModule;
-
-std::string code_of(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const Error& error) {
-    return std::string(error.code());
-  }
-  return "none";
-}
 
 std::vector<torch::Tensor> batches(int count = 4) {
   std::vector<torch::Tensor> all;
